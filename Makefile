@@ -1,0 +1,41 @@
+# Everything starts here: `make demo` for the whole tool in miniature, `make test` for its proof.
+.DEFAULT_GOAL := help
+.PHONY: help install lint test test-all demo benchmark clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+INSTALLED := $(VENV)/.installed
+INSTALL_INPUTS := setup.cfg pyproject.toml constraints.txt .ci/install
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
+
+install: $(INSTALLED)  ## create .venv and install everything, pinned; instant when nothing changed
+
+$(INSTALLED): $(INSTALL_INPUTS)
+	@PYTHON="$(PYTHON)" .ci/install $(VENV)
+	@touch $@
+
+lint: $(INSTALLED)  ## formatting, style, types, import contracts
+	$(BIN)/black --check --quiet .
+	$(BIN)/isort --check-only --quiet .
+	$(BIN)/flake8
+	$(BIN)/mypy mmtrain launcher data_shards ray_tune
+	$(BIN)/lint-imports
+
+test: $(INSTALLED)  ## all tests but the soaks, within 20 minutes on 2 cores
+	$(BIN)/python -m pytest -m "not soak and not gpu"
+
+test-all: $(INSTALLED)  ## soaks and full matrices too, within 70 minutes
+	$(BIN)/python -m pytest -m "not gpu"
+
+demo: $(INSTALLED)  ## digits, a tiny LLaVA, a LoRA study and its comparison, on this machine
+	$(BIN)/python docs/examples/demo/run_demo.py
+
+benchmark: $(INSTALLED)  ## samples/s beside TRL's SFTTrainer, same model, batches and LoRA
+	$(BIN)/python -m benchmarks.single_run --dtype both
+
+clean:  ## remove the environment, caches and build outputs; runs and results stay
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

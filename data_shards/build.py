@@ -1,0 +1,141 @@
+"""One split of a task, from raw files to a shard folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel
+
+from data_shards.writer import DEFAULT_SAMPLES_PER_SHARD, ShardWriter, published, write_synced
+from mmtrain import plugins
+from mmtrain.data.manifest import MANIFEST_NAME, Manifest
+from mmtrain.data.order import epoch_order
+from mmtrain.data.shards import ShardFolder
+from mmtrain.errors import DataError
+from mmtrain.tasks.interface import Sample, Task
+
+# Beside the manifest, not in it: the manifest is the same wherever the raw files lie.
+SOURCE_NAME = "source.json"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides what a shard folder holds."""
+
+    task: str
+    split: str
+    raw: Path | None
+    options: BaseModel
+    seed: int = 0
+    limit: int | None = None
+    samples_per_shard: int = DEFAULT_SAMPLES_PER_SHARD
+
+
+@dataclass(frozen=True)
+class Built:
+    """A finished folder; `reused` if an identical one was there already."""
+
+    folder: Path
+    manifest: Manifest
+    reused: bool
+
+
+def build_split(
+    recipe: Recipe,
+    folder: Path,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Built:
+    """Write the shards of one split to `folder`, or keep an identical finished folder there."""
+    source = _source(recipe)
+    if folder.exists():
+        kept = _identical(recipe, folder, source)
+        if kept is not None:
+            return Built(folder, kept, reused=True)
+        if not overwrite:
+            raise DataError(
+                f"'{folder}' exists and was built from other files or options;",
+                "choose another --out, or pass --overwrite to replace it.",
+            )
+    with published(folder) as partial:
+        writer = ShardWriter(partial, recipe.samples_per_shard)
+        for count, sample in enumerate(_samples(recipe), start=1):
+            writer.add(sample)
+            if progress is not None:
+                progress(count)
+        manifest = writer.finish(
+            recipe.task,
+            recipe.split,
+            recipe.seed,
+            recipe.limit,
+            recipe.options.model_dump(mode="json"),
+        )
+        write_synced(partial / SOURCE_NAME, json.dumps(source, indent=2).encode())
+    return Built(folder, manifest, reused=False)
+
+
+def _samples(recipe: Recipe) -> Iterator[Sample]:
+    """The samples of a split; with `limit`, a keyed draw in the order of the split."""
+    if recipe.limit is None:
+        yield from _read(recipe)
+        return
+    # Counting first costs a second reading, but never holds more than one sample.
+    num_samples = sum(1 for _ in _read(recipe))
+    drawn = epoch_order(num_samples, recipe.seed, epoch=0)[: recipe.limit]
+    keep = np.zeros(num_samples, dtype=bool)
+    keep[drawn] = True
+    for index, sample in enumerate(_read(recipe)):
+        if keep[index]:
+            yield sample
+
+
+def _read(recipe: Recipe) -> Iterator[Sample]:
+    task: Task = plugins.load("task", recipe.task)
+    try:
+        yield from task.read(recipe.raw, recipe.split, recipe.options)
+    except OSError as fault:
+        raise DataError(
+            f"cannot read '{fault.filename}' of task '{recipe.task}': {fault.strerror};",
+            "check the folder given with --raw.",
+        ) from fault
+
+
+def _source(recipe: Recipe) -> dict[str, str | int]:
+    """What the folder was made from: raw files by name, size and time, and the reader's code."""
+    listing = sha256()
+    for path in sorted(recipe.raw.rglob("*")) if recipe.raw is not None else []:
+        if path.is_file():
+            stat = path.stat()
+            name = path.relative_to(recipe.raw or path).as_posix()
+            listing.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    reader = Path(plugins.__file__).parent / "tasks" / "datasets" / f"{recipe.task}.py"
+    return {
+        "raw_files": listing.hexdigest(),
+        "reader": sha256(reader.read_bytes()).hexdigest(),
+        "samples_per_shard": recipe.samples_per_shard,
+    }
+
+
+def _identical(recipe: Recipe, folder: Path, source: dict[str, str | int]) -> Manifest | None:
+    """The manifest of a finished folder if this recipe would write the same."""
+    if not (folder / MANIFEST_NAME).is_file():
+        return None
+    try:
+        found = json.loads((folder / SOURCE_NAME).read_bytes())
+        manifest = ShardFolder.open(folder).manifest
+    except (OSError, ValueError, DataError):
+        return None  # damaged or not ours: never kept, and replaced only when asked for
+    same = (
+        found == source
+        and manifest.task == recipe.task
+        and manifest.split == recipe.split
+        and manifest.seed == recipe.seed
+        and manifest.limit == recipe.limit
+        and manifest.build_options == recipe.options.model_dump(mode="json")
+    )
+    return manifest if same else None

@@ -1,0 +1,229 @@
+"""`mmtrain shards`: build shard folders from raw files, and verify them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from data_shards.build import Recipe, build_split
+from data_shards.writer import DEFAULT_SAMPLES_PER_SHARD, exclusive
+from mmtrain import plugins
+from mmtrain.data.manifest import INDEX_NAME, MANIFEST_NAME, SHARD_GLOB, read_manifest
+from mmtrain.data.verify import verify_folder
+from mmtrain.errors import ConfigError, DataError, nearest
+from mmtrain.tasks.interface import Task
+
+HELP = "build shards from raw files, and verify them"
+_EXAMPLES = """examples:
+  mmtrain shards build digits --out shards/digits
+  mmtrain shards build digits --out shards/shifted --set domain=shifted
+  mmtrain shards build scienceqa --raw ~/ScienceQA --out shards/scienceqa --split train --split val
+  mmtrain shards verify shards/digits
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `mmtrain shards`."""
+    parser.epilog = _EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    actions = parser.add_subparsers(dest="shards_action", metavar="build|verify", required=True)
+    build = actions.add_parser("build", help="write OUT/<split>/ for each split of a task")
+    build.add_argument("task", help=f"one of: {', '.join(plugins.names('task'))}")
+    build.add_argument("--raw", type=Path, help="folder with the files as downloaded")
+    build.add_argument("--out", type=Path, required=True, help="folder that gets one per split")
+    build.add_argument("--split", action="append", metavar="S", help="repeatable; default: all")
+    build.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a build option of the task"
+    )
+    build.add_argument(
+        "--samples-per-shard",
+        type=_positive,
+        default=DEFAULT_SAMPLES_PER_SHARD,
+        metavar="N",
+        help="default %(default)s",
+    )
+    build.add_argument(
+        "--limit", type=_positive, metavar="N", help="keep N samples drawn at random by --seed"
+    )
+    build.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="keys --limit; default %(default)s"
+    )
+    build.add_argument(
+        "--overwrite", action="store_true", help="replace a folder built from something else"
+    )
+    verify = actions.add_parser("verify", help="check every byte against the manifest")
+    verify.add_argument(
+        "folders", nargs="+", type=Path, metavar="DIR", help="folder, or its parent"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `mmtrain shards build` or `mmtrain shards verify`."""
+    return {"build": _build, "verify": _verify}[args.shards_action](args)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+# --- build --------------------------------------------------------------------------------------
+
+
+def _build(args: argparse.Namespace) -> int:
+    task: Task = plugins.load("task", args.task)
+    splits = _splits(args.task, task, args.split)
+    options = _options(args.task, task, args.set)
+    raw = _raw(args.task, task, args.raw)
+    with exclusive(args.out):
+        for split in splits:
+            recipe = Recipe(
+                args.task, split, raw, options, args.seed, args.limit, args.samples_per_shard
+            )
+            with _counting(f"{args.task} {split}") as count:
+                built = build_split(recipe, args.out / split, args.overwrite, count)
+            found = built.manifest
+            how = "reused, nothing has changed" if built.reused else "written"
+            print(
+                f"{built.folder}: {found.samples} samples, {len(found.shards)} shard(s),"
+                f" {found.num_bytes / 2**20:.1f} MiB, {how}"
+            )
+    return 0
+
+
+def _splits(name: str, task: Task, asked: list[str] | None) -> list[str]:
+    for split in asked or []:
+        if split not in task.splits:
+            raise DataError(f"task '{name}' has no split '{split}';", nearest(split, task.splits))
+    return list(dict.fromkeys(asked or task.splits))
+
+
+def _raw(name: str, task: Task, raw: Path | None) -> Path | None:
+    if not task.needs_raw:
+        if raw is not None:
+            raise DataError(f"task '{name}' brings its own files;", "leave --raw out.")
+        return None
+    if raw is None:
+        raise DataError(f"task '{name}' needs the downloaded files;", "give their folder as --raw.")
+    if not raw.is_dir():
+        raise DataError(f"--raw '{raw}' is not a folder;", "give the folder of the download.")
+    return raw
+
+
+def _options(name: str, task: Task, settings: list[str]) -> BaseModel:
+    """The task's own options, every wrong setting reported at once."""
+    valid = task.build_options.model_fields
+    values: dict[str, str] = {}
+    problems = []
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            problems.append(f"'{setting}' is not of the form key=value")
+        elif key not in valid:
+            problems.append(f"unknown option '{key}'; {nearest(key, valid)}")
+        values[key] = value
+    try:
+        options = task.build_options.model_validate(
+            {key: value for key, value in values.items() if key in valid}
+        )
+    except ValidationError as fault:
+        problems += [f"{error['loc'][0]}: {error['msg']}" for error in fault.errors()]
+    if problems:
+        raise ConfigError(problems, source=f"build options of task '{name}'")
+    return options
+
+
+# --- verify -------------------------------------------------------------------------------------
+
+
+def _verify(args: argparse.Namespace) -> int:
+    folders = [found for folder in args.folders for found in _shard_folders(folder)]
+    table = Table("folder", "task", "split", "samples", "shards", "MiB", "result")
+    table.columns[0].overflow = "fold"  # a path cut short names nothing
+    problems = []
+    for folder in folders:
+        with _measuring(f"verify {folder}") as advance:
+            found = verify_folder(folder, advance)
+        problems += found
+        result = f"{len(found)} problem{'s' if len(found) > 1 else ''}" if found else "ok"
+        table.add_row(str(folder), *_described(folder), result)
+    Console().print(table)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return DataError.exit_code if problems else 0
+
+
+def _shard_folders(folder: Path) -> list[Path]:
+    """The folder itself, or the shard folders directly inside it."""
+    if not folder.is_dir():
+        raise DataError(f"there is no folder '{folder}';", "build it with `mmtrain shards build`.")
+    if _looks_like_shards(folder):
+        return [folder]
+    inside = sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    found = [path for path in inside if _looks_like_shards(path)]
+    if not found:
+        raise DataError(
+            f"'{folder}' holds no shards;", "give a folder made by `mmtrain shards build`."
+        )
+    return found
+
+
+def _looks_like_shards(folder: Path) -> bool:
+    # Not the manifest alone: a folder that lost it must be reported, not passed over.
+    named = any((folder / name).exists() for name in (MANIFEST_NAME, INDEX_NAME))
+    return named or any(folder.glob(SHARD_GLOB))
+
+
+def _described(folder: Path) -> list[str]:
+    try:
+        manifest, _ = read_manifest(folder)
+    except DataError:
+        return ["?"] * 5  # verify_folder has reported why
+    mebibytes = f"{manifest.num_bytes / 2**20:.1f}"
+    counts = [str(manifest.samples), str(len(manifest.shards)), mebibytes]
+    return [manifest.task, manifest.split, *counts]
+
+
+# --- progress -----------------------------------------------------------------------------------
+
+
+class _Counter:
+    """A progress line that a callback moves."""
+
+    def __init__(self, progress: Progress, title: str) -> None:
+        self._progress = progress
+        self._line = progress.add_task(title, total=None)
+
+    def __call__(self, done: int, total: int | None = None) -> None:
+        """Show `done` of `total` steps."""
+        self._progress.update(self._line, completed=done, total=total)
+
+
+@contextmanager
+def _counting(title: str) -> Iterator[_Counter]:
+    columns = (TextColumn("{task.description}: {task.completed:,} samples"), TimeElapsedColumn())
+    with _progress(*columns) as progress:
+        yield _Counter(progress, title)
+
+
+@contextmanager
+def _measuring(title: str) -> Iterator[_Counter]:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    with _progress(*columns) as progress:
+        yield _Counter(progress, title)
+
+
+def _progress(*columns: TextColumn | BarColumn | DownloadColumn | TimeElapsedColumn) -> Progress:
+    """Progress on the terminal only, gone when done: a log keeps the results, not the bars."""
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

@@ -1,0 +1,119 @@
+"""RunConfig -> model, task and sample sources: configuration objects stop here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmtrain import plugins
+from mmtrain.build import model_options
+from mmtrain.config.schema import DataConfig, RunConfig
+from mmtrain.data.shards import ShardFolder
+from mmtrain.data.source import Source
+from mmtrain.errors import CheckpointError, ConfigError
+from mmtrain.models.interface import Family
+from mmtrain.peft.trainable import Trainable, make_trainable
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A base model with everything attached that the run file asks for."""
+
+    family: Family
+    model: nn.Module
+    processor: Any
+    trainable: Trainable
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """What trains, by name, in the model's order."""
+        named = dict(self.model.named_parameters())
+        return {name: named[name] for name in self.trainable.owner}
+
+
+def build_model(config: RunConfig, zero3_config: Mapping[str, Any] | None) -> Assembled:
+    """Load the base, then attach and freeze (never the other way round)."""
+    family = plugins.load("family", config.model.family)
+    loaded = family.load(model_options(config), zero3_config)
+    trainable = make_trainable(loaded.model, family, config.components, config.seed)
+    if config.parallel.activation_checkpointing:
+        loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
+    return Assembled(family, loaded.model, loaded.processor, trainable)
+
+
+def data_section(config: RunConfig) -> DataConfig:
+    """The data section, which training and evaluation need."""
+    if config.data is None:
+        raise ConfigError(["data: is missing; name a task and its shards to train or evaluate"])
+    return config.data
+
+
+def build_source(
+    config: RunConfig,
+    assembled: Assembled,
+    folder: str,
+    limit: int | None = None,
+    blank_images: bool = False,
+) -> Source:
+    """The samples of one shard folder, encoded for the run's family."""
+    data = data_section(config)
+    if assembled.processor is None:
+        raise CheckpointError(
+            f"model.preset '{config.model.preset}' has random weights and no tokenizer.",
+            "Give model.checkpoint to train or evaluate on shards.",
+        )
+    task = plugins.load("task", data.task)
+    template = task.templates[data.template or next(iter(task.templates))]
+
+    def encode(sample_id: str, rendered: Any, images: Any) -> Any:
+        return assembled.family.encode(
+            assembled.processor, sample_id, rendered, images, data.max_length, data.truncation_side
+        )
+
+    return Source(ShardFolder.open(Path(folder)), template, encode, limit, blank_images)
+
+
+def base_digest(checkpoint: str | None) -> str:
+    """One sha256 over a base folder's weight files, cached by (path, size, mtime)."""
+    if checkpoint is None:
+        return "preset"
+    files = sorted(Path(checkpoint).glob("*.safetensors"))
+    cache_path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mmtrain"
+    cache_file = cache_path / "base-digests.json"
+    try:
+        cache = json.loads(cache_file.read_text())
+    except (OSError, ValueError):
+        cache = {}
+    digests = []
+    for path in files:
+        stat = path.stat()
+        key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+        if key not in cache:
+            with open(path, "rb") as file:
+                cache[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        digests.append(f"{path.name}:{cache[key]}")
+    try:
+        cache_path.mkdir(parents=True, exist_ok=True)
+        temporary = cache_file.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(cache))
+        temporary.replace(cache_file)
+    except OSError:
+        pass  # without a cache the digests are only computed again next time
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def pin_numerics(config: RunConfig, local_size: int) -> int:
+    """Threads and deterministic kernels, before anything is computed; the thread count."""
+    threads = config.parallel.threads or max(1, (os.cpu_count() or 1) // local_size)
+    torch.set_num_threads(threads)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    return threads

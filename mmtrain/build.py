@@ -1,0 +1,157 @@
+"""RunConfig -> plug-ins: the only place where names of a run file become modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmtrain import plugins
+from mmtrain.config.deepspeed import find_deepspeed_config
+from mmtrain.config.load import read_data, with_overrides
+from mmtrain.config.problems import checked, shown
+from mmtrain.config.schema import RESERVED_COMPONENT_KEYS, ComponentConfig, RunConfig
+from mmtrain.errors import ConfigError, MmtrainError, nearest
+from mmtrain.models.interface import Family, ModelOptions
+from mmtrain.peft.placement import sublayer_problems
+
+
+def resolve(
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    world_size: int | None = None,
+) -> RunConfig:
+    """A run file, path or data, checked by the schema and by every plug-in it names, in one report.
+
+    The result has the plug-ins' defaults filled in, so that it says all that the run will do.
+    """
+    if isinstance(source, Mapping):
+        name = "configuration"
+        data, problems = with_overrides(source, overrides)
+    else:
+        name = str(source)
+        data, problems = read_data(source, overrides)
+    config, found = checked(RunConfig, data)
+    problems += found
+    problems += _model_problems(_section(data, "model"), _section(data, "components"))
+    problems += _data_problems(_section(data, "data"))
+    problems += _layout_problems(data, world_size)
+    if config is None or problems:
+        raise ConfigError(dict.fromkeys(problems), name)
+    return _with_defaults(config)
+
+
+def model_options(config: RunConfig) -> ModelOptions:
+    """What the family needs to know of a run."""
+    model = config.model
+    return ModelOptions(
+        checkpoint=model.checkpoint,
+        preset=model.preset,
+        dtype=model.dtype,
+        attention=model.attention,
+        base_dropout=model.base_dropout,
+        seed=config.seed,
+    )
+
+
+def method_options(block: ComponentConfig) -> Any:
+    """The typed options of a block's method; None where the block has no method."""
+    if block.method is None:
+        return None
+    return plugins.load("method", block.method).options(**block.method_options)
+
+
+def _section(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A section of raw data; wrong shapes are reported by the schema."""
+    section = data.get(key)
+    return section if isinstance(section, Mapping) else {}
+
+
+def _plugin(kind: str, name: Any, place: str) -> tuple[Any, list[str]]:
+    if not isinstance(name, str):
+        return None, []
+    try:
+        return plugins.load(kind, name), []
+    except MmtrainError as error:
+        return None, [f"{place}: {error}"]
+
+
+def _model_problems(model: Mapping[str, Any], components: Mapping[str, Any]) -> list[str]:
+    """Unknown family, preset, components, and what is wrong inside each component block."""
+    family, problems = _plugin("family", model.get("family"), "model.family")
+    preset = model.get("preset")
+    if family and isinstance(preset, str) and preset not in family.presets:
+        hint = nearest(preset, family.presets)
+        problems.append(f"model.preset: '{model['family']}' has no preset '{preset}'; {hint}")
+    for name, block in components.items():
+        if family and name not in family.components:
+            problems.append(
+                f"components.{name}: unknown component; {nearest(name, family.components)}"
+            )
+        elif isinstance(block, Mapping):
+            problems += _block_problems(family, name, block)
+    return problems
+
+
+def _block_problems(family: Family | None, name: str, raw: Mapping[str, Any]) -> list[str]:
+    """What the method and the family say about one component block."""
+    place = f"components.{name}"
+    method, problems = _plugin("method", raw.get("method"), f"{place}.method")
+    if method:
+        options = {key: raw[key] for key in raw if key not in RESERVED_COMPONENT_KEYS}
+        problems += checked(method.options, options, place, sorted(RESERVED_COMPONENT_KEYS))[1]
+    block, _ = checked(ComponentConfig, raw)
+    if family and block and block.mode == "peft":
+        problems += sublayer_problems(family, name, block)
+    return problems
+
+
+def _data_problems(data: Mapping[str, Any]) -> list[str]:
+    task, problems = _plugin("task", data.get("task"), "data.task")
+    template = data.get("template")
+    if task and isinstance(template, str) and template not in task.templates:
+        hint = nearest(template, task.templates)
+        problems.append(f"data.template: '{data['task']}' has no template '{template}'; {hint}")
+    return problems
+
+
+def _layout_problems(data: Mapping[str, Any], world_size: int | None) -> list[str]:
+    """The DeepSpeed file, and whether the batch can be dealt out to the ranks."""
+    problems: list[str] = []
+    deepspeed = _section(data, "parallel").get("deepspeed", "zero1")
+    if isinstance(deepspeed, str):
+        try:
+            find_deepspeed_config(deepspeed)
+        except ConfigError as error:
+            problems += error.problems
+    defaults = RunConfig.model_fields["optim"].get_default(call_default_factory=True)
+    optim = _section(data, "optim")
+    total = optim.get("global_batch", defaults.global_batch)
+    micro = optim.get("micro_batch", defaults.micro_batch)
+    if type(total) is not int or type(micro) is not int or micro < 1 or total < 1:
+        return problems
+    ranks = world_size or 1
+    if total % (micro * ranks):
+        product = f"micro_batch {micro}" + (f" x {ranks} ranks" if world_size else "")
+        divisors = [size for size in range(1, micro) if total % (size * ranks) == 0]
+        remedy = f"micro_batch {divisors[-1]}" if divisors else f"a multiple of {ranks} ranks"
+        problems.append(
+            f"optim.global_batch: {shown(total)} is no multiple of {product}; use {remedy}"
+        )
+    return problems
+
+
+def _with_defaults(config: RunConfig) -> RunConfig:
+    components = {
+        name: (
+            block.model_copy(update=method_options(block).model_dump(mode="json"))
+            if block.method
+            else block
+        )
+        for name, block in config.components.items()
+    }
+    data = config.data
+    if data and data.template is None:
+        templates = plugins.load("task", data.task).templates
+        data = data.model_copy(update={"template": next(iter(templates))})
+    return config.model_copy(update={"components": components, "data": data})

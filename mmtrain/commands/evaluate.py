@@ -1,0 +1,64 @@
+"""mmtrain evaluate: loss and answers of a trained run, or of its base, on a shard folder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "score a run (or its base) on a shard folder"
+_EXAMPLES = """examples:
+  mmtrain evaluate runs/r64 --data shards/scienceqa/test
+  mmtrain evaluate run.yaml --base                    the unadapted base model
+  mmtrain evaluate runs/r64 --blank-images            must fall to chance"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.epilog = _EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("run", help="run folder, or run file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
+    parser.add_argument("--data", help="shard folder; default: the run's data.val")
+    parser.add_argument("--base", action="store_true", help="the base model, nothing trained")
+    parser.add_argument("--blank-images", action="store_true", help="replace pictures by grey ones")
+    parser.add_argument("--limit", type=int, help="only the first N samples")
+    parser.add_argument(
+        "--out", help="folder of the result; default: evaluation/ in the run folder"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate and print the metrics."""
+    from mmtrain import plugins
+    from mmtrain.assemble import build_source, data_section
+    from mmtrain.errors import ConfigError
+    from mmtrain.evaluation.evaluate import evaluate, write_evaluation
+    from mmtrain.training.inference import ready_from_argument
+    from mmtrain.training.progress import Progress
+
+    ready = ready_from_argument(args.run, args.overrides, args.base)
+    data = data_section(ready.config)
+    folder = args.data or data.val
+    if folder is None:
+        raise ConfigError(["data.val: is missing; name it or give --data"])
+    source = build_source(
+        ready.config, ready.assembled, folder, args.limit, blank_images=args.blank_images
+    )
+    task = plugins.load("task", data.task)
+    template = data.template or next(iter(task.templates))
+    settings, world = ready.config.generation, ready.engine.world
+    chunks = -(-len(source) // (world.size * settings.batch_size))
+    with Progress("evaluate", chunks, world.is_main) as progress:
+        evaluation = evaluate(
+            ready.engine, source, task, template, settings, lambda done, _: progress.update(done)
+        )
+    if world.is_main:
+        label = Path(folder).name + ("-base" if args.base else "")
+        label += "-blank" if args.blank_images else ""
+        run_dir = ready.run_dir or Path(ready.config.run_dir)
+        out = Path(args.out) if args.out else run_dir / "evaluation" / label
+        write_evaluation(out, evaluation)
+        for name, value in evaluation.metrics.items():
+            print(f"{name:20s} {value:.4f}")
+        print(f"{len(evaluation.predictions)} predictions in {out / 'predictions.jsonl'}")
+    return 0

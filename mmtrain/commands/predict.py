@@ -1,0 +1,49 @@
+"""mmtrain predict: one answer to one question about a picture."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "answer one question with a trained run"
+_EXAMPLES = """examples:
+  mmtrain predict runs/r64 --image cat.jpg "What is on the sofa?"
+  mmtrain predict runs/r64 "Which is the largest planet?"          no picture"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.epilog = _EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("run", help="run folder, or run file")
+    parser.add_argument("question", help="the question, as the model should read it")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="picture file")
+    parser.add_argument("--base", action="store_true", help="the base model, nothing trained")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer and print."""
+    from mmtrain.data.codec import decode_image
+    from mmtrain.errors import DataError
+    from mmtrain.tasks.interface import Rendered, Turn
+    from mmtrain.training.inference import ready_from_argument
+
+    pictures = []
+    for name in args.image:
+        try:
+            pictures.append(decode_image(Path(name).read_bytes(), name))
+        except OSError as error:
+            raise DataError(f"--image {name}: {error.strerror}.", "Correct the path.") from error
+    ready = ready_from_argument(args.run, ["parallel.deepspeed=zero1"], args.base)
+    rendered = Rendered((Turn("user", args.question),), target="")
+    data = ready.config.data
+    example = ready.assembled.family.encode(
+        ready.assembled.processor,
+        "question",
+        rendered,
+        pictures,
+        data.max_length if data else 2048,
+        data.truncation_side if data else "left",
+    )
+    print(ready.engine.generate([example], ready.config.generation)[0])
+    return 0

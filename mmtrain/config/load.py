@@ -1,0 +1,122 @@
+"""Run files: YAML text and dotted overrides -> RunConfig, every problem reported at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmtrain.config import yaml_text
+from mmtrain.config.problems import checked, shown
+from mmtrain.config.schema import RunConfig
+from mmtrain.errors import ConfigError
+
+
+def load_run_file(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run file with `a.b=c` overrides applied; paths in it stay relative to the cwd.
+
+    Checks the core schema only: `mmtrain.build.resolve` also checks what plug-ins know.
+    """
+    data, problems = read_data(path, overrides)
+    config, more = checked(RunConfig, data)
+    return _or_raise(config, [*problems, *more], str(path))
+
+
+def parse_run(
+    data: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "configuration"
+) -> RunConfig:
+    """The same for data that is already in memory."""
+    merged, problems = with_overrides(data, overrides)
+    config, more = checked(RunConfig, merged)
+    return _or_raise(config, [*problems, *more], source)
+
+
+def read_data(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], list[str]]:
+    """The raw mapping of a run file with overrides, and the problems met on the way."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        remedy = "give the path of a run file; `mmtrain init` writes one"
+        raise ConfigError([f"there is no such file; {remedy}"], str(path)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"cannot be read as text: {error}"], str(path)) from None
+    data, problems = yaml_text.parse(text)
+    if problems and data is None:
+        raise ConfigError(problems, str(path))
+    if not isinstance(data, dict):
+        found = "is empty" if data is None else f"holds {shown(data)}"
+        raise ConfigError([f"the file {found}; a run file is a mapping with 'model'"], str(path))
+    merged, more = with_overrides(data, overrides)
+    return merged, [*problems, *more]
+
+
+def with_overrides(
+    data: Mapping[str, Any], overrides: Sequence[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """A copy of the data with each `a.b=c` set; the value is read as YAML."""
+    merged = _copied(data)
+    problems: list[str] = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not all(key.split(".")):
+            problems.append(f"override {shown(override)}: write it as section.key=value")
+            continue
+        value, faults = yaml_text.parse(text)
+        problems += [f"override {shown(override)}: {fault}" for fault in faults]
+        if not faults:
+            problems += _set(merged, key.split("."), value)
+    return merged, problems
+
+
+def _copied(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _copied(value) if isinstance(value, Mapping) else value for key, value in data.items()
+    }
+
+
+def _set(data: dict[str, Any], keys: Sequence[str], value: Any) -> list[str]:
+    here = data
+    for depth, key in enumerate(keys[:-1], start=1):
+        if here.get(key) is None:
+            here[key] = {}
+        here = here[key]
+        if not isinstance(here, dict):
+            above = ".".join(keys[:depth])
+            return [f"{'.'.join(keys)}: cannot be set, {above} is {shown(here)}, not a section"]
+    here[keys[-1]] = value
+    return []
+
+
+def _or_raise(config: RunConfig | None, problems: Sequence[str], source: str) -> RunConfig:
+    if config is None or problems:
+        raise ConfigError(problems, source)
+    return config
+
+
+def dump_run(config: RunConfig) -> str:
+    """The resolved run file: every key with its value, readable by `load_run_file`."""
+    return yaml_text.dump(config.model_dump(mode="json", by_alias=True))
+
+
+def flatten_run(config: RunConfig) -> dict[str, Any]:
+    """The run as dotted keys and plain values; empty sections are left out."""
+    flat: dict[str, Any] = {}
+    pending: list[tuple[str, Any]] = [("", config.model_dump(mode="json", by_alias=True))]
+    while pending:
+        prefix, value = pending.pop()
+        if isinstance(value, dict):
+            pending += [(f"{prefix}.{key}" if prefix else key, value[key]) for key in value]
+        else:
+            flat[prefix] = value
+    return dict(sorted(flat.items()))
+
+
+def difference(a: RunConfig, b: RunConfig) -> list[str]:
+    """The dotted keys whose values differ between two runs."""
+    left, right = flatten_run(a), flatten_run(b)
+    missing = object()
+    return [
+        key
+        for key in sorted(left.keys() | right.keys())
+        if left.get(key, missing) != right.get(key, missing)
+    ]

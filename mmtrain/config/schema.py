@@ -1,0 +1,208 @@
+"""The run file as typed, frozen objects. No torch here: reading a run file must be instant.
+
+Plug-in options (a method's `r`, a family's own settings) are kept as extra keys and checked by
+the plug-in's own options model in `mmtrain.build`; everything else is checked here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+RUN_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+LAYERS_PATTERN = r"^(all|(first|last)-[1-9][0-9]*)$"
+# A method's own options may not reuse these keys of a component block.
+RESERVED_COMPONENT_KEYS = frozenset({"mode", "method", "sublayers", "layers", "lr", "weight_decay"})
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
+    )
+
+
+class ModelConfig(Section):
+    """Which base model: a checkpoint folder, or a preset's published shape without weights."""
+
+    family: str = Field(description="plug-in in mmtrain/models/families, e.g. llava")
+    checkpoint: str | None = Field(None, description="folder in Hugging Face format")
+    preset: str | None = Field(
+        None, description="published shape, random weights, e.g. llava-1.5-7b"
+    )
+    revision: str | None = Field(None, description="recorded with the run and in the model card")
+    dtype: Literal["fp32", "bf16"] = Field("bf16", description="working precision")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="attention implementation of transformers"
+    )
+    base_dropout: Literal[0, "checkpoint"] = Field(
+        0, description="0 turns the base's own dropout off, 'checkpoint' keeps what its config says"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if (self.checkpoint is None) == (self.preset is None):
+            raise ValueError("give exactly one of 'checkpoint' and 'preset'")
+        return self
+
+
+class ComponentConfig(BaseModel):
+    """What happens to one component; extra keys are the options of `method`."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+
+    mode: Literal["freeze", "full", "peft"] = Field(description="freeze, full or peft")
+    method: str | None = Field(None, description="plug-in in mmtrain/peft/methods, with mode peft")
+    sublayers: list[str] | dict[str, list[str]] | None = Field(
+        None, description="sublayers by name, or name: [roles]; default: every sublayer"
+    )
+    layers: Annotated[str, Field(pattern=LAYERS_PATTERN)] | list[int] | None = Field(
+        None, description="'all', 'first-N', 'last-N' or a list of layer numbers"
+    )
+    lr: float | None = Field(None, gt=0, description="learning rate of this component")
+    weight_decay: float | None = Field(None, ge=0, description="weight decay of this component")
+
+    @property
+    def method_options(self) -> dict[str, Any]:
+        """The keys that belong to the method's own options model."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _method_matches_mode(self) -> ComponentConfig:
+        if self.mode == "peft" and self.method is None:
+            raise ValueError("mode 'peft' needs a 'method', e.g. lora")
+        if self.mode != "peft" and (self.method or self.sublayers or self.model_extra):
+            given = [
+                key
+                for key in ("method", "sublayers", *(self.model_extra or {}))
+                if key in (self.model_extra or {}) or getattr(self, key, None)
+            ]
+            raise ValueError(f"mode '{self.mode}' takes no {', '.join(given)}; use mode 'peft'")
+        return self
+
+
+class DataConfig(Section):
+    """Which shards, with which template, cut how."""
+
+    task: str = Field(description="plug-in in mmtrain/tasks/datasets, e.g. scienceqa")
+    template: str | None = Field(None, description="prompt template; default: the task's first")
+    train: str | None = Field(None, description="folder of training shards")
+    val: str | None = Field(None, description="folder of validation shards")
+    limit: int | None = Field(None, ge=1, description="use only the first N training samples")
+    val_limit: int | None = Field(None, ge=1, description="use only the first N validation samples")
+    seed: int | None = Field(None, ge=0, description="order of samples; default: the run's seed")
+    workers: int = Field(2, ge=0, le=64, description="threads that decode ahead, per rank")
+    max_length: int = Field(2048, ge=8, description="tokens per sample, image tokens included")
+    truncation_side: Literal["left", "right"] = Field(
+        "left", description="which end of an over-long prompt is cut; never image tokens or answers"
+    )
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule."""
+
+    lr: float = Field(2e-4, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas")
+    eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    max_grad_norm: float = Field(1.0, ge=0, description="clip the global norm; 0 turns it off")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after warm-up")
+    schedule_unit: Literal["step", "epoch"] = Field("step", description="when the rate changes")
+    warmup_ratio: float | None = Field(None, ge=0, lt=1, description="share of all steps")
+    warmup_steps: int | None = Field(None, ge=0, description="number of steps")
+    warmup_start_lr: float = Field(0.0, ge=0, description="rate at the first warm-up step")
+    min_lr: float = Field(0.0, ge=0, description="rate at the end of cosine or linear")
+    epochs: int | None = Field(None, ge=1, description="passes over the data; default 1")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
+    global_batch: int = Field(128, ge=1, description="samples per optimizer step, all ranks")
+    micro_batch: int = Field(16, ge=1, description="samples per forward on one rank")
+
+    @model_validator(mode="after")
+    def _exclusive(self) -> OptimConfig:
+        if self.warmup_ratio is not None and self.warmup_steps is not None:
+            raise ValueError("give 'warmup_ratio' or 'warmup_steps', not both")
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError("give 'epochs' or 'max_steps', not both")
+        return self
+
+
+class ValidateConfig(Section):
+    """When to validate and when to stop."""
+
+    every: Literal["epoch"] | Annotated[int, Field(ge=1)] = Field(
+        "epoch", description="'epoch' or a number of optimizer steps"
+    )
+    metric: str = Field("loss", description="what decides the best checkpoint: loss, accuracy, …")
+    patience: int | None = Field(None, ge=1, description="stop after N validations without gain")
+    min_epochs: int = Field(0, ge=0, description="never stop early before this many epochs")
+
+
+class CheckpointConfig(Section):
+    """When to save, and how many to keep."""
+
+    every_steps: int | None = Field(None, ge=1, description="also save every N steps")
+    keep: int = Field(2, ge=1, description="last checkpoints kept; the best one is kept besides")
+
+
+class GenerationConfig(Section):
+    """How answers are generated in evaluation."""
+
+    max_new_tokens: int = Field(32, ge=1, description="upper limit of answer tokens")
+    num_beams: int = Field(1, ge=1, description="1 is greedy")
+    length_penalty: float = Field(1.0, description="beam search only")
+    repetition_penalty: float = Field(1.0, gt=0, description="1.0 is none")
+    batch_size: int = Field(8, ge=1, description="prompts per generate call on one rank")
+
+
+class ParallelConfig(Section):
+    """How the model is spread over ranks."""
+
+    deepspeed: str = Field("zero1", description="name in ds_configs/ or path of a DeepSpeed JSON")
+    activation_checkpointing: bool = Field(
+        False, description="recompute activations in backward: less memory, about 1.3x the time"
+    )
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads per rank; default: cores/ranks"
+    )
+
+
+class TrackingConfig(Section):
+    """Where the run is logged."""
+
+    uri: str = Field("sqlite:///mlflow.db", description="MLflow tracking URI, or 'none'")
+    experiment: str = Field("mmtrain", description="MLflow experiment")
+    tags: dict[str, str] = Field(default_factory=dict, description="tags of the MLflow run")
+
+
+class RunConfig(Section):
+    """One training: a run is a function of this file, its shards, its base and its layout."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    name: str = Field("run", pattern=RUN_NAME_PATTERN, description="name of the run and its folder")
+    seed: int = Field(42, ge=0, lt=2**31, description="keys initialisation, order and dropout")
+    deterministic: bool = Field(True, description="deterministic kernels: bit-exact repeats")
+    output_dir: str | None = Field(None, description="run folder; default runs/<name>")
+    model: ModelConfig
+    components: dict[str, ComponentConfig] = Field(
+        default_factory=dict, description="per component; what is not named is frozen"
+    )
+    data: DataConfig | None = Field(None, description="needed to train, not to check")
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    validation: ValidateConfig = Field(default_factory=ValidateConfig, alias="validate")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    generation: GenerationConfig = Field(default_factory=GenerationConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+
+    @property
+    def run_dir(self) -> str:
+        """The run's folder."""
+        return self.output_dir or f"runs/{self.name}"
+
+    @property
+    def data_seed(self) -> int:
+        """The seed that keys the order of samples."""
+        return self.data.seed if self.data and self.data.seed is not None else self.seed

@@ -1,0 +1,141 @@
+"""Reading shards: any sample by its number in one `pread`, checked against what was built."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from mmtrain.data.codec import decode_sample, short_digest, unpack_members
+from mmtrain.data.manifest import Manifest, read_index, read_manifest, sample_name, surplus_shards
+from mmtrain.data.verify import Progress, verify_folder
+from mmtrain.errors import DataError
+from mmtrain.tasks.interface import Sample
+
+# Far below the usual limit of 1024 open files, which sockets and libraries share.
+_MAX_OPEN_SHARDS = 256
+_NAMED_AT_MOST = 5
+
+
+class _ShardFiles:
+    """Open shard files, shared by threads: `pread` has no position of its own."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._paths = paths
+        self._descriptors: dict[int, int] = {}
+        self._lock = threading.Lock()
+        weakref.finalize(self, _close_all, self._descriptors)
+
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        """`size` bytes at `offset`; fewer only where the file ends."""
+        descriptor = self._descriptors.get(shard)
+        if descriptor is not None:
+            return _pread(descriptor, offset, size)
+        descriptor = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+        with self._lock:
+            kept = shard not in self._descriptors and len(self._descriptors) < _MAX_OPEN_SHARDS
+            if kept:
+                self._descriptors[shard] = descriptor
+        try:
+            return _pread(descriptor, offset, size)
+        finally:
+            if not kept:
+                os.close(descriptor)
+
+
+def _close_all(descriptors: dict[int, int]) -> None:
+    for descriptor in descriptors.values():
+        os.close(descriptor)
+
+
+def _pread(descriptor: int, offset: int, size: int) -> bytes:
+    """One `pread` nearly always; network file systems may return less than asked for."""
+    parts = []
+    while size > 0:
+        part = os.pread(descriptor, size, offset)
+        if not part:
+            break
+        parts.append(part)
+        offset, size = offset + len(part), size - len(part)
+    return b"".join(parts)
+
+
+@dataclass(frozen=True, eq=False)
+class ShardFolder:
+    """One split in shards, opened for reading. `digest` names its whole content."""
+
+    path: Path
+    manifest: Manifest
+    digest: str  # sha256 of manifest.json
+    index: np.ndarray = field(repr=False)  # rows of INDEX_DTYPE, read-only
+    _files: _ShardFiles = field(repr=False)
+
+    @classmethod
+    def open(cls, path: str | Path) -> ShardFolder:
+        """Open a folder after the cheap checks: manifest, index, names and sizes of the shards."""
+        folder = Path(path)
+        manifest, digest = read_manifest(folder)
+        problems = _size_problems(folder, manifest)
+        if problems:
+            more = len(problems) - _NAMED_AT_MOST
+            raise DataError(
+                f"shard folder '{folder}': {'; '.join(problems[:_NAMED_AT_MOST])}"
+                f"{f'; and {more} more' if more > 0 else ''};",
+                f"copy or build it again; `mmtrain shards verify {folder}` lists everything.",
+            )
+        index = read_index(folder, manifest)
+        files = _ShardFiles([folder / shard.name for shard in manifest.shards])
+        return cls(folder, manifest, digest, index, files)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def read(self, i: int) -> Sample:
+        """Sample number `i`, at the cost of one read wherever it lies. Safe from any thread."""
+        if not 0 <= i < len(self.index):
+            raise IndexError(f"sample {i} of {len(self.index)}")
+        row = self.index[i]
+        shard, offset, size = int(row["shard"]), int(row["offset"]), int(row["size"])
+        where = f"sample {i} at byte {offset} of '{self.path / self.manifest.shards[shard].name}'"
+        try:
+            record = self._files.read(shard, offset, size)
+        except OSError as fault:
+            raise DataError(f"{where} is not readable: {fault.strerror};", self._remedy) from fault
+        # The digest covers headers, text and pictures: nothing altered gets past it.
+        if short_digest([record]) != row["record_digest"].tobytes():
+            raise DataError(f"{where} is not what was built (checksum differs);", self._remedy)
+        try:
+            return decode_sample(unpack_members(record), sample_name(i))
+        except DataError as fault:
+            raise DataError(f"{where}: {fault.fault}", fault.remedy) from fault
+
+    def image_digest(self, i: int) -> bytes:
+        """Identity of the pictures of sample `i`; all zero bytes if it has none."""
+        return bytes(self.index[i]["image_digest"].tobytes())
+
+    def verify(self, progress: Progress | None = None) -> list[str]:
+        """Every problem of the folder, found by reading all of it."""
+        return verify_folder(self.path, progress)
+
+    @property
+    def _remedy(self) -> str:
+        return f"run `mmtrain shards verify {self.path}`, then copy or build it again."
+
+
+def _size_problems(folder: Path, manifest: Manifest) -> list[str]:
+    """What file names and sizes alone reveal: missing, cut or surplus shards."""
+    problems = []
+    for shard in manifest.shards:
+        try:
+            num_bytes = (folder / shard.name).stat().st_size
+        except OSError as fault:
+            problems.append(f"{shard.name} is missing ({fault.strerror})")
+            continue
+        if num_bytes != shard.bytes:
+            problems.append(f"{shard.name} has {num_bytes} bytes instead of {shard.bytes}")
+    surplus = [f"{name} is not in the manifest" for name in surplus_shards(folder, manifest)]
+    return problems + surplus

@@ -1,0 +1,42 @@
+"""Samples of one shard folder, rendered and encoded on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from mmtrain.data.codec import decode_image
+from mmtrain.data.shards import ShardFolder
+from mmtrain.models.interface import Example
+from mmtrain.tasks.interface import Rendered, Sample, Template
+
+Encode = Callable[[str, Rendered, Sequence[Any]], Example]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The first `limit` samples of a folder, through one template and one family."""
+
+    shards: ShardFolder
+    template: Template
+    encode: Encode
+    limit: int | None = None
+    blank_images: bool = False  # for the proof that answers come from the pictures
+
+    def __len__(self) -> int:
+        return min(len(self.shards), self.limit or len(self.shards))
+
+    def sample(self, index: int) -> Sample:
+        """The raw sample."""
+        return self.shards.read(index)
+
+    def example(self, index: int) -> Example:
+        """The tokenised sample with its processed pictures."""
+        sample = self.sample(index)
+        images = [decode_image(image.data, sample.id) for image in sample.images]
+        if self.blank_images:
+            images = [Image.new("RGB", image.size, (127, 127, 127)) for image in images]
+        return self.encode(sample.id, self.template(sample), images)

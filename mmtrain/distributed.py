@@ -1,0 +1,323 @@
+"""The only user of torch.distributed and of DeepSpeed's parameter-sharding interfaces.
+
+One rank without a launcher is a process group of one: the same code runs everywhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mmtrain.errors import LaunchError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the ranks."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that writes files and logs."""
+        return self.rank == 0
+
+
+def _environment_int(name: str, default: int) -> int:
+    value = os.environ.get(name, "")
+    return int(value) if value.strip() else default
+
+
+def quieten_libraries() -> None:
+    """Keep what libraries say about themselves out of the user's log."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\..*")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def initialise(timeout_minutes: float = 10.0) -> World:
+    """Join the process group named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
+    quieten_libraries()
+    rank, size = _environment_int("RANK", 0), _environment_int("WORLD_SIZE", 1)
+    local_rank = _environment_int("LOCAL_RANK", 0)
+    local_size = _environment_int("LOCAL_WORLD_SIZE", min(size, local_rank + 1) if size > 1 else 1)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not dist.is_initialized():
+        _initialise_group(rank, size, cuda, timeout_minutes)
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, device)
+
+
+def _initialise_group(rank: int, size: int, cuda: bool, timeout_minutes: float) -> None:
+    arguments: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes)}
+    if size == 1 and "MASTER_ADDR" not in os.environ:
+        arguments.update(store=dist.HashStore(), rank=0, world_size=1)
+        # DeepSpeed reads these even when the group already exists.
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+            os.environ.setdefault(name, value)
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29500")
+    else:
+        arguments.update(init_method="env://", rank=rank, world_size=size)
+    try:
+        dist.init_process_group("nccl" if cuda else "gloo", **arguments)
+    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
+        address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+        fault = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise LaunchError(
+            f"rank {rank} of {size} could not join the process group at {address} ({fault}).",
+            "Check that the master is reachable and that its port is free, or choose another port.",
+        ) from error
+
+
+def shut_down() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_main() -> bool:
+    """Whether this process is rank 0, or there is only one."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    dist.barrier()
+
+
+def _group_device() -> torch.device:
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def sum_over_ranks(values: list[float], dtype: torch.dtype = torch.float64) -> list[float]:
+    """Sum a few numbers over all ranks (use dtype int64 for counts)."""
+    tensor = torch.tensor(values, dtype=dtype, device=_group_device())
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def largest_over_ranks(value: float) -> float:
+    """The largest of one number over all ranks."""
+    tensor = torch.tensor([value], dtype=torch.float64, device=_group_device())
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return float(tensor.item())
+
+
+def sum_tensor_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all ranks."""
+    moved = tensor.detach().clone().to(_group_device())
+    dist.all_reduce(moved)
+    return moved
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """One JSON-like value from every rank, in rank order, on every rank."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=_group_device())
+    return box[0]
+
+
+# --- ZeRO-3: building and touching sharded parameters ----------------------------------------
+
+
+@contextmanager
+def sharded_construction(deepspeed_config: Mapping[str, Any] | None, dtype: torch.dtype) -> Iterator:
+    """Inside, every module's parameters are sharded as soon as they are made (ZeRO-3 only)."""
+    if deepspeed_config is None:
+        with nullcontext():
+            yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.Init(config_dict_or_path=dict(deepspeed_config), dtype=dtype):
+        yield
+
+
+def is_sharded(parameter: torch.Tensor) -> bool:
+    """Whether ZeRO-3 holds only a piece of this parameter here."""
+    return hasattr(parameter, "ds_id")
+
+
+def full_shape(parameter: torch.Tensor) -> torch.Size:
+    """The parameter's shape, sharded or not."""
+    return torch.Size(parameter.ds_shape) if is_sharded(parameter) else parameter.shape
+
+
+@contextmanager
+def gathered(parameters: Iterable[torch.Tensor], writer_rank: int | None = None) -> Iterator[None]:
+    """Whole parameters inside; what `writer_rank` changes is kept on every rank."""
+    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=writer_rank):
+        yield
+
+
+def write_parameter(parameter: torch.Tensor, value: torch.Tensor | None) -> None:
+    """Set a parameter before the engine exists. `value` is only needed on rank 0 when sharded."""
+    with gathered([parameter], writer_rank=0), torch.no_grad():
+        if value is not None and (not is_sharded(parameter) or is_main()):
+            parameter.copy_(value)
+
+
+def spans_ranks(parameter: torch.Tensor) -> bool:
+    """Whether a forward needs every rank: a sharded parameter in a group of several."""
+    return is_sharded(parameter) and dist.get_world_size() > 1
+
+
+def restart_trace_at_each_forward(engine: Any, model: torch.nn.Module) -> None:
+    """ZeRO-3 prefetches along a recorded order of modules, restarted at the root's forward.
+
+    Generation calls the inner model, not DeepSpeed's root, so it has to restart it as well.
+    """
+    offload = getattr(engine.optimizer, "parameter_offload", None)
+    if offload is None:
+        return
+
+    def restart(*_: Any) -> None:
+        offload.get_param_coordinator().reset_step()
+
+    model.register_forward_pre_hook(restart)
+
+
+# --- the optimizer's view of a parameter: fp32 masters and moments, by name ---------------------
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _optimizer_tensors(optimizer: Any) -> list[torch.Tensor]:
+    """The fp32 tensors that AdamW itself holds: flat pieces under ZeRO, else the parameters."""
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        return list(optimizer.fp32_partitioned_groups_flat)
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return [tensor for group in inner.param_groups for tensor in group["params"]]
+
+
+def prepare_moments(engine: Any, step: int) -> None:
+    """Allocate AdamW's state as after `step` steps, with zero moments to be filled by name."""
+    optimizer = engine.optimizer
+    inner = getattr(optimizer, "optimizer", optimizer)
+    for tensor in _optimizer_tensors(optimizer):
+        inner.state[tensor] = {
+            "step": torch.tensor(float(step), dtype=torch.float32),
+            **{moment: torch.zeros_like(tensor) for moment in MOMENTS},
+        }
+    _link_moments(optimizer)
+
+
+def _link_moments(optimizer: Any) -> None:
+    """Stages 1-2: DeepSpeed links names to moments once, too early when groups are several."""
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def read_state(engine: Any, parameter: torch.nn.Parameter, moment: str | None) -> torch.Tensor:
+    """A whole master weight (moment None) or moment in fp32. Every rank must call."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    if moment is None:
+        master = safe_get_full_fp32_param(parameter)
+        return parameter.detach().float() if master is None else master
+    optimizer = engine.optimizer
+    if not hasattr(optimizer, "optimizer"):
+        state = optimizer.state.get(parameter)
+        return state[moment] if state else torch.zeros_like(parameter)
+    value = safe_get_full_optimizer_state(parameter, moment)
+    assert value is not None, "a sharded optimizer gave no state"
+    return value
+
+
+def link_moments(engine: Any) -> None:
+    """To be called before `read_state` of moments."""
+    _link_moments(engine.optimizer)
+
+
+def write_state(
+    engine: Any, parameter: torch.nn.Parameter, moment: str | None, value: torch.Tensor
+) -> None:
+    """Set a master weight (working weights must already equal its rounding) or a moment."""
+    from deepspeed.utils import (
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
+
+    optimizer = engine.optimizer
+    if not hasattr(optimizer, "optimizer"):
+        target = parameter.data if moment is None else optimizer.state[parameter][moment]
+        target.copy_(value)
+    elif is_sharded(parameter):
+        # The last rank's piece is padded, which DeepSpeed's own setter does not allow for.
+        piece = _own_piece(parameter, value)
+        if moment is None:
+            safe_set_local_fp32_param(parameter, piece)
+        else:
+            safe_set_local_optimizer_state(parameter, piece, moment)
+    elif moment is None:
+        safe_set_full_fp32_param(parameter, value)
+    else:
+        safe_set_full_optimizer_state(parameter, value, moment)
+
+
+def _own_piece(parameter: Any, value: torch.Tensor) -> torch.Tensor:
+    size = parameter.ds_tensor.ds_numel
+    start = size * dist.get_rank()
+    piece = torch.zeros(size, dtype=torch.float32, device=value.device)
+    own = value.flatten()[start : start + size]
+    piece[: own.numel()] = own
+    return piece
+
+
+def broadcast_tensor(
+    value: torch.Tensor | None, shape: torch.Size, device: torch.device
+) -> torch.Tensor:
+    """Rank 0's fp32 tensor, on every rank."""
+    tensor = torch.empty(shape, dtype=torch.float32, device=device)
+    if is_main():
+        assert value is not None
+        tensor.copy_(value)
+    dist.broadcast(tensor, src=0)
+    return tensor
+
+
+def squared_gradient_norms(parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, float]:
+    """Squared gradient norms after backward, before the step. Every rank must call."""
+    from deepspeed.utils import safe_get_full_grad
+
+    norms = {}
+    for name, parameter in parameters.items():
+        gradient = safe_get_full_grad(parameter)
+        norms[name] = 0.0 if gradient is None else float(gradient.double().square().sum())
+    return norms

@@ -1,0 +1,156 @@
+"""What every family does the same way: build empty, pad, generate, save."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from mmtrain.distributed import sharded_construction, spans_ranks
+from mmtrain.errors import CheckpointError
+from mmtrain.models.interface import ModelOptions
+from mmtrain.models.weights import DTYPES, initialise_weights, load_weights
+
+__all__ = [
+    "build_empty",
+    "generate_from_embeddings",
+    "initialise_weights",
+    "load_processor",
+    "load_weights",
+    "pad_ids",
+    "save_folder",
+]
+_SHARD_BYTES = 5 * 10**9
+
+
+def build_empty(
+    skeleton: Callable[[Any], nn.Module],
+    config: Any,
+    dtype_name: str,
+    zero3_config: Mapping[str, Any] | None,
+) -> nn.Module:
+    """The module tree in its working precision on this rank's device, sharded under ZeRO-3."""
+    dtype = DTYPES[dtype_name]
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with sharded_construction(zero3_config, dtype):
+            if zero3_config is None and device is not None:
+                with device:
+                    model = skeleton(config)
+            else:
+                model = skeleton(config)
+    finally:
+        torch.set_default_dtype(previous)
+    return model.eval()
+
+
+def load_processor(folder: Path, image_token: str, image_token_id: int) -> Any:
+    """The folder's processor, checked against the model's configuration."""
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: no usable processor there ({str(error).splitlines()[0]}).",
+            "Copy tokenizer and preprocessor files from the published checkpoint.",
+        ) from error
+    found = processor.tokenizer.convert_tokens_to_ids(image_token)
+    if found != image_token_id:
+        raise CheckpointError(
+            f"{folder}: the tokenizer gives {image_token} the id {found}, config.json says"
+            f" {image_token_id}.",
+            "Use tokenizer and config.json of the same checkpoint.",
+        )
+    processor.image_token_id = image_token_id
+    return processor
+
+
+def pad_ids(rows: Sequence[Sequence[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Padded ids (pad id 0: it is masked, its value is never seen) and the attention mask."""
+    width = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for number, row in enumerate(rows):
+        where = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[number, where] = torch.tensor(row, dtype=torch.long)
+        mask[number, where] = 1
+    return ids, mask
+
+
+def generate_from_embeddings(
+    model: nn.Module,
+    tokenizer: Any,
+    embeds: torch.Tensor,
+    attention_mask: torch.Tensor,
+    settings: Any,
+) -> list[str]:
+    """Greedy or beam search from embedded prompts; ranks stay in step while any is unfinished."""
+    from transformers import GenerationConfig
+
+    generation = GenerationConfig(
+        max_new_tokens=settings.max_new_tokens,
+        num_beams=settings.num_beams,
+        length_penalty=settings.length_penalty if settings.num_beams > 1 else None,
+        repetition_penalty=settings.repetition_penalty,
+        do_sample=False,
+        use_cache=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id or 0,
+    )
+    with torch.no_grad():
+        out = model.generate(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            generation_config=generation,
+            synced_gpus=spans_ranks(next(model.parameters())),
+        )
+    return [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
+
+
+def save_folder(
+    model: nn.Module, options: ModelOptions, state: Mapping[str, torch.Tensor], folder: Path
+) -> None:
+    """Write config, processor files and sharded safetensors under today's module names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.save_pretrained(str(folder))
+    source = Path(str(options.checkpoint))
+    for path in sorted(source.glob("*")) if options.checkpoint else []:
+        is_text = path.suffix in {".json", ".model", ".jinja", ".txt"}
+        if is_text and path.name != "config.json" and not path.name.endswith(".index.json"):
+            shutil.copy2(path, folder / path.name)
+    weight_map: dict[str, str] = {}
+    for number, part in enumerate(_parts(state), start=1):
+        name = f"model-{number:05d}.safetensors"
+        save_file(
+            {key: state[key].detach().to("cpu").contiguous() for key in part},
+            str(folder / name),
+            metadata={"format": "pt"},
+        )
+        weight_map.update({key: name for key in part})
+    total = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def _parts(state: Mapping[str, torch.Tensor]) -> list[list[str]]:
+    """Names, cut into files of at most about `_SHARD_BYTES`."""
+    parts: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in state.items():
+        num_bytes = tensor.numel() * tensor.element_size()
+        if parts[-1] and size + num_bytes > _SHARD_BYTES:
+            parts.append([])
+            size = 0
+        parts[-1].append(name)
+        size += num_bytes
+    return parts

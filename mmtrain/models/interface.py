@@ -1,0 +1,146 @@
+"""What a model family is.
+
+A family is one file in `mmtrain/models/families/` that exports `FAMILY`; its name is the file's
+name. Families never name a method and methods never name a family: they meet in the sublayer map.
+Heavy imports (torch, transformers) stay inside functions, so that listing families is instant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+    from mmtrain.tasks.interface import Rendered
+
+# component -> sublayer -> role -> anchored regex with a group (?P<layer>\d+)
+SublayerMap = Mapping[str, Mapping[str, Mapping[str, str]]]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The family's own options, cut out of the run file by `mmtrain.build`."""
+
+    checkpoint: str | None
+    preset: str | None
+    dtype: str = "bf16"
+    attention: str = "sdpa"
+    base_dropout: int | str = 0
+    seed: int = 42
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """The attention of a component, for methods that need more than linear layers."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised sample, unpadded. Labels are -100 where no loss falls."""
+
+    id: str
+    key: int  # 63-bit hash of the sample id: keys its dropout masks on any split
+    input_ids: list[int]
+    labels: list[int]
+    pixels: Sequence[torch.Tensor] = ()
+    weight: float = 1.0  # 0 for padding samples: they run, but nothing depends on them
+
+
+@dataclass
+class Batch:
+    """Padded tensors of one micro-batch; what is inside belongs to the family."""
+
+    tensors: dict[str, torch.Tensor]
+    ids: list[str]
+    num_answer_tokens: int
+    num_tokens: int
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        moved = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return Batch(moved, self.ids, self.num_answer_tokens, self.num_tokens)
+
+
+@dataclass
+class ForwardResult:
+    """Sums, never means: the caller divides by the answer tokens of the whole global batch."""
+
+    answer_loss_sum: torch.Tensor
+    num_answer_tokens: int
+    per_sample_loss: torch.Tensor  # summed over each sample's answer tokens
+    auxiliary: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A built base with its processor (tokenizer and image side)."""
+
+    model: torch.nn.Module
+    processor: Any
+    config: Any
+
+
+class Family(Protocol):
+    """One model family."""
+
+    presets: Mapping[str, Mapping[str, Any]]
+    components: Mapping[str, tuple[str, ...]]  # regexes that partition every parameter
+    sublayers: SublayerMap
+    default_roles: Mapping[str, Mapping[str, tuple[str, ...]]]  # method -> component -> roles
+
+    def model_config(self, options: ModelOptions) -> Any:
+        """The transformers configuration of a checkpoint folder or preset."""
+
+    def skeleton(self, config: Any) -> torch.nn.Module:
+        """The module tree, built wherever the caller's device context says (meta for check)."""
+
+    def load(self, options: ModelOptions, zero3_config: Mapping[str, Any] | None) -> LoadedModel:
+        """Build and fill the base, one tensor at a time; sharded when `zero3_config` is given."""
+
+    def attention(self, config: Any, component: str) -> AttentionShape:
+        """The attention shape of a component."""
+
+    def encode(
+        self,
+        processor: Any,
+        sample_id: str,
+        rendered: Rendered,
+        images: Sequence[Image],
+        max_length: int,
+        truncation_side: str,
+    ) -> Example:
+        """Tokenise one rendered sample. Image tokens are never cut: that is an error."""
+
+    def collate(self, examples: Sequence[Example], processor: Any) -> Batch:
+        """Pad to one batch. Any mix of samples with and without pictures gives the same calls."""
+
+    def forward(self, model: torch.nn.Module, batch: Batch) -> ForwardResult:
+        """One forward; the head runs only where labels are."""
+
+    def generate(
+        self, model: torch.nn.Module, processor: Any, examples: Sequence[Example], settings: Any
+    ) -> list[str]:
+        """Answers to the prompts of `examples` (their labels are ignored)."""
+
+    def write_tiny(self, folder: Path, texts: Sequence[str], seed: int) -> None:
+        """Write a tiny checkpoint of the real classes, its tokenizer trained on `texts`."""
+
+    def save(
+        self,
+        model: torch.nn.Module,
+        options: ModelOptions,
+        state: Mapping[str, torch.Tensor],
+        folder: Path,
+    ) -> None:
+        """Write a standard Hugging Face folder with these tensors."""

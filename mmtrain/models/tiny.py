@@ -1,0 +1,70 @@
+"""Tiny checkpoints of the real classes, for the demo, the tests and a first look."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>"]
+
+
+def train_tokenizer(texts: Sequence[str], image_token: str, vocabulary: int = 512) -> Any:
+    """A byte-level BPE tokenizer trained on the texts, Llama-like in its special tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers.trainers import BpeTrainer
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=vocabulary - 1,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(list(texts), trainer)
+    tokenizer.add_special_tokens([AddedToken(image_token, normalized=False, special=True)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": image_token},
+    )
+
+
+def write_llava_folder(family: Any, config: Any, tokenizer: Any, folder: Path, seed: int) -> None:
+    """Weights, configuration, tokenizer and processor of a LLaVA-shaped model."""
+    import torch
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    from mmtrain.models.weights import initialise_weights
+
+    size = config.vision_config.image_size
+    image_processor = CLIPImageProcessor(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    )
+    processor = LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,
+        image_token=config_image_token(tokenizer, config),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    model = family.skeleton(config).to(torch.float32)
+    initialise_weights(model, seed)
+    model.save_pretrained(str(folder))
+    processor.save_pretrained(str(folder))
+
+
+def config_image_token(tokenizer: Any, config: Any) -> str:
+    """The text of the configuration's picture token."""
+    return str(tokenizer.convert_ids_to_tokens(config.image_token_id))

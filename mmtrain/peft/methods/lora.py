@@ -1,0 +1,107 @@
+"""LoRA through peft: W x + (alpha / r) B A dropout(x)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mmtrain.peft.interface import Placement
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class LoraOptions(BaseModel):
+    """Options of a component block with `method: lora`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    r: int = Field(16, ge=1, description="rank")
+    alpha: float = Field(32, gt=0, description="scaling is alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+
+
+class Lora:
+    """The method plug-in."""
+
+    options = LoraOptions
+    starts_at_identity = True
+    batch_coupled = False
+
+    def attach(self, model: nn.Module, placement: Placement, options: Any, seed: int) -> None:
+        """Inject one adapter named after the component; A is keyed, B is zero."""
+        import torch
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import LoraLayer
+
+        from mmtrain.models.dropout import KeyedDropout, scope_of, stable_hash
+
+        name = placement.component
+        config = LoraConfig(
+            r=options.r,
+            lora_alpha=options.alpha,
+            lora_dropout=options.dropout,
+            bias="none",
+            target_modules=placement.pattern,
+            init_lora_weights=False,  # initialised below, keyed by module name
+        )
+        inject_adapter_in_model(config, model, adapter_name=name)
+        for module_name, layer in model.named_modules():
+            if not isinstance(layer, LoraLayer):
+                continue
+            # peft activates only the adapter injected last; each layer carries exactly one.
+            layer.set_adapter(list(layer.lora_A.keys()))
+            if name not in layer.lora_A:
+                continue
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(stable_hash("lora", seed, module_name))
+                weight = torch.empty(layer.lora_A[name].weight.shape)
+                torch.nn.init.kaiming_uniform_(weight, a=5**0.5)
+            with torch.no_grad():
+                layer.lora_A[name].weight.copy_(weight)
+                layer.lora_B[name].weight.zero_()
+            if options.dropout > 0:
+                layer.lora_dropout[name] = KeyedDropout(
+                    options.dropout, module_name, name, scope_of(model)
+                )
+
+    def owns(self, parameter_name: str, component: str) -> bool:
+        """Whether a parameter is this component's A or B."""
+        return parameter_name.endswith(
+            (f".lora_A.{component}.weight", f".lora_B.{component}.weight")
+        )
+
+    def count(self, shapes: Mapping[str, tuple[int, int]], options: Any) -> int:
+        """r (in + out) per module."""
+        return sum(options.r * (out + into) for out, into in shapes.values())
+
+    def export_config(self, placement: Placement, options: Any, base: str) -> dict[str, Any]:
+        """adapter_config.json as peft reads it."""
+        return {
+            "peft_type": "LORA",
+            "task_type": None,
+            "base_model_name_or_path": base,
+            "r": options.r,
+            "lora_alpha": options.alpha,
+            "lora_dropout": options.dropout,
+            "bias": "none",
+            "target_modules": placement.pattern,
+            "inference_mode": True,
+        }
+
+    def export_name(self, parameter_name: str, component: str) -> str:
+        """peft's key: its wrapper's prefix, without the adapter's name."""
+        return "base_model.model." + parameter_name.replace(f".{component}.weight", ".weight")
+
+    def merge(self, model: nn.Module, component: str) -> None:
+        """Fold the adapter into the base weights, in place."""
+        from peft.tuners.lora import LoraLayer
+
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer) and component in layer.lora_A:
+                layer.merge(adapter_names=[component])
+
+
+METHOD = Lora()

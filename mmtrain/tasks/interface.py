@@ -1,0 +1,86 @@
+"""What a task is: raw files -> samples -> prompts and targets -> scores.
+
+A task is one file in `mmtrain/tasks/datasets/` that exports `TASK`; its name is the file's name.
+Text only: pictures travel as encoded bytes and are opened by `mmtrain.data`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import BaseModel
+
+
+@dataclass(frozen=True)
+class ImageBytes:
+    """One encoded picture as stored. `extension`: jpg, png or webp."""
+
+    extension: str
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation. `role`: user or assistant. Loss falls on assistant turns."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One raw sample, free of any prompt. `answers[0]` is the reference answer.
+
+    For multiple choice, `choices` are the option texts and `answers[0]` is one of them.
+    `turns` is only filled by conversation data sets. `meta` holds JSON values only.
+    """
+
+    id: str
+    images: tuple[ImageBytes, ...] = ()
+    turns: tuple[Turn, ...] = ()
+    question: str = ""
+    answers: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A sample through a template: what a family turns into tokens.
+
+    `turns` ends with a user turn; `target` is the assistant's answer to it. `instruction` is the
+    Q-Former's text where a family has one; `candidates` are the answers to rank.
+    """
+
+    turns: tuple[Turn, ...]
+    target: str
+    instruction: str | None = None
+    candidates: tuple[str, ...] = ()
+
+
+Template = Callable[[Sample], Rendered]
+
+
+class Task(Protocol):
+    """One data set. The contract tests find every task by listing the folder."""
+
+    description: str
+    splits: tuple[str, ...]
+    build_options: type[BaseModel]  # options of `mmtrain shards build --set key=value`
+    needs_raw: bool  # False when the raw files come inside a Python package
+    templates: Mapping[str, Template]  # named after the paper that used them; first is the default
+    primary_metric: str  # a key of what `score` returns; larger is better
+
+    def read(self, raw: Path | None, split: str, options: Any) -> Iterator[Sample]:
+        """Yield every sample of a split, in a fixed order."""
+
+    def score(
+        self, samples: Sequence[Sample], predictions: Sequence[str], template: str
+    ) -> tuple[dict[str, float], list[float]]:
+        """Metrics over the set, and one score per sample (what predictions.jsonl shows).
+
+        `template` names the template that asked: each paper's evaluator reads its own answers.
+        """

@@ -1,0 +1,22 @@
+"""Scores that several tasks share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mmtrain.errors import DataError
+
+
+def mean(scores: Sequence[float], name: str = "accuracy") -> float:
+    """The mean of per-sample scores; a metric without data is an error, never 0 or NaN."""
+    if not scores:
+        raise DataError(f"metric '{name}' has no samples;", "evaluate at least one sample.")
+    return sum(scores) / len(scores)
+
+
+def exact_matches(predictions: Sequence[str], references: Sequence[str]) -> list[float]:
+    """1.0 where prediction and reference are equal once outer white space is gone."""
+    return [
+        float(prediction.strip() == reference.strip())
+        for prediction, reference in zip(predictions, references, strict=True)
+    ]

@@ -1,0 +1,241 @@
+"""Saving and resuming what trains: fp32 masters and moments by parameter name.
+
+A checkpoint knows neither world size nor ZeRO stage. It is written beside, synced, read back and
+renamed; one that does not match its checksums is passed over for the one before it, and said so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from mmtrain import distributed
+from mmtrain.errors import CheckpointError, TrainingError
+from mmtrain.training.engine import Engine
+from mmtrain.training.tensor_file import TensorFileWriter
+
+log = logging.getLogger("mmtrain")
+WEIGHTS, MOMENTS, STATE, SUMS = (
+    "trainable.safetensors",
+    "moments.safetensors",
+    "state.json",
+    "sha256.json",
+)
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class CheckpointFolder:
+    """The `checkpoints/` of one run."""
+
+    def __init__(self, run_dir: Path, keep: int) -> None:
+        self.folder = run_dir / "checkpoints"
+        self.keep = keep
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, newest first."""
+        found = (path.name.removeprefix("step-") for path in self.folder.glob("step-*"))
+        return sorted((int(step) for step in found if step.isdigit()), reverse=True)
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
+        return self.folder / f"step-{step}"
+
+    def save(
+        self,
+        engine: Engine,
+        parameters: Mapping[str, torch.nn.Parameter],
+        state: Mapping[str, Any],
+        best_step: int,
+    ) -> Path:
+        """Write one checkpoint. Every rank takes part; a failure stops all of them."""
+        step = int(state["step"])
+        target = self.path(step)
+        temporary = self.folder / f".step-{step}.writing"
+        fault = ""
+        if distributed.is_main():
+            fault = _guarded(lambda: self._start(temporary))
+        fault = _write_tensors(engine, parameters, temporary, fault)
+        if distributed.is_main() and not fault:
+            fault = _guarded(lambda: self._finish(temporary, target, state))
+        fault = distributed.from_main(fault)
+        if fault:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise TrainingError(
+                f"the checkpoint of step {step} could not be written to {self.folder}: {fault}.",
+                "Earlier checkpoints are intact: make room or rights there, and run the same"
+                " command again to go on from the last one.",
+            )
+        if distributed.is_main():
+            self._prune(best_step)
+        return target
+
+    def _start(self, temporary: Path) -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def _finish(self, temporary: Path, target: Path, state: Mapping[str, Any]) -> None:
+        _write_text(temporary / STATE, json.dumps(state, indent=1))
+        sums = {name: file_sha256(temporary / name) for name in (WEIGHTS, MOMENTS, STATE)}
+        _write_text(temporary / SUMS, json.dumps(sums, indent=1))
+        _sync_folder(temporary)
+        problem = find_damage(temporary)
+        if problem:
+            raise OSError(f"what was read back differs: {problem}")
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+        _sync_folder(self.folder)
+
+    def _prune(self, best_step: int) -> None:
+        for step in self.steps()[self.keep :]:
+            if step != best_step:
+                shutil.rmtree(self.path(step), ignore_errors=True)
+
+    def newest_good(self) -> Path | None:
+        """The newest intact checkpoint; damaged ones are named and passed over. Rank 0 only."""
+        for step in self.steps():
+            problem = find_damage(self.path(step))
+            if problem is None:
+                return self.path(step)
+            log.warning("checkpoint step-%d is not used: %s; trying the one before", step, problem)
+        return None
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        sums = json.loads((folder / SUMS).read_text())
+        for name in (WEIGHTS, MOMENTS, STATE):
+            if file_sha256(folder / name) != sums[name]:
+                return f"{name} does not match its checksum (cut short or altered)"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"not readable ({type(error).__name__}: {error})"
+    return None
+
+
+def _guarded(action: Any) -> str:
+    """Run a file action; its failure as text, so that other ranks can be told."""
+    try:
+        action()
+    except OSError as error:
+        return f"{error.strerror or error}"
+    return ""
+
+
+def _write_tensors(
+    engine: Engine, parameters: Mapping[str, torch.nn.Parameter], folder: Path, fault: str
+) -> str:
+    """Gather and write tensor by tensor. Gathering goes on after a failed write: others wait."""
+    distributed.link_moments(engine.deepspeed)
+    shapes = {name: tuple(distributed.full_shape(p)) for name, p in parameters.items()}
+    files: list[tuple[str, dict[str, Any], list[tuple[str, str | None]]]] = [
+        (WEIGHTS, shapes, [(name, None) for name in shapes]),
+        (
+            MOMENTS,
+            {f"{name}.{key}": shapes[name] for name in shapes for key in distributed.MOMENTS},
+            [(name, key) for name in shapes for key in distributed.MOMENTS],
+        ),
+    ]
+    for file_name, file_shapes, entries in files:
+        writer: TensorFileWriter | None = None
+        for number, (name, moment) in enumerate(entries):
+            value = distributed.read_state(engine.deepspeed, parameters[name], moment)
+            if not distributed.is_main() or fault:
+                continue
+            try:
+                writer = writer or TensorFileWriter(folder / file_name, file_shapes)
+                writer.write(name if moment is None else f"{name}.{moment}", value)
+                if number == len(entries) - 1:
+                    writer.close()
+            except OSError as error:
+                fault = f"{error.strerror or error}"
+    return fault
+
+
+def read_state_file(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint."""
+    return json.loads((folder / STATE).read_text())
+
+
+def load_weights_into_model(
+    folder: Path | None, parameters: Mapping[str, torch.nn.Parameter]
+) -> None:
+    """Set working weights from the masters, before the engine exists. Rank 0 alone reads."""
+    _for_each_tensor(
+        folder,
+        WEIGHTS,
+        {name: distributed.full_shape(p) for name, p in parameters.items()},
+        next(iter(parameters.values())).device,
+        lambda name, value: distributed.write_parameter(parameters[name], value),
+    )
+
+
+def load_optimizer_state(
+    folder: Path | None, engine: Engine, parameters: Mapping[str, torch.nn.Parameter], step: int
+) -> None:
+    """Set masters and moments by name, on any layout, after the engine exists."""
+    distributed.prepare_moments(engine.deepspeed, step)
+    shapes = {name: distributed.full_shape(p) for name, p in parameters.items()}
+    device = engine.world.device
+
+    def set_master(name: str, value: torch.Tensor) -> None:
+        distributed.write_state(engine.deepspeed, parameters[name], None, value)
+
+    def set_moment(key: str, value: torch.Tensor) -> None:
+        name, _, moment = key.rpartition(".")
+        distributed.write_state(engine.deepspeed, parameters[name], moment, value)
+
+    _for_each_tensor(folder, WEIGHTS, shapes, device, set_master)
+    moment_shapes = {f"{n}.{key}": s for n, s in shapes.items() for key in distributed.MOMENTS}
+    _for_each_tensor(folder, MOMENTS, moment_shapes, device, set_moment)
+
+
+def _for_each_tensor(
+    folder: Path | None,
+    file_name: str,
+    shapes: Mapping[str, torch.Size],
+    device: torch.device,
+    use: Any,
+) -> None:
+    reader = None
+    if distributed.is_main():
+        assert folder is not None
+        reader = safe_open(str(folder / file_name), framework="pt", device="cpu")
+        stored = set(reader.keys())
+        if stored != set(shapes):
+            raise CheckpointError(
+                f"{folder}: holds other parameters than this run trains, e.g."
+                f" {sorted(stored ^ set(shapes))[0]}.",
+                "Give the run another output_dir.",
+            )
+    for name, shape in shapes.items():
+        value = reader.get_tensor(name) if reader is not None else None
+        use(name, distributed.broadcast_tensor(value, shape, device))

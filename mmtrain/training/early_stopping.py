@@ -1,0 +1,69 @@
+"""Which validation was best, and whether to stop."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mmtrain.config.schema import ValidateConfig
+from mmtrain.errors import TrainingError, nearest
+
+
+@dataclass
+class EarlyStopping:
+    """The best value so far and the validations since."""
+
+    metric: str
+    patience: int | None
+    min_epochs: int
+    best_value: float | None = None
+    best_step: int = -1
+    since_best: int = 0
+
+    @classmethod
+    def of(cls, settings: ValidateConfig) -> EarlyStopping:
+        """A fresh one."""
+        return cls(settings.metric, settings.patience, settings.min_epochs)
+
+    def update(self, metrics: dict[str, float], step: int) -> bool:
+        """Take one validation's metrics; whether it is the best so far."""
+        name = f"val/{self.metric}"
+        if name not in metrics:
+            known = [key.removeprefix("val/") for key in metrics if key.startswith("val/")]
+            raise TrainingError(
+                f"validate.metric: validation gives no '{self.metric}';",
+                nearest(self.metric, known),
+            )
+        value = metrics[name]
+        smaller_is_better = self.metric.endswith("loss")
+        better = (
+            self.best_value is None
+            or math.isnan(self.best_value)
+            or (value < self.best_value if smaller_is_better else value > self.best_value)
+        )
+        if better:
+            self.best_value, self.best_step, self.since_best = value, step, 0
+        else:
+            self.since_best += 1
+        return better
+
+    def should_stop(self, epochs_done: float) -> bool:
+        """Whether patience has run out."""
+        if self.patience is None or epochs_done < self.min_epochs:
+            return False
+        return self.since_best >= self.patience
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {
+            key: value
+            for key, value in asdict(self).items()
+            if key in ("best_value", "best_step", "since_best")
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.best_value = state["best_value"]
+        self.best_step = state["best_step"]
+        self.since_best = state["since_best"]

@@ -1,0 +1,162 @@
+"""What others load: a standard PEFT adapter folder, trained components, a model card.
+
+Written from a checkpoint's masters; never the source of a resume.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from mmtrain.config.schema import RunConfig
+from mmtrain.peft.trainable import Attachment, Trainable
+from mmtrain.training.checkpoint import WEIGHTS
+from mmtrain.training.tensor_file import TensorFileWriter
+
+
+def export_trained(
+    checkpoint: Path, run_dir: Path, config: RunConfig, trainable: Trainable, base_class: str
+) -> list[Path]:
+    """adapter/ (one folder per component when several are adapted) and full/*.safetensors."""
+    written = []
+    several = len(trainable.attachments) > 1
+    for attachment in trainable.attachments:
+        name = f"adapter/{attachment.component}" if several else "adapter"
+        with _replaced(run_dir / name) as folder:
+            _write_adapter(checkpoint, folder, config, trainable, attachment)
+            card = model_card(config, trainable, attachment, base_class, several)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+        written.append(run_dir / name)
+    if trainable.full_components:
+        with _replaced(run_dir / "full") as folder:
+            for component in trainable.full_components:
+                names = {name: name for name in trainable.full_parameters(component)}
+                _copy_tensors(checkpoint, folder / f"{component}.safetensors", names)
+        written.append(run_dir / "full")
+    return written
+
+
+def _write_adapter(
+    checkpoint: Path,
+    folder: Path,
+    config: RunConfig,
+    trainable: Trainable,
+    attachment: Attachment,
+) -> None:
+    method, component = attachment.method, attachment.component
+    names = {
+        method.export_name(name, component): name
+        for name in trainable.adapter_parameters(attachment)
+    }
+    _copy_tensors(checkpoint, folder / "adapter_model.safetensors", names)
+    base = config.model.checkpoint or str(config.model.preset)
+    settings = method.export_config(attachment.placement, attachment.options, base)
+    settings["revision"] = config.model.revision
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2))
+
+
+def _copy_tensors(checkpoint: Path, target: Path, names: Mapping[str, str]) -> None:
+    """Copy tensors, one at a time: name in the target -> name in the checkpoint."""
+    with safe_open(str(checkpoint / WEIGHTS), framework="pt", device="cpu") as reader:
+        ordered = dict(sorted(names.items()))
+        shapes = {new: reader.get_slice(old).get_shape() for new, old in ordered.items()}
+        writer = TensorFileWriter(target, shapes, torch.float32)
+        for new, old in ordered.items():
+            writer.write(new, reader.get_tensor(old))
+        writer.close()
+
+
+@contextmanager
+def _replaced(folder: Path) -> Iterator[Path]:
+    """A folder that takes the place of the old one when it is complete."""
+    temporary = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def loading_snippet(
+    config: RunConfig, trainable: Trainable, base_class: str, several: bool
+) -> str:
+    """Python that rebuilds the trained model with transformers, peft and safetensors only."""
+    base = config.model.checkpoint or str(config.model.preset)
+    dtype = {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[config.model.dtype]
+    lines = ["import torch", f"from transformers import AutoProcessor, {base_class}"]
+    if trainable.attachments:
+        lines.append("from peft import PeftModel")
+    if trainable.full_components:
+        lines.append("from safetensors.torch import load_file")
+    lines += [
+        "",
+        f"base = {base!r}",
+        "run = '.'  # the run folder",
+        f"model = {base_class}.from_pretrained(base, dtype={dtype})",
+        "processor = AutoProcessor.from_pretrained(base)",
+    ]
+    for component in trainable.full_components:
+        lines += [
+            f"trained = load_file(f'{{run}}/full/{component}.safetensors')",
+            "missing, unexpected = model.load_state_dict(trained, strict=False)",
+            "assert not unexpected, unexpected",
+        ]
+    for attachment in trainable.attachments:
+        folder = f"adapter/{attachment.component}" if several else "adapter"
+        lines.append(f"model = PeftModel.from_pretrained(model, f'{{run}}/{folder}')")
+        if several:
+            lines.append("model = model.merge_and_unload()")
+    return "\n".join([*lines, f"model = model.to({dtype}).eval()"])
+
+
+def model_card(
+    config: RunConfig,
+    trainable: Trainable,
+    attachment: Attachment,
+    base_class: str,
+    several: bool,
+) -> str:
+    """README.md of an adapter folder."""
+    base = config.model.checkpoint or str(config.model.preset)
+    data = config.data.task if config.data else "none"
+    options = ", ".join(f"{key} {value}" for key, value in attachment.options)
+    snippet = loading_snippet(config, trainable, base_class, several)
+    full = ", ".join(trainable.full_components) or "none"
+    return f"""---
+base_model: {base}
+library_name: peft
+tags: [mmtrain, {attachment.method_name}]
+---
+
+# {config.name}
+
+- Base model: `{base}` (revision: {config.model.revision or "not given"})
+- Component `{attachment.component}`: {attachment.method_name} ({options})
+- Components trained in full, saved beside in `full/`: {full}
+- Task: {data}; learning rate {config.optim.lr}; global batch {config.optim.global_batch};
+  seed {config.seed}
+
+## Loading
+
+```python
+{snippet}
+```
+"""
+
+
+def merged_state(model: nn.Module, trainable: Trainable) -> dict[str, torch.Tensor]:
+    """The model's weights under the base's names, adapters folded in (model is changed)."""
+    for attachment in trainable.attachments:
+        attachment.method.merge(model, attachment.component)
+    return {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if not any(a.method.owns(name, a.component) for a in trainable.attachments)
+    }

@@ -1,0 +1,82 @@
+"""A run's model, ready to answer: from its best checkpoint, or the base alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmtrain import distributed
+from mmtrain.assemble import Assembled, build_model, pin_numerics
+from mmtrain.config.deepspeed import find_deepspeed_config
+from mmtrain.config.load import load_run_file
+from mmtrain.config.schema import RunConfig
+from mmtrain.distributed import World
+from mmtrain.errors import CheckpointError, MmtrainError
+from mmtrain.training import checkpoint as checkpoints
+from mmtrain.training.checkpoint import CheckpointFolder
+from mmtrain.training.engine import Engine, complete_config
+from mmtrain.training.run_folder import read_status
+
+
+@dataclass(frozen=True)
+class Ready:
+    """An engine without an optimizer, and what it was built from."""
+
+    config: RunConfig
+    engine: Engine
+    assembled: Assembled
+    run_dir: Path | None
+
+
+def find_run(path: str) -> tuple[Path | None, Path]:
+    """(run folder or None, run file) of an argument that names either."""
+    given = Path(path)
+    if given.is_dir():
+        if not (given / "run.yaml").exists():
+            raise MmtrainError(f"{given}: no run folder (no run.yaml there).", "Give a run folder.")
+        return given, given / "run.yaml"
+    return None, given
+
+
+def chosen_checkpoint(run_dir: Path) -> Path:
+    """The best intact checkpoint of a run, else the newest intact one."""
+    folder = CheckpointFolder(run_dir, keep=1)
+    best = read_status(run_dir).get("best_step")
+    if best is not None and checkpoints.find_damage(folder.path(best)) is None:
+        return folder.path(best)
+    newest = folder.newest_good()
+    if newest is None:
+        raise CheckpointError(
+            f"{run_dir}: no intact checkpoint.", "Train it first, or pass --base for the base."
+        )
+    return newest
+
+
+def build_ready(config: RunConfig, checkpoint: Path | None, run_dir: Path | None) -> Ready:
+    """Build the model on this rank and load trained weights into it."""
+    world: World = distributed.initialise()
+    pin_numerics(config, world.local_size)
+    settings = complete_config(
+        find_deepspeed_config(config.parallel.deepspeed), config.model.dtype, 1, 1, world.size, 0.0
+    )
+    zero3 = settings if settings["zero_optimization"]["stage"] == 3 else None
+    if checkpoint is None:
+        config = config.model_copy(update={"components": {}})
+    assembled = build_model(config, zero3)
+    if checkpoint is not None:
+        checkpoints.load_weights_into_model(checkpoint, assembled.trained_parameters())
+    for parameter in assembled.model.parameters():
+        parameter.requires_grad_(False)
+    engine = Engine(
+        assembled.family, assembled.model, assembled.processor, world, settings, groups=None
+    )
+    engine.evaluation_mode()
+    return Ready(config, engine, assembled, run_dir)
+
+
+def ready_from_argument(path: str, overrides: list[str], base: bool) -> Ready:
+    """What a command's RUN argument means: a run folder's best model, or a file's base."""
+    run_dir, run_file = find_run(path)
+    config = load_run_file(run_file, overrides)
+    checkpoint = None if base else chosen_checkpoint(run_dir or Path(config.run_dir))
+    return build_ready(config, checkpoint, run_dir)

@@ -1,0 +1,339 @@
+"""One training run on one rank, from a run file to an exported adapter.
+
+The launcher starts this as a process per rank, Ray calls it in its workers: same entry.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmtrain import distributed, plugins
+from mmtrain.assemble import (
+    Assembled,
+    base_digest,
+    build_model,
+    build_source,
+    data_section,
+    pin_numerics,
+)
+from mmtrain.config.deepspeed import find_deepspeed_config
+from mmtrain.config.load import flatten_run
+from mmtrain.config.schema import RunConfig
+from mmtrain.data.source import Source
+from mmtrain.data.stream import Layout, StepStream
+from mmtrain.distributed import World
+from mmtrain.errors import ConfigError, MmtrainError, TrainingError
+from mmtrain.evaluation.evaluate import Evaluation, evaluate, write_evaluation
+from mmtrain.training import checkpoint as checkpoints
+from mmtrain.training.checkpoint import CheckpointFolder
+from mmtrain.training.early_stopping import EarlyStopping
+from mmtrain.training.engine import Engine, complete_config
+from mmtrain.training.export import export_trained
+from mmtrain.training.loop import Loop, RunState, state_for_checkpoint
+from mmtrain.training.optim import parameter_groups
+from mmtrain.training.progress import Progress, set_up_logging
+from mmtrain.training.recorder import Recorder
+from mmtrain.training.run_folder import check_inputs, prepare, read_status, write_status
+
+log = logging.getLogger("mmtrain")
+OnValidation = Callable[[int, dict[str, float]], None]
+
+
+@dataclass
+class Resume:
+    """Where to go on from; the folder is only known to rank 0, which alone reads it."""
+
+    folder: Path | None
+    state: dict[str, Any]
+
+
+def run_training(config: RunConfig, on_validation: OnValidation | None = None) -> dict[str, float]:
+    """Train as the run file says, or go on from the last good checkpoint; the best metrics."""
+    world = distributed.initialise()
+    run_dir, finished = _on_main(lambda: _open_folder(config))
+    if finished is not None:
+        if world.is_main:
+            print(f"{run_dir} is finished: {finished}. Choose another name to train again.")
+        return finished
+    set_up_logging(run_dir, world.rank)
+    recorder = Recorder.open(run_dir, config) if world.is_main else None
+    try:
+        metrics = _train(config, world, run_dir, recorder, on_validation)
+    except torch.OutOfMemoryError as error:
+        failure = _out_of_memory(config, error)
+        _fail(world, run_dir, recorder, failure)
+        raise failure from error
+    except BaseException as error:
+        _fail(world, run_dir, recorder, error)
+        raise
+    return metrics
+
+
+def _on_main(action: Callable[[], Any]) -> Any:
+    """Rank 0's result on every rank; its error, too, so that no rank is left waiting."""
+    value, error = None, None
+    if distributed.is_main():
+        try:
+            value = action()
+        except MmtrainError as fault:
+            error = fault
+    value, text = distributed.from_main((value, None if error is None else str(error)))
+    if error is not None:
+        raise error
+    if text is not None:
+        raise MmtrainError(text)
+    return value
+
+
+def _open_folder(config: RunConfig) -> tuple[Path, dict[str, float] | None]:
+    run_dir = prepare(config)
+    status = read_status(run_dir)
+    if status.get("state") == "finished":
+        return run_dir, status["metrics"]
+    write_status(run_dir, "running")
+    return run_dir, None
+
+
+def _fail(world: World, run_dir: Path, recorder: Recorder | None, error: BaseException) -> None:
+    if world.is_main:
+        write_status(run_dir, "failed", reason=str(error) or type(error).__name__)
+        assert recorder is not None
+        recorder.close("FAILED")
+
+
+def _out_of_memory(config: RunConfig, error: torch.OutOfMemoryError) -> TrainingError:
+    return TrainingError(
+        f"out of device memory with micro_batch {config.optim.micro_batch}"
+        f" ({str(error).splitlines()[0]}).",
+        "Lower optim.micro_batch (the global batch and so the result stay the same), set"
+        " parallel.activation_checkpointing: true, or use parallel.deepspeed: zero3.",
+    )
+
+
+def _train(
+    config: RunConfig,
+    world: World,
+    run_dir: Path,
+    recorder: Recorder | None,
+    on_validation: OnValidation | None,
+) -> dict[str, float]:
+    threads = pin_numerics(config, world.local_size)
+    data, optim = data_section(config), config.optim
+    if data.train is None:
+        raise ConfigError(["data.train: is missing; give a folder of training shards"])
+    layout = Layout(world.size, world.rank, optim.micro_batch, optim.global_batch).check()
+    settings = complete_config(
+        find_deepspeed_config(config.parallel.deepspeed),
+        config.model.dtype,
+        optim.micro_batch,
+        layout.accumulation,
+        world.size,
+        optim.max_grad_norm,
+    )
+    zero3 = settings if settings["zero_optimization"]["stage"] == 3 else None
+    assembled = build_model(config, zero3)
+    if not assembled.trainable.owner:
+        raise ConfigError(["components: nothing trains; give a component mode 'full' or 'peft'"])
+    train = build_source(config, assembled, data.train, data.limit)
+    val = build_source(config, assembled, data.val, data.val_limit) if data.val else None
+    inputs = _on_main(lambda: _input_digests(config, train, val))
+    folder = CheckpointFolder(run_dir, config.checkpoint.keep)
+    resume = _find_resume(folder, inputs)
+    engine, parameters = _build_engine(config, world, assembled, settings, resume)
+    stream = StepStream(
+        len(train),
+        train.example,
+        lambda examples: assembled.family.collate(examples, assembled.processor),
+        layout,
+        config.data_seed,
+        data.workers,
+    )
+    loop = _make_loop(config, engine, stream, assembled, parameters, resume, run_dir, val, recorder)
+    loop.on_validation = on_validation
+    facts = _facts(config, layout, settings, threads, inputs)
+    loop.save = lambda: _save(folder, engine, parameters, loop, facts)
+    if recorder is not None:
+        recorder.start(flatten_run(config), inputs, resume.state.get("step", 0) if resume else 0)
+    loop.run()
+    return _finish(config, world, run_dir, folder, loop, assembled, recorder)
+
+
+def _input_digests(config: RunConfig, train: Source, val: Source | None) -> dict[str, str]:
+    digests = {"base": base_digest(config.model.checkpoint), "data.train": train.shards.digest}
+    if val is not None:
+        digests["data.val"] = val.shards.digest
+    return digests
+
+
+def _find_resume(folder: CheckpointFolder, inputs: Mapping[str, str]) -> Resume | None:
+    def find() -> dict[str, Any] | None:
+        path = folder.newest_good()
+        if path is None:
+            return None
+        state = checkpoints.read_state_file(path)
+        check_inputs(state, inputs)
+        return state
+
+    state = _on_main(find)
+    if state is None:
+        return None
+    log.info("resuming after step %d", state["step"])
+    return Resume(folder.path(state["step"]), state)
+
+
+def _build_engine(
+    config: RunConfig,
+    world: World,
+    assembled: Assembled,
+    settings: Mapping[str, Any],
+    resume: Resume | None,
+) -> tuple[Engine, dict[str, torch.nn.Parameter]]:
+    parameters = assembled.trained_parameters()
+    if resume is not None:
+        checkpoints.load_weights_into_model(resume.folder, parameters)
+    optim = config.optim
+    groups = parameter_groups(parameters, assembled.trainable.owner, config.components, optim)
+    engine = Engine(
+        assembled.family,
+        assembled.model,
+        assembled.processor,
+        world,
+        settings,
+        groups,
+        optim.betas,
+        optim.eps,
+    )
+    if resume is not None:
+        step = int(resume.state["step"])
+        checkpoints.load_optimizer_state(resume.folder, engine, parameters, step)
+    return engine, parameters
+
+
+def _make_loop(
+    config: RunConfig,
+    engine: Engine,
+    stream: StepStream,
+    assembled: Assembled,
+    parameters: dict[str, torch.nn.Parameter],
+    resume: Resume | None,
+    run_dir: Path,
+    val: Source | None,
+    recorder: Recorder | None,
+) -> Loop:
+    stopping, state = EarlyStopping.of(config.validation), RunState()
+    if resume is not None:
+        stopping.restore(resume.state["early_stopping"])
+        state = RunState(
+            int(resume.state["step"]),
+            resume.state["last_metrics"],
+            resume.state["best_metrics"],
+            bool(resume.state["stopped_early"]),
+        )
+    record = recorder.record if recorder is not None else lambda step, epoch, metrics: None
+    return Loop(
+        config=config,
+        engine=engine,
+        stream=stream,
+        parameters=parameters,
+        owner=assembled.trainable.owner,
+        stopping=stopping,
+        state=state,
+        validate=_validator(config, engine, val, run_dir) if val is not None else None,
+        record=record,
+        save=lambda: None,
+        on_validation=None,
+    )
+
+
+def _validator(
+    config: RunConfig, engine: Engine, val: Source, run_dir: Path
+) -> Callable[[int], Evaluation]:
+    data = data_section(config)
+    task = plugins.load("task", data.task)
+    template = data.template or next(iter(task.templates))
+
+    def validate(step: int) -> Evaluation:
+        chunks = -(-len(val) // (engine.world.size * config.generation.batch_size))
+        with Progress("validate", chunks, engine.world.is_main) as progress:
+            evaluation = evaluate(
+                engine,
+                val,
+                task,
+                template,
+                config.generation,
+                lambda done, total: progress.update(done),
+            )
+        if engine.world.is_main:
+            write_evaluation(run_dir / "evaluation" / "val", evaluation)
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items())
+            log.info("step %d: validation %s", step, shown)
+        return evaluation
+
+    return validate
+
+
+def _facts(
+    config: RunConfig,
+    layout: Layout,
+    settings: Mapping[str, Any],
+    threads: int,
+    inputs: Mapping[str, str],
+) -> dict[str, Any]:
+    packages = ("mmtrain", "torch", "transformers", "deepspeed", "peft")
+    return {
+        "seed": config.seed,
+        "layout": {
+            "world_size": layout.world_size,
+            "micro_batch": layout.micro_batch,
+            "accumulation": layout.accumulation,
+            "zero_stage": settings["zero_optimization"]["stage"],
+            "threads": threads,
+        },
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "inputs": dict(inputs),
+    }
+
+
+def _save(
+    folder: CheckpointFolder,
+    engine: Engine,
+    parameters: Mapping[str, torch.nn.Parameter],
+    loop: Loop,
+    facts: Mapping[str, Any],
+) -> None:
+    if distributed.is_main() and folder.path(loop.state.step).exists():
+        log.info("checkpoint step-%d is written again", loop.state.step)
+    state = state_for_checkpoint(loop, dict(facts))
+    folder.save(engine, parameters, state, loop.stopping.best_step)
+
+
+def _finish(
+    config: RunConfig,
+    world: World,
+    run_dir: Path,
+    folder: CheckpointFolder,
+    loop: Loop,
+    assembled: Assembled,
+    recorder: Recorder | None,
+) -> dict[str, float]:
+    metrics = loop.state.best_metrics
+    if world.is_main:
+        assert recorder is not None
+        best = loop.stopping.best_step
+        chosen = best if best > 0 and folder.path(best).exists() else loop.state.step
+        base_class = type(assembled.model).__name__
+        written = export_trained(
+            folder.path(chosen), run_dir, config, assembled.trainable, base_class
+        )
+        recorder.finish(written, metrics)
+        write_status(run_dir, "finished", metrics=metrics, best_step=chosen, step=loop.state.step)
+        log.info("finished at step %d; best step %d; %s", loop.state.step, chosen, run_dir)
+    distributed.barrier()
+    return metrics

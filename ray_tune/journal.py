@@ -1,0 +1,209 @@
+"""What a study remembers on disk, so that it can be killed at any moment and go on.
+
+`study.json` says which study and which trials; `results/<trial>.json` what became of one trial.
+Every file is replaced at once. Nothing here needs ray: Ray's own experiment state is not used,
+because it does not bring back the scheduler.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from mmtrain.config.problems import shown
+from mmtrain.errors import ConfigError, MmtrainError
+from ray_tune.study import Study
+from ray_tune.trials import Trial
+
+FORMAT_VERSION = 1
+WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
+STOPPED, FAILED = "stopped", "failed"
+# Neither is run again: the scheduler's verdict on a stopped trial still stands.
+SETTLED = frozenset({FINISHED, STOPPED})
+# These say how trials are run and shown, not what they compute: they may change on a resume.
+_FREE_KEYS = frozenset(
+    {"max_concurrent", "resources_per_rank", "by", "baseline", "keep_checkpoints", "output_dir"}
+)
+
+
+@dataclass
+class Report:
+    """One validation of a trial."""
+
+    step: int
+    metrics: dict[str, float]
+    time_s: float
+
+
+@dataclass
+class Record:
+    """What became of one trial so far."""
+
+    name: str
+    id: str
+    params: dict[str, Any]
+    status: str = WAITING
+    reports: list[Report] = field(default_factory=list)
+    attempts: int = 0
+    seconds: float = 0.0
+    training_seconds: float = 0.0
+    reason: str = ""
+
+    def add(self, step: int, metrics: Mapping[str, float], time_s: float) -> int:
+        """Keep a validation, replacing one of the same step; its number among all, from 1.
+
+        A trial that resumes from a checkpoint repeats the validations after it.
+        """
+        self.reports = [report for report in self.reports if report.step != step]
+        self.reports.append(Report(step, dict(metrics), time_s))
+        self.reports.sort(key=lambda report: report.step)
+        return [report.step for report in self.reports].index(step) + 1
+
+    def best(self, metric: str, mode: str) -> tuple[float, int] | None:
+        """The best value of a metric over the validations, and its step; NaN is never best."""
+        known = [
+            (report.metrics[metric], report.step)
+            for report in self.reports
+            if report.metrics.get(metric, float("nan")) == report.metrics.get(metric)
+        ]
+        if not known:
+            return None
+        return max(known, key=lambda pair: (pair[0] if mode == "max" else -pair[0], -pair[1]))
+
+
+class Journal:
+    """The study's folder. Holds paths and records only, so that Ray may copy it about."""
+
+    def __init__(self, folder: Path, records: Sequence[Record], parent_run_id: str | None) -> None:
+        self.folder = folder
+        self.records = {record.name: record for record in records}
+        self.parent_run_id = parent_run_id
+
+    def save(self, record: Record) -> None:
+        """Write one trial's result file."""
+        _write_json(_result_path(self.folder, record.name), asdict(record))
+
+    def unsettled(self) -> list[Record]:
+        """The trials that still have to run, in the study's order."""
+        return [record for record in self.records.values() if record.status not in SETTLED]
+
+    def count(self, status: str) -> int:
+        """How many trials have this status."""
+        return sum(record.status == status for record in self.records.values())
+
+    def best(self, metric: str, mode: str, statuses: Sequence[str] = (FINISHED,)) -> Record | None:
+        """The trial with the best value among those of these statuses; the first one on a tie."""
+        sign = 1 if mode == "max" else -1
+        ranked = [
+            (sign * found[0], -number, record)
+            for number, record in enumerate(self.records.values())
+            if record.status in statuses and (found := record.best(metric, mode)) is not None
+        ]
+        return max(ranked, key=lambda item: item[:2])[2] if ranked else None
+
+    def remember_parent(self, run_id: str) -> None:
+        """Keep the id of the study's MLflow run: a resumed study goes on in the same one."""
+        self.parent_run_id = run_id
+        path = self.folder / "study.json"
+        _write_json(path, {**json.loads(path.read_text("utf-8")), "parent_run_id": run_id})
+
+
+def open_journal(study: Study, trials: Sequence[Trial], resume: bool) -> Journal:
+    """Start the study's folder, or go on with it; a folder of another study is an error."""
+    folder = Path(study.study_dir)
+    path = folder / "study.json"
+    if path.exists():
+        stored = _stored_study(path)
+        if not resume:
+            raise MmtrainError(
+                f"the study folder {folder} is in use: it holds {len(stored['trials'])} trials.",
+                "Go on with it by --resume, or choose another name or output_dir.",
+            )
+        _refuse_difference(stored["study"], study.model_dump(mode="json"), path)
+        records = [_stored_record(folder, trial) for trial in trials]
+        return Journal(folder, records, stored.get("parent_run_id"))
+    _write_json(
+        path,
+        {
+            "format_version": FORMAT_VERSION,
+            "study": study.model_dump(mode="json"),
+            "trials": [{"id": t.id, "name": t.name, "params": dict(t.params)} for t in trials],
+            "parent_run_id": None,
+            "created_s": time.time(),
+        },
+    )
+    return Journal(folder, [_stored_record(folder, trial) for trial in trials], None)
+
+
+@contextmanager
+def study_lock(folder: Path) -> Iterator[IO[str]]:
+    """Hold the study: one driver at a time. Yields the lock's file, which outlives a crash."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise MmtrainError(
+                f"another `mmtrain tune` is running in {folder}.",
+                "Wait for it, end it, or choose another name or output_dir.",
+            ) from None
+        yield file
+
+
+def _stored_study(path: Path) -> dict[str, Any]:
+    try:
+        stored = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise MmtrainError(f"{path} is not readable ({error}).", "Delete the folder.") from error
+    if stored.get("format_version") != FORMAT_VERSION:
+        raise MmtrainError(
+            f"{path} has format version {shown(stored.get('format_version'))}, not"
+            f" {FORMAT_VERSION}.",
+            "Go on with the version of mmtrain that wrote it, or choose another output_dir.",
+        )
+    return stored
+
+
+def _refuse_difference(stored: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    changed = [
+        f"{key}: the folder's study says {shown(stored.get(key))}, this one {shown(now.get(key))}"
+        for key in sorted({*stored, *now} - _FREE_KEYS)
+        if stored.get(key) != now.get(key)
+    ]
+    if changed:
+        remedy = "only the same study can go on here: restore it, or choose another output_dir"
+        raise ConfigError([*changed, remedy], str(path))
+
+
+def _stored_record(folder: Path, trial: Trial) -> Record:
+    fresh = Record(trial.name, trial.id, dict(trial.params))
+    try:
+        stored = json.loads(_result_path(folder, trial.name).read_text("utf-8"))
+        record = Record(**{**stored, "reports": [Report(**item) for item in stored["reports"]]})
+    except (OSError, ValueError, TypeError, KeyError):
+        return fresh  # at worst a trial runs again, and its own folder knows that it is finished
+    if record.status == RUNNING:
+        record.status = WAITING
+    return record
+
+
+def _result_path(folder: Path, name: str) -> Path:
+    return folder / "results" / f"{name}.json"
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

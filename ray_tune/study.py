@@ -1,0 +1,203 @@
+"""The study file: which runs to make from one base run, how they are searched and compared.
+
+No ray and no torch here: reading a study must be instant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from mmtrain.config import yaml_text
+from mmtrain.config.load import read_data, with_overrides
+from mmtrain.config.problems import checked, shown
+from mmtrain.config.schema import RUN_NAME_PATTERN, Section
+from mmtrain.errors import ConfigError, nearest
+
+Scalar = bool | int | float | str | None
+Value = Scalar | list[Any] | dict[str, Any]
+
+
+class SearchKey(Section):
+    """What one run key may be: exactly one of the five."""
+
+    grid: list[Value] | None = Field(None, min_length=1, description="every value is tried")
+    choice: list[Value] | None = Field(None, min_length=1, description="one of these, drawn")
+    uniform: tuple[float, float] | None = Field(None, description="[low, high], drawn evenly")
+    loguniform: tuple[float, float] | None = Field(
+        None, description="[low, high], drawn evenly on a logarithmic scale"
+    )
+    randint: tuple[int, int] | None = Field(None, description="[low, high], both included")
+
+    @property
+    def kind(self) -> str:
+        """Which of the five is given."""
+        return next(name for name in SearchKey.model_fields if getattr(self, name) is not None)
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> SearchKey:
+        given = [name for name in SearchKey.model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            kinds = ", ".join(SearchKey.model_fields)
+            raise ValueError(f"give exactly one of {kinds}; got {', '.join(given) or 'none'}")
+        bounds = self.uniform or self.loguniform or self.randint
+        if bounds and bounds[0] >= bounds[1]:
+            raise ValueError(f"the lower bound {bounds[0]:g} is not below the upper {bounds[1]:g}")
+        if self.loguniform and self.loguniform[0] <= 0:
+            raise ValueError("loguniform needs a lower bound above 0")
+        return self
+
+
+class SchedulerConfig(Section):
+    """Whether poor trials are stopped early. All times count validations of a trial."""
+
+    type: Literal["none", "asha"] = Field("none", description="none: every trial runs to its end")
+    grace: int = Field(1, ge=1, description="never stop a trial before this many validations")
+    reduction_factor: float = Field(
+        3.0, gt=1, description="about one trial in this many passes each rung"
+    )
+    max: int = Field(100, ge=1, description="no rungs beyond this many validations")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> SchedulerConfig:
+        if self.max < self.grace:
+            raise ValueError(f"'max' ({self.max}) is below 'grace' ({self.grace}); raise it")
+        return self
+
+
+class RankResources(Section):
+    """What one rank of a trial occupies."""
+
+    cpu: float = Field(1.0, gt=0, description="CPU cores per rank")
+    gpu: float | None = Field(
+        None, ge=0, description="GPUs per rank; default: 1 where the machines have any, else 0"
+    )
+
+
+class StudyTracking(Section):
+    """Where the study is logged; default: where the base run says."""
+
+    uri: str | None = Field(None, description="MLflow tracking URI, or 'none'")
+    experiment: str | None = Field(None, description="MLflow experiment of the whole study")
+
+
+class Study(Section):
+    """One study file."""
+
+    name: str = Field(pattern=RUN_NAME_PATTERN, description="name of the study and its folder")
+    base: dict[str, Any] = Field(description="the run that all trials share: a path, or a mapping")
+    search: dict[str, SearchKey] = Field(min_length=1, description="run key: what it may be")
+    algorithm: Literal["grid", "random"] = Field(
+        "grid", description="random draws num_samples points and crosses them with the grid keys"
+    )
+    num_samples: int | None = Field(None, ge=1, description="random: points drawn")
+    seed: int = Field(0, ge=0, description="keys what random search draws")
+    metric: str = Field("val/loss", description="validation metric that ranks the trials")
+    mode: Literal["max", "min"] = Field("min", description="whether more or less of it is better")
+    scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
+    ranks_per_trial: int = Field(1, ge=1, description="processes per trial")
+    resources_per_rank: RankResources = Field(default_factory=RankResources)
+    max_concurrent: int | None = Field(
+        None, ge=1, description="trials at a time; default: as many as fit"
+    )
+    by: list[str] | None = Field(
+        None, description="search keys to group by; default: all but seeds"
+    )
+    output_dir: str | None = Field(None, description="study folder; default studies/<name>")
+    tracking: StudyTracking = Field(default_factory=StudyTracking)
+    baseline: float | str | None = Field(
+        None, description="metric of the unadapted base: a number, or an evaluation's metrics.json"
+    )
+    keep_checkpoints: Literal["best", "all", "none"] = Field(
+        "best", description="of finished trials, whose optimizer checkpoints stay; adapters stay"
+    )
+
+    @property
+    def study_dir(self) -> str:
+        """The study's folder."""
+        return self.output_dir or f"studies/{self.name}"
+
+    @property
+    def group_by(self) -> list[str]:
+        """The keys that the comparison groups by: repetitions over seeds fall together."""
+        if self.by is not None:
+            return self.by
+        return [key for key in self.search if key.rsplit(".", 1)[-1] != "seed"]
+
+    @model_validator(mode="after")
+    def _search_fits_algorithm(self) -> Study:
+        drawn = [key for key, entry in self.search.items() if entry.kind != "grid"]
+        if self.algorithm == "grid" and drawn:
+            listed = ", ".join(f"{key} ({self.search[key].kind})" for key in drawn)
+            raise ValueError(f"grid search takes only grid keys, not {listed}; algorithm: random")
+        if self.algorithm == "random" and not drawn:
+            raise ValueError("random search needs a key with choice, uniform, loguniform, randint")
+        if (self.num_samples is None) == (self.algorithm == "random"):
+            raise ValueError("give 'num_samples' with algorithm random, and only there")
+        for key in self.by or []:
+            if key not in self.search:
+                raise ValueError(f"by: '{key}' is not searched; {nearest(key, self.search)}")
+        return self
+
+
+def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
+    """The study file with `a.b=c` overrides applied; every problem is reported at once.
+
+    `base.optim.lr=1e-3` changes the base run, `search.optim.lr.grid=[1e-3]` a search key.
+    """
+    data, problems = _read(Path(path))
+    data, more = _with_base(data, Path(path).parent)
+    problems += more
+    searched = [text for text in overrides if text.startswith("search.")]
+    data, more = with_overrides(data, [text for text in overrides if text not in searched])
+    problems += more + _override_search(data, searched)
+    study, more = checked(Study, data)
+    problems += more
+    if study is None or problems:
+        raise ConfigError(problems, str(path))
+    return study
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
+    try:
+        data, problems = yaml_text.parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(["there is no such file; give the path of a study file"], str(path)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"cannot be read as text: {error}"], str(path)) from None
+    if not isinstance(data, dict):
+        fault = f"the file holds {shown(data)}; a study file is a mapping with 'base' and 'search'"
+        raise ConfigError(problems or [fault], str(path))
+    return data, problems
+
+
+def _with_base(data: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """The study with the base run file's content in place of its path."""
+    base = data.get("base")
+    if not isinstance(base, str):
+        return dict(data), []
+    found = next((place for place in (folder / base, Path(base)) if place.is_file()), None)
+    if found is None:
+        fault = f"base: there is no file '{base}', neither beside the study nor in {Path.cwd()}"
+        return {**data, "base": {}}, [fault]
+    run, problems = read_data(found)
+    return {**data, "base": run}, [f"base {found}: {problem}" for problem in problems]
+
+
+def _override_search(data: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Set `search.<run key>.<kind>=value`, where the run key itself has dots."""
+    problems: list[str] = []
+    search = dict(data["search"]) if isinstance(data.get("search"), dict) else {}
+    for override in overrides:
+        place, equals, text = override.partition("=")
+        key, _, kind = place.removeprefix("search.").rpartition(".")
+        value, faults = yaml_text.parse(text)
+        if not equals or not key or faults:
+            problems.append(f"override {shown(override)}: write it as search.KEY.grid=[value, …]")
+        else:
+            search[key] = {kind: value}
+    data["search"] = search
+    return problems

@@ -1,0 +1,155 @@
+"""From a study to its trials: a pure, ordered expansion with names that depend on content only."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mmtrain.config.problems import shown
+from mmtrain.errors import ConfigError
+from ray_tune.study import SearchKey, Study
+
+# Where and under which name a run is kept does not change what it computes.
+_BOOKKEEPING = ("name", "output_dir", "tracking")
+_MAX_NAME_LENGTH = 80
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a study. `run` is its complete run file as data."""
+
+    id: str
+    name: str
+    params: Mapping[str, Any]
+    run: Mapping[str, Any]
+
+
+def expand(study: Study) -> list[Trial]:
+    """The study's trials in order; points that random search draws twice appear once."""
+    trials: dict[str, Trial] = {}
+    for params in _points(study):
+        trial = _trial(study, params)
+        trials.setdefault(trial.id, trial)
+    return list(trials.values())
+
+
+def check_trials(trials: Sequence[Trial], ranks: int, source: str) -> None:
+    """Raise with every distinct problem that any trial's run file has on this many ranks."""
+    from mmtrain.build import resolve
+
+    first_seen: dict[str, str] = {}
+    for trial in trials:
+        try:
+            resolve(trial.run, (), ranks)
+        except ConfigError as error:
+            for problem in error.problems:
+                first_seen.setdefault(problem, trial.name)
+    if first_seen:
+        raise ConfigError([f"{text} (trial {name})" for text, name in first_seen.items()], source)
+
+
+def _points(study: Study) -> Iterator[dict[str, Any]]:
+    """Every combination of parameters: draws outside, grid keys inside, in the file's order."""
+    grids = {key: entry.grid for key, entry in study.search.items() if entry.grid is not None}
+    drawn = {key: entry for key, entry in study.search.items() if entry.grid is None}
+    for sample in range(study.num_samples or 1):
+        draws = {
+            key: draw(entry, keyed_fraction(study.seed, sample, key))
+            for key, entry in drawn.items()
+        }
+        for values in itertools.product(*grids.values()):
+            point = {**draws, **dict(zip(grids, values))}
+            yield {key: point[key] for key in study.search}
+
+
+def keyed_fraction(seed: int, sample: int, key: str) -> float:
+    """A number in [0, 1) that depends only on its arguments: more samples keep earlier ones."""
+    digest = hashlib.sha256(f"{seed}/{sample}/{key}".encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def draw(entry: SearchKey, fraction: float) -> Any:
+    """The value of a search key at a fraction in [0, 1)."""
+    if entry.choice is not None:
+        return entry.choice[int(fraction * len(entry.choice))]
+    if entry.uniform is not None:
+        low, high = entry.uniform
+        return _rounded(low + fraction * (high - low))
+    if entry.loguniform is not None:
+        low, high = entry.loguniform
+        return _rounded(math.exp(math.log(low) + fraction * math.log(high / low)))
+    assert entry.randint is not None, "the schema admits exactly one kind, and not grid here"
+    first, last = entry.randint
+    return first + int(fraction * (last - first + 1))
+
+
+def _rounded(value: float) -> float:
+    """Six digits: the same on every platform's exp and log, and readable in tables."""
+    return float(f"{value:.6g}")
+
+
+def _trial(study: Study, params: Mapping[str, Any]) -> Trial:
+    run = _copied(study.base)
+    for key, value in params.items():
+        _set(run, key, value)
+    content = {key: value for key, value in run.items() if key not in _BOOKKEEPING}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    trial_id = hashlib.sha256(text.encode()).hexdigest()[:10]
+    name = f"{_label(params)[: _MAX_NAME_LENGTH - 11].rstrip('-._')}-{trial_id}"
+    run.update(name=name, output_dir=f"{study.study_dir}/trials/{name}")
+    run["tracking"] = _tracking(study, run.get("tracking"))
+    return Trial(trial_id, name, dict(params), run)
+
+
+def _tracking(study: Study, of_base: Any) -> dict[str, Any]:
+    tracking = dict(of_base or {})
+    ours = {"uri": study.tracking.uri, "experiment": study.tracking.experiment}
+    tracking.update({key: value for key, value in ours.items() if value is not None})
+    tracking["tags"] = {**(tracking.get("tags") or {}), "study": study.name}
+    return tracking
+
+
+def _copied(value: Any) -> Any:
+    return {k: _copied(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+
+
+def _set(run: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    here = run
+    for depth, section in enumerate(sections, start=1):
+        if here.get(section) is None:
+            here[section] = {}
+        here = here[section]
+        if not isinstance(here, dict):
+            above = ".".join(sections[:depth])
+            fault = f"search key '{key}' cannot be set: {above} is {shown(here)}, not a section"
+            raise ConfigError([fault], "study")
+    here[last] = value
+
+
+def _label(params: Mapping[str, Any]) -> str:
+    """`r4-lr0.002-seed1`: the shortest endings of the keys that tell them apart, with values."""
+    return "-".join(f"{_short(key, params)}{_value_text(value)}" for key, value in params.items())
+
+
+def _short(key: str, keys: Mapping[str, Any]) -> str:
+    parts = key.split(".")
+    for length in range(1, len(parts) + 1):
+        ending = parts[-length:]
+        if sum(other.split(".")[-length:] == ending for other in keys) == 1:
+            return _slug("_".join(ending))
+    return _slug(key)
+
+
+def _value_text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else _slug(json.dumps(value))
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.]+", "_", text).strip("_.")

@@ -1,0 +1,132 @@
+"""What every task must do. Tasks are found by listing their folder; none is named here.
+
+A task that needs raw files brings a small sample of them in tests/golden/tasks/<task>/raw/.
+Its prompts stand in tests/golden/tasks/<task>/<template>.txt, to be read by a person;
+`python -m tests.contracts.test_tasks` writes them anew after an intended change.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from data_shards.writer import ShardWriter
+from mmtrain import plugins
+from mmtrain.data.shards import ShardFolder
+from mmtrain.errors import DataError
+from mmtrain.tasks.interface import Rendered, Sample, Task
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "tasks"
+TASKS = plugins.names("task")
+TEMPLATES = [
+    (name, template) for name in TASKS for template in plugins.load("task", name).templates
+]
+_SAMPLES_AT_MOST = 5
+
+
+def _samples(name: str, split: str) -> list[Sample]:
+    task: Task = plugins.load("task", name)
+    raw = GOLDEN / name / "raw" if task.needs_raw else None
+    return list(islice(task.read(raw, split, task.build_options()), _SAMPLES_AT_MOST))
+
+
+def _readable(sample: Sample, rendered: Rendered) -> str:
+    lines = [f"=== {sample.id}, {len(sample.images)} picture(s)"]
+    lines += [f"[{turn.role}] {turn.text}" for turn in rendered.turns]
+    lines += [f"[target] {rendered.target}"]
+    if rendered.instruction is not None:
+        lines += [f"[instruction] {rendered.instruction}"]
+    lines += [f"[candidates] {' | '.join(rendered.candidates)}", ""]
+    return "\n".join(lines)
+
+
+def _golden_text(name: str, template: str) -> str:
+    task: Task = plugins.load("task", name)
+    samples = _samples(name, task.splits[0])
+    return "\n".join(_readable(sample, task.templates[template](sample)) for sample in samples)
+
+
+def test_there_are_tasks() -> None:
+    assert {"digits", "scienceqa"} <= set(TASKS)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_declares_what_it_is(name: str) -> None:
+    task: Task = plugins.load("task", name)
+    assert task.description and task.splits and task.templates
+    assert "train" in task.splits
+    for field in task.build_options.model_fields.values():
+        assert field.description, "every build option says what it does"
+    with pytest.raises(ValueError):
+        task.build_options.model_validate({"no_such_option": 1})
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_reads_the_same_samples_twice_with_unique_ids(name: str) -> None:
+    task: Task = plugins.load("task", name)
+    for split in task.splits:
+        samples = _samples(name, split)
+        assert samples, f"{split} is empty"
+        assert samples == _samples(name, split)
+        assert len({sample.id for sample in samples}) == len(samples)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_splits_share_no_sample(name: str) -> None:
+    task: Task = plugins.load("task", name)
+    raw = GOLDEN / name / "raw" if task.needs_raw else None
+    seen: set[str] = set()
+    for split in task.splits:
+        ids = {sample.id for sample in task.read(raw, split, task.build_options())}
+        assert not ids & seen
+        seen |= ids
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_samples_survive_shards(name: str, tmp_path: Path) -> None:
+    task: Task = plugins.load("task", name)
+    samples = _samples(name, task.splits[0])
+    writer = ShardWriter(tmp_path, samples_per_shard=2)
+    for sample in samples:
+        writer.add(sample)
+    writer.finish(name, task.splits[0], 0, None, {})
+    folder = ShardFolder.open(tmp_path)
+    assert [folder.read(i) for i in range(len(folder))] == samples
+
+
+@pytest.mark.parametrize(("name", "template"), TEMPLATES)
+def test_prompts_are_the_golden_ones(name: str, template: str) -> None:
+    path = GOLDEN / name / f"{template}.txt"
+    assert path.is_file(), f"write {path} with: python -m tests.contracts.test_tasks"
+    assert _golden_text(name, template) == path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("name", "template"), TEMPLATES)
+def test_targets_score_best_and_nonsense_worst(name: str, template: str) -> None:
+    task: Task = plugins.load("task", name)
+    samples = _samples(name, task.splits[0])
+    rendered = [task.templates[template](sample) for sample in samples]
+    best, best_each = task.score(samples, [each.target for each in rendered], template)
+    worst, worst_each = task.score(samples, ["%nonsense%"] * len(samples), template)
+    assert len(best_each) == len(worst_each) == len(samples)
+    assert best[task.primary_metric] > worst[task.primary_metric]
+    assert best.keys() == worst.keys()
+    for each in rendered:
+        assert each.turns[-1].role == "user"
+        assert not each.candidates or each.target in each.candidates
+
+
+@pytest.mark.parametrize(("name", "template"), TEMPLATES)
+def test_score_of_nothing_is_an_error(name: str, template: str) -> None:
+    with pytest.raises(DataError, match="no samples"):
+        plugins.load("task", name).score([], [], template)
+
+
+if __name__ == "__main__":
+    for task_name, template_name in TEMPLATES:
+        target = GOLDEN / task_name / f"{template_name}.txt"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(_golden_text(task_name, template_name), encoding="utf-8")
+        print(f"wrote {target}")

@@ -1,0 +1,177 @@
+"""What must not depend on how a run is spread: losses, weights, samples, answers.
+
+One process group walks every combination; the tests below only compare what it wrote.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import tiny
+
+STAGES = ["zero0", "zero1", "zero2", "zero3", "zero3_offload"]
+SPLIT_TOLERANCE = 1e-5  # relative, fp32
+BF16_SPREAD = 2e-2  # relative; measured below 1e-2 on this model
+
+
+class Walk:
+    """Runs of several process groups under one folder."""
+
+    def __init__(self, root: Path, checkpoint: Path, digits: Path, scienceqa: Path) -> None:
+        self.root, self.checkpoint, self.digits, self.scienceqa = (
+            root,
+            checkpoint,
+            digits,
+            scienceqa,
+        )
+
+    def job(self, name: str, stop: int | None = None, **sections: Any) -> dict[str, Any]:
+        """One entry of a rank's list."""
+        run = tiny.run_data(self.checkpoint, self.digits, self.root / name, **sections)
+        return {"run": run, "stop_at_validation": stop}
+
+    def go(self, label: str, world_size: int, jobs: list[dict[str, Any]]) -> None:
+        """Train the jobs on a fresh process group."""
+        path = self.root / f"{label}.json"
+        path.write_text(json.dumps(jobs))
+        tiny.wait_ranks(tiny.start_ranks(["tests.distributed.walk", str(path)], world_size))
+
+    def losses(self, name: str) -> list[float]:
+        """The training losses of a run."""
+        return tiny.read_metrics(self.root / name, "train/loss")
+
+    def digest(self, name: str) -> str:
+        """sha256 of the final adapter and of the component trained in full."""
+        files = ("adapter/adapter_model.safetensors", "full/connector.safetensors")
+        data = b"".join((self.root / name / file).read_bytes() for file in files)
+        return hashlib.sha256(data).hexdigest()
+
+    def answers(self, name: str) -> list[str]:
+        """What validation generated last."""
+        path = self.root / name / "evaluation" / "val" / "predictions.jsonl"
+        return [json.loads(line)["prediction"] for line in path.read_text().splitlines()]
+
+
+def validated(digits: Path) -> dict[str, Any]:
+    """Sections of a run that validates and saves in mid-run."""
+    return {
+        "data": {"val": str(digits / "val"), "val_limit": 5},
+        "validate": {"every": 3},
+        "checkpoint": {"every_steps": 2},
+        "generation": {"max_new_tokens": 3, "batch_size": 2},
+    }
+
+
+def _two_rank_jobs(walk: Walk) -> list[dict[str, Any]]:
+    mid = validated(walk.digits)
+    jobs = [walk.job(f"fp32-{stage}", parallel={"deepspeed": stage}) for stage in STAGES]
+    for micro in (1, 2):
+        for stage in ("zero0", "zero1", "zero2", "zero3"):
+            optim = {"micro_batch": micro}
+            parallel = {"deepspeed": stage}
+            jobs.append(walk.job(f"split-{stage}-{micro}", optim=optim, parallel=parallel))
+    for dtype in ("fp32", "bf16"):
+        for stage in ("zero0", "zero1", "zero2", "zero3"):
+            sections = mid | {"model": {"dtype": dtype}, "parallel": {"deepspeed": stage}}
+            jobs.append(walk.job(f"whole-{dtype}-{stage}", **sections))
+            jobs.append(walk.job(f"cut-{dtype}-{stage}", stop=3, **sections))
+            jobs.append(walk.job(f"cut-{dtype}-{stage}", **sections))
+    for stage in ("zero1", "zero3"):
+        data = {"task": "scienceqa", "train": str(walk.scienceqa / "train"), "limit": None}
+        jobs.append(walk.job(f"mixed-{stage}", data=data, parallel={"deepspeed": stage}))
+    jobs.append(walk.job("moving", stop=3, **mid))
+    return jobs
+
+
+@pytest.fixture(scope="module")
+def walk(
+    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, digit_shards: Path
+) -> Walk:
+    root = tmp_path_factory.mktemp("walk")
+    raw = tiny.write_scienceqa_raw(root / "scienceqa-raw")
+    out = root / "scienceqa"
+    tiny.run_cli(
+        "shards", "build", "scienceqa", "--raw", str(raw), "--out", str(out), "--split", "train"
+    )
+    walk = Walk(root, tiny_checkpoint, digit_shards, out)
+    walk.go("two", 2, _two_rank_jobs(walk))
+    mid = validated(digit_shards)
+    walk.go(
+        "one",
+        1,
+        [walk.job(f"one-rank-{micro}", optim={"micro_batch": micro}) for micro in (2, 8)]
+        + [walk.job("moving", stop=6, **mid | {"checkpoint": {"every_steps": 4}})],
+    )
+    walk.go("back", 2, [walk.job("moving", **mid)])
+    return walk
+
+
+def close(found: list[float], wanted: list[float], tolerance: float) -> bool:
+    """Whether two loss histories agree, relatively."""
+    return len(found) == len(wanted) > 0 and all(
+        abs(a - b) <= tolerance * abs(b) for a, b in zip(found, wanted, strict=True)
+    )
+
+
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_same_losses_under_every_zero_stage(walk: Walk, stage: str) -> None:
+    assert close(walk.losses(f"fp32-{stage}"), walk.losses("fp32-zero0"), SPLIT_TOLERANCE)
+
+
+@pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("micro", [1, 2])
+def test_same_losses_for_every_split(walk: Walk, stage: str, micro: int) -> None:
+    assert close(walk.losses(f"split-{stage}-{micro}"), walk.losses("fp32-zero0"), SPLIT_TOLERANCE)
+
+
+@pytest.mark.parametrize("micro", [2, 8])
+def test_same_losses_on_one_rank(walk: Walk, micro: int) -> None:
+    assert close(walk.losses(f"one-rank-{micro}"), walk.losses("fp32-zero0"), SPLIT_TOLERANCE)
+
+
+def test_training_learns(walk: Walk) -> None:
+    losses = walk.losses("fp32-zero0")
+    assert losses[-1] < losses[0] - 0.5, losses
+
+
+@pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_resume_is_bit_equal_on_the_same_layout(walk: Walk, dtype: str, stage: str) -> None:
+    whole, cut = f"whole-{dtype}-{stage}", f"cut-{dtype}-{stage}"
+    assert walk.losses(cut) == walk.losses(whole)
+    assert walk.digest(cut) == walk.digest(whole)
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_bf16_stays_within_the_stated_spread(walk: Walk, stage: str) -> None:
+    found, wanted = walk.losses(f"whole-bf16-{stage}"), walk.losses("whole-bf16-zero1")
+    assert close(found, wanted, BF16_SPREAD), (found, wanted)
+
+
+def test_resume_on_one_rank_and_back_equals_to_rounding(walk: Walk) -> None:
+    assert close(walk.losses("moving"), walk.losses("whole-fp32-zero1"), SPLIT_TOLERANCE)
+
+
+def test_samples_with_and_without_pictures_train_under_zero3(walk: Walk) -> None:
+    losses = walk.losses("mixed-zero3")
+    assert close(losses, walk.losses("mixed-zero1"), SPLIT_TOLERANCE) and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+def test_same_answers_under_every_zero_stage(walk: Walk, stage: str) -> None:
+    answers = walk.answers("whole-fp32-zero0")
+    assert len(answers) == 5 and walk.answers(f"whole-fp32-{stage}") == answers
+
+
+def test_only_what_trains_is_saved(walk: Walk) -> None:
+    from safetensors import safe_open
+
+    step = walk.root / "fp32-zero3" / "checkpoints" / "step-6"
+    with safe_open(step / "trainable.safetensors", "pt") as reader:
+        names = list(reader.keys())
+    assert names and all("lora_" in name or "multi_modal_projector" in name for name in names)

@@ -1,0 +1,37 @@
+"""One rank that trains a list of runs, one after another: imports are paid once.
+
+`python -m tests.distributed.walk JOBS.json`; a job may say to stop in mid-run, after the
+validation of some step, the way an interrupted run would.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from mmtrain.build import resolve
+from mmtrain.training.run import run_training
+
+
+class Interrupted(Exception):
+    """Stands for whatever ends a run between two checkpoints."""
+
+
+def main(jobs_file: Path) -> None:
+    """Train every job in order."""
+    for job in json.loads(jobs_file.read_text()):
+        stop_step = job.get("stop_at_validation")
+
+        def on_validation(step: int, metrics: dict[str, float], stop: int | None = stop_step) -> None:
+            if step == stop:
+                raise Interrupted
+
+        try:
+            run_training(resolve(job["run"]), on_validation)
+        except Interrupted:
+            pass
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,24 @@
+"""The benchmark runs, compares like with like, and keeps what it found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from benchmarks import single_run
+
+
+def test_single_run_beside_trl(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    shape = ["--dtype", "fp32", "--windows", "1", "--steps", "2", "--batch", "4"]
+    assert single_run.main([*shape, "--out", str(out)]) == 0
+
+    record = json.loads(out.read_text())
+    (result,) = record["results"]
+    assert result["identical_batches"]
+    assert len(result["losses"]["mmtrain"]) == 4
+    # Same weights, batches and optimizer: only the order of floating-point sums may differ.
+    assert max(result["max_relative_loss_difference"].values()) < 1e-5
+    assert result["losses"]["mmtrain"][-1] < result["losses"]["mmtrain"][0]
+    assert set(result["ratio"]) == {"trl", "trl-tuned"}
+    assert "| fp32 |" in out.with_suffix(".md").read_text()

@@ -1,0 +1,217 @@
+"""Run files: what is read, what is refused and in which words, what is written back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mmtrain.config import yaml_text
+from mmtrain.config.load import difference, dump_run, flatten_run, load_run_file, parse_run
+from mmtrain.config.schema import RunConfig
+from mmtrain.errors import ConfigError
+
+SMALLEST: dict[str, Any] = {"model": {"family": "llava", "preset": "tiny"}}
+
+
+def problems(data: Any, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse_run(data, overrides)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("2e-4", 2e-4),
+        ("1E5", 1e5),
+        ("-1.5e3", -1500.0),
+        (".5", 0.5),
+        ("1_000", 1000),
+        ("010", "010"),
+        ("007.5", 7.5),
+        ("12:30", "12:30"),
+        ("no", "no"),
+        ("on", "on"),
+        ("true", True),
+        ("2024-01-01", "2024-01-01"),
+        ("~", None),
+        ("", None),
+        ("[1, 2e-5]", [1, 2e-5]),
+        ("e5", "e5"),
+    ],
+)
+def test_scalars_mean_what_people_mean(text: str, value: Any) -> None:
+    read, faults = yaml_text.parse(text)
+    assert (read, type(read), faults) == (value, type(value), [])
+
+
+def test_every_problem_is_reported_at_once_in_plain_words() -> None:
+    data = {
+        "name": "a b",
+        "nam": "x",
+        "seed": True,
+        "model": {"family": "llava", "precision": "bf16", "dtype": "fp8"},
+        "components": {"llm": {"mode": "peft"}, "vision": {"mode": "full", "r": 3}, "x": 3},
+        "optim": {
+            "learning_rate": 1e-4,
+            "lr": "2e-4x",
+            "betas": [1.0],
+            "dtype": "bf16",
+            "global_batch": 0,
+            "warmup_ratio": 0.1,
+            "warmup_steps": 3,
+        },
+        "validate": {"every": "week"},
+        "parallel": 3,
+        "tracking": {"tags": {"a": 1}},
+    }
+    found = problems(data, "optim.epochs=1.5", "optim.min_lr=.inf", "name.x=3", "nonsense", "a=[1")
+    assert sorted(found) == sorted(
+        [
+            'name.x: cannot be set, name is "a b", not a section',
+            'override "nonsense": write it as section.key=value',
+            "override \"a=[1\": line 1, column 3: not valid YAML: expected ',' or ']', "
+            "but got '<stream end>'",
+            "model.precision: unknown key; did you mean 'dtype'?",
+            "model.dtype: got \"fp8\"; give 'fp32' or 'bf16'",
+            "model: give exactly one of 'checkpoint' and 'preset'",
+            "components.llm: mode 'peft' needs a 'method', e.g. lora",
+            "components.vision: mode 'full' takes no r; use mode 'peft'",
+            "components.x: got 3; give a mapping of keys to values",
+            "optim.learning_rate: unknown key; did you mean 'lr'?",
+            "optim.dtype: unknown key; did you mean 'model.dtype'?",
+            'optim.lr: got "2e-4x"; give a number',
+            "optim.betas.1: is missing; give it a value",
+            "optim.global_batch: got 0; give at least 1",
+            "optim.epochs: got 1.5; give a whole number",
+            "optim.min_lr: got inf; give a finite number",
+            "optim: give 'warmup_ratio' or 'warmup_steps', not both",
+            "nam: unknown key; did you mean 'name'?",
+            "name: got \"a b\"; give a name of at most 100 letters, digits, '.', '_' or '-' "
+            "that starts with a letter or digit",
+            "seed: got true; give a whole number",
+            "validate.every: got \"week\"; give 'epoch' or a whole number",
+            "parallel: got 3; give a mapping of keys to values",
+            "tracking.tags.a: got 1; give text (put it in quotes if it looks like a number)",
+        ]
+    )
+
+
+def test_layers_have_three_forms() -> None:
+    for layers in ("all", "last-4", "first-12", [0, 3]):
+        block = {"mode": "full", "layers": layers}
+        config = parse_run(SMALLEST | {"components": {"llm": block}})
+        assert config.components["llm"].layers == layers
+    (problem,) = problems(SMALLEST | {"components": {"llm": {"mode": "full", "layers": "last4"}}})
+    assert problem == ('components.llm.layers: got "last4"; give all, first-N, last-N or a list')
+
+
+def test_a_key_given_twice_is_an_error_with_both_lines(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {family: llava, preset: tiny}\noptim:\n  lr: 1\n  lr: 2\n")
+    with pytest.raises(ConfigError) as caught:
+        load_run_file(file)
+    assert caught.value.problems == ["line 4: 'lr' is given twice (first on line 3); remove one"]
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "is empty"),
+        ("- a\n- b\n", "mapping"),
+        ("model: [", "not valid YAML"),
+        ("model: !!python/object:os.system {}", "not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_mapping(tmp_path: Path, text: str, expected: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=expected):
+        load_run_file(file)
+
+
+def test_a_missing_file_says_how_to_get_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="mmtrain init"):
+        load_run_file(tmp_path / "none.yaml")
+
+
+def test_overrides_reach_everything_and_leave_the_data_alone() -> None:
+    data = SMALLEST | {"components": {"llm": {"mode": "freeze"}}}
+    overrides = (
+        "optim.lr=2e-4",
+        "optim.betas=[0.9, 0.95]",
+        "components.llm={mode: peft, method: lora, r: 4}",
+        "components.connector.mode=full",
+        "model.preset=null",
+        "model.checkpoint=/data/a=b",
+    )
+    config = parse_run(data, overrides)
+    assert (config.optim.lr, config.optim.betas) == (2e-4, (0.9, 0.95))
+    assert config.components["llm"].method_options == {"r": 4}
+    assert config.components["connector"].mode == "full"
+    assert (config.model.preset, config.model.checkpoint) == (None, "/data/a=b")
+    assert data == SMALLEST | {"components": {"llm": {"mode": "freeze"}}}
+
+
+def full_run() -> RunConfig:
+    tags = {
+        "a": "1e5",
+        "b": "no",
+        "c": "007",
+        "d": "",
+        "e": "null",
+        "f": "=",
+        "g": "x: y\nz",
+        "h": "é",
+    }
+    components = {
+        "llm": {
+            "mode": "peft",
+            "method": "lora",
+            "sublayers": {"attn": ["q"]},
+            "layers": [0, 3],
+            "r": 4,
+            "flag": False,
+            "rate": 1e-7,
+        }
+    }
+    data = SMALLEST | {
+        "components": components,
+        "data": {"task": "digits", "train": "relative/path"},
+        "tracking": {"tags": tags},
+        "validate": {"every": 3},
+        "seed": 0,
+    }
+    return parse_run(data, ["optim.lr=2e-4"])
+
+
+def test_the_dump_reads_back_equal(tmp_path: Path) -> None:
+    config = full_run()
+    file = tmp_path / "run.yaml"
+    file.write_text(dump_run(config), encoding="utf-8")
+    again = load_run_file(file)
+    assert again == config
+    assert dump_run(again) == dump_run(config)
+    # Readers of YAML 1.1 may take some numbers for text, but never text for something else.
+    assert yaml.safe_load(dump_run(config))["tracking"]["tags"] == config.tracking.tags
+    assert again.data is not None and again.data.train == "relative/path"
+
+
+def test_difference_names_the_keys() -> None:
+    config = full_run()
+    assert difference(config, full_run()) == []
+    other = parse_run(
+        config.model_dump(by_alias=True),
+        ["optim.lr=1e-4", "components.llm.r=8", "validate.every=4", "components.vision.mode=full"],
+    )
+    changed = difference(config, other)
+    assert {"optim.lr", "components.llm.r", "validate.every"} <= set(changed)
+    assert all(
+        key.startswith("components.vision.")
+        for key in set(changed) - {"optim.lr", "components.llm.r", "validate.every"}
+    )
+    assert flatten_run(other)["components.vision.mode"] == "full"
