@@ -3,6 +3,7 @@
 .PHONY: help install lint test test-all demo benchmark clean
 
 VENV := .venv
+# Modules, not scripts: an environment that sees the caller's packages lacks their scripts.
 BIN := $(VENV)/bin
 PYTHON ?= python3
 INSTALLED := $(VENV)/.installed
@@ -18,11 +19,11 @@ $(INSTALLED): $(INSTALL_INPUTS)
 	@touch $@
 
 lint: $(INSTALLED)  ## formatting, style, types, import contracts
-	$(BIN)/black --check --quiet .
-	$(BIN)/isort --check-only --quiet .
-	$(BIN)/flake8
-	$(BIN)/mypy mmtrain launcher data_shards ray_tune
-	$(BIN)/lint-imports
+	$(BIN)/python -m black --check .
+	$(BIN)/python -m isort --check-only .
+	$(BIN)/python -m flake8
+	$(BIN)/python -m mypy mmtrain launcher data_shards ray_tune
+	$(BIN)/python -c 'from importlinter.cli import lint_imports_command as run; run()'
 
 test: $(INSTALLED)  ## all tests but the soaks, within 20 minutes on 2 cores
 	$(BIN)/python -m pytest -m "not soak and not gpu"

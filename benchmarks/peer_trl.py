@@ -23,13 +23,16 @@ from benchmarks.gate import Gate, batch_digest, read_job, synchronizer
 class Pace(TrainerCallback):
     """Holds the trainer between windows."""
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, gate: Gate, lora_init: Path) -> None:
         self.gate = gate
+        self.lora_init = lora_init
         self.loss: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The first window."""
-        if not self.gate.open():
+        """The first window; by then mmtrain has written the common initial values."""
+        if self.gate.open():
+            load_lora(kwargs["model"], self.lora_init)
+        else:
             control.should_training_stop = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -68,8 +71,8 @@ def settings(job: dict[str, Any]) -> SFTConfig:
     return SFTConfig(**{**values, **job["options"]})
 
 
-def load_lora(model: Any, file: Path) -> int:
-    """Give every A and B the values of the other side; the number of tensors set."""
+def load_lora(model: Any, file: Path) -> None:
+    """Give every A and B the values of the other side."""
     values = load_file(str(file))
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -79,7 +82,6 @@ def load_lora(model: Any, file: Path) -> int:
     left = [name for name in parameters if "lora_" in name]
     if left:
         raise RuntimeError(f"no common initial value for {left[:3]}")
-    return len(values)
 
 
 def record(trainer: SFTTrainer, pace: Pace, digests_file: Path) -> None:
@@ -105,7 +107,7 @@ def main() -> None:
     dtype = torch.float32 if job["dtype"] == "fp32" else torch.bfloat16
     model = LlavaForConditionalGeneration.from_pretrained(job["model"], dtype=dtype)
     lora = job["lora"]
-    pace = Pace(gate)
+    pace = Pace(gate, Path(job["lora_init"]))
     trainer = SFTTrainer(
         model=model,
         args=settings(job),
@@ -116,9 +118,8 @@ def main() -> None:
         ),
         callbacks=[pace],
     )
-    num_tensors = load_lora(trainer.model, Path(job["lora_init"]))
     record(trainer, pace, Path(job["digests"]))
-    gate.ready({"lora_tensors": num_tensors})
+    gate.ready({})
     trainer.train()
 
 

@@ -56,17 +56,17 @@ def measure(args: argparse.Namespace, dtype: str, folder: Path) -> Measured:
     peers: dict[str, Peer] = {}
     with ExitStack() as stack:
 
-        def start(label: str, module: str, extra: Mapping[str, Any]) -> dict[str, Any]:
-            print(f"starting {label} ({dtype}) …", flush=True)
+        def start(label: str, module: str, options: Mapping[str, Any]) -> None:
             own = {"output_dir": str(folder / label), "digests": str(folder / f"{label}.digests")}
-            peers[label] = Peer(label, module, {**job, **own, **extra}, folder)
+            peers[label] = Peer(label, module, {**job, **own, "options": dict(options)}, folder)
             stack.callback(peers[label].close)
-            return peers[label].facts()
 
-        facts = start("mmtrain", "benchmarks.peer_mmtrain", {})
+        start("mmtrain", "benchmarks.peer_mmtrain", {})
         for label, options in TRL_OPTIONS.items():
             workers = {"dataloader_num_workers": job["workers"]} if options else {}
-            start(label, "benchmarks.peer_trl", {"options": {**options, **workers}})
+            start(label, "benchmarks.peer_trl", {**options, **workers})
+        print(f"{dtype}: starting {', '.join(peers)}", flush=True)
+        facts = {label: peer.facts() for label, peer in peers.items()}["mmtrain"]
         result = Measured(dtype, args.batch, args.steps, list(peers), facts)
         for window in range(material.WARM_UP_WINDOWS + args.windows):
             for label, peer in peers.items():

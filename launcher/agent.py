@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import network
+from mmtrain import network
 from launcher.messages import SILENCE_LIMIT_S, decode, encode
 from launcher.plan import HostSpec, rank_command, rank_environment
 from launcher.ranks import Rank, Stream, adopt_orphans, kill_children, start_rank

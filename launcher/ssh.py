@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launcher import network
+from mmtrain import network
 from mmtrain.errors import ConfigError, LaunchError
 
 AGENT_ARGUMENTS = ("-P", "-m", "launcher.agent")

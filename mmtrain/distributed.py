@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mmtrain import network
 from mmtrain.errors import LaunchError
 
 
@@ -76,6 +77,10 @@ def _initialise_group(rank: int, size: int, cuda: bool, timeout_minutes: float) 
         os.environ.setdefault("MASTER_PORT", "29500")
     else:
         arguments.update(init_method="env://", rank=rank, world_size=size)
+        if not cuda:
+            # Gloo would take whatever address the host name has, often 127.0.0.1.
+            master = network.resolve(os.environ.get("MASTER_ADDR", "127.0.0.1"))
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", network.interface_towards(master))
     try:
         dist.init_process_group("nccl" if cuda else "gloo", **arguments)
     except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
@@ -148,7 +153,9 @@ def from_main(value: Any) -> Any:
 
 
 @contextmanager
-def sharded_construction(deepspeed_config: Mapping[str, Any] | None, dtype: torch.dtype) -> Iterator:
+def sharded_construction(
+    deepspeed_config: Mapping[str, Any] | None, dtype: torch.dtype
+) -> Iterator:
     """Inside, every module's parameters are sharded as soon as they are made (ZeRO-3 only)."""
     if deepspeed_config is None:
         with nullcontext():
@@ -156,6 +163,8 @@ def sharded_construction(deepspeed_config: Mapping[str, Any] | None, dtype: torc
         return
     import deepspeed
 
+    # Without this DeepSpeed believes in one rank when it checks the batch sizes.
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     with deepspeed.zero.Init(config_dict_or_path=dict(deepspeed_config), dtype=dtype):
         yield
 

@@ -57,13 +57,17 @@ class Record:
     reason: str = ""
 
     def add(self, step: int, metrics: Mapping[str, float], time_s: float) -> int:
-        """Keep a validation, replacing one of the same step; its number among all, from 1.
+        """Keep a validation; its number among all, from 1.
 
-        A trial that resumes from a checkpoint repeats the validations after it.
+        A trial that resumes from a checkpoint repeats the validations after it: the newer values
+        count, but at the time of the first, so that playing back keeps its order.
         """
-        self.reports = [report for report in self.reports if report.step != step]
-        self.reports.append(Report(step, dict(metrics), time_s))
-        self.reports.sort(key=lambda report: report.step)
+        known = {report.step: report for report in self.reports}
+        if step in known:
+            known[step].metrics = dict(metrics)
+        else:
+            self.reports.append(Report(step, dict(metrics), time_s))
+            self.reports.sort(key=lambda report: report.step)
         return [report.step for report in self.reports].index(step) + 1
 
     def best(self, metric: str, mode: str) -> tuple[float, int] | None:

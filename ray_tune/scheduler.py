@@ -14,10 +14,9 @@ from typing import Any
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from ray_tune.journal import STOPPED, Journal, Record
+from ray_tune.messages import STEP
 from ray_tune.study import Study
 
-# Keys of what a trial sends through Ray.
-STEP, OUTCOME, STARTED = "step", "outcome", "started"
 _TIME, _VALUE = "validations", "value"
 
 
@@ -27,7 +26,7 @@ class Rungs:
     def __init__(self, study: Study) -> None:
         self._metric = study.metric
         settings = study.scheduler
-        self._asha = (
+        self._asha: Any = (
             ASHAScheduler(
                 time_attr=_TIME,
                 metric=_VALUE,

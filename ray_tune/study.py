@@ -165,7 +165,9 @@ def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
     try:
         data, problems = yaml_text.parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(["there is no such file; give the path of a study file"], str(path)) from None
+        raise ConfigError(
+            ["there is no such file; give the path of a study file"], str(path)
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"cannot be read as text: {error}"], str(path)) from None
     if not isinstance(data, dict):

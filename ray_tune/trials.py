@@ -8,16 +8,18 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mmtrain.config.problems import shown
+from mmtrain.config.schema import TrackingConfig
 from mmtrain.errors import ConfigError
 from ray_tune.study import SearchKey, Study
 
 # Where and under which name a run is kept does not change what it computes.
 _BOOKKEEPING = ("name", "output_dir", "tracking")
 _MAX_NAME_LENGTH = 80
+_PARENT_TAG = "mlflow.parentRunId"  # MLflow's own name
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,19 @@ class Trial:
     name: str
     params: Mapping[str, Any]
     run: Mapping[str, Any]
+
+    @property
+    def tracking(self) -> dict[str, Any]:
+        """Where the trial is logged, defaults filled in."""
+        return TrackingConfig(**self.run["tracking"]).model_dump()
+
+    def with_tag(self, parent_run_id: str | None) -> Trial:
+        """The trial as a child of the study's MLflow run, if there is one."""
+        if parent_run_id is None:
+            return self
+        tracking = dict(self.run["tracking"])
+        tracking["tags"] = {**tracking["tags"], _PARENT_TAG: parent_run_id}
+        return replace(self, run={**self.run, "tracking": tracking})
 
 
 def expand(study: Study) -> list[Trial]:
@@ -148,7 +163,11 @@ def _short(key: str, keys: Mapping[str, Any]) -> str:
 
 
 def _value_text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else _slug(json.dumps(value))
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, str):  # of a path, its last part tells more than its first
+        return f"_{_slug(value.rstrip('/').rsplit('/', 1)[-1])[:24]}"
+    return _slug(json.dumps(value))[:24]
 
 
 def _slug(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 from mmtrain.config.schema import RunConfig
 
@@ -38,6 +39,10 @@ def run(args: argparse.Namespace) -> int:
     if args.max_steps or args.overfit:
         config = resolve(args.run_file, [*args.overrides, *_quick(args, config)], world_size)
     run_training(config)
+    if int(os.environ.get("RANK") or 0) == 0:
+        from mmtrain.report.plot import plot_run
+
+        print(f"plot: {plot_run(Path(config.run_dir))}")
     return 0
 
 

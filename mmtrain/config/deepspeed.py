@@ -40,7 +40,7 @@ def find_deepspeed_config(name_or_path: str) -> dict[str, Any]:
         raise _problem(name_or_path, "must be a JSON object")
     problems = list(_problems(settings))
     if problems:
-        raise ConfigError(f"parallel.deepspeed: {name_or_path}: {item}" for item in problems)
+        raise ConfigError(f"parallel.deepspeed: '{name_or_path}': {item}" for item in problems)
     return settings
 
 
@@ -84,4 +84,4 @@ def _autos(value: Any, place: str) -> Iterator[str]:
 
 
 def _problem(name: str, text: str) -> ConfigError:
-    return ConfigError([f"parallel.deepspeed: {name}: {text}"])
+    return ConfigError([f"parallel.deepspeed: '{name}': {text}"])

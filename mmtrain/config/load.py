@@ -53,7 +53,10 @@ def read_data(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str
 def with_overrides(
     data: Mapping[str, Any], overrides: Sequence[str]
 ) -> tuple[dict[str, Any], list[str]]:
-    """A copy of the data with each `a.b=c` set; the value is read as YAML."""
+    """A copy of the data with each `a.b=c` set; the value is read as YAML.
+
+    A section left empty (`optim:` with every line commented out) takes its defaults.
+    """
     merged = _copied(data)
     problems: list[str] = []
     for override in overrides:
@@ -65,7 +68,7 @@ def with_overrides(
         problems += [f"override {shown(override)}: {fault}" for fault in faults]
         if not faults:
             problems += _set(merged, key.split("."), value)
-    return merged, problems
+    return {key: value for key, value in merged.items() if value is not None}, problems
 
 
 def _copied(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,16 +47,16 @@ _EXPECTED = {
     "finite_number": "a finite number",
     "bool_type": "true or false",
     "bool_parsing": "true or false",
-    "string_type": "text (put it in quotes if it looks like a number)",
+    "string_type": "text",
     "list_type": "a list",
     "tuple_type": "a list",
     "dict_type": "a mapping of keys to values",
     "model_type": "a mapping of keys to values",
     "literal_error": "{expected}",
-    "greater_than": "a number above {gt:g}",
-    "greater_than_equal": "at least {ge:g}",
-    "less_than": "a number below {lt:g}",
-    "less_than_equal": "at most {le:g}",
+    "greater_than": "a number above {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "a number below {lt}",
+    "less_than_equal": "at most {le}",
     "too_long": "at most {max_length} entries",
     "too_short": "at least {min_length} entries",
 }
@@ -88,7 +88,7 @@ def _conflicts_behind(
 ) -> list[str]:
     """Conflicts between keys, which pydantic looks for only where every single key is valid."""
     for item in error.errors(include_url=False):
-        _without(data, _real_path(item["loc"], data))
+        _without(data, _real_path(item, data))
     try:
         model.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as second:
@@ -116,7 +116,7 @@ def _in_words(
     seen: dict[str, Any] = {}
     sentences: dict[str, str] = {}
     for item in error.errors(include_url=False):
-        path = _real_path(item["loc"], data)
+        path = _real_path(item, data)
         place = ".".join([*([prefix] if prefix else []), *map(str, path)])
         sentence = _whole_sentence(item, model, path, siblings)
         if sentence:
@@ -128,6 +128,8 @@ def _in_words(
             if expected not in known:
                 known.append(expected)
     for place, known in expectations.items():
+        if any(deeper.startswith(f"{place}.") for deeper in expectations):
+            continue  # the other branch of a union: the deeper one saw what was meant
         sentences.setdefault(place, f"{place}: got {shown(seen[place])}; give {' or '.join(known)}")
     return list(sentences.values())
 
@@ -149,18 +151,28 @@ def _whole_sentence(
 
 def _expected(item: Any) -> str:
     """What would be right there, as a noun."""
-    context = item.get("ctx", {})
+    context = {key: _number(value) for key, value in item.get("ctx", {}).items()}
     if item["type"] == "string_pattern_mismatch":
         return PATTERN_WORDS.get(context["pattern"], item["msg"])
+    if item["type"] == "string_type" and isinstance(item["input"], (bool, int, float)):
+        return f"text, as in '{shown(item['input'])}' with its quotes"
     return _EXPECTED.get(item["type"], item["msg"]).format(**context)
 
 
-def _real_path(location: Sequence[str | int], data: Any) -> list[str | int]:
+def _number(value: Any) -> Any:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:g}" if isinstance(value, float) else value
+
+
+def _real_path(item: Any, data: Any) -> list[str | int]:
     """The location without the union branches that pydantic inserts between the keys."""
     path: list[str | int] = []
     here = data
-    for step in location:
-        if isinstance(here, Mapping) and (step in here or step == location[-1]):
+    *_, last = item["loc"] or [None]
+    for step in item["loc"]:
+        is_missing = step == last and item["type"] == "missing"
+        if isinstance(here, Mapping) and (step in here or is_missing):
             path.append(step)
             here = here.get(step)
         elif isinstance(here, list) and isinstance(step, int):

@@ -7,6 +7,7 @@ is read back.
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -50,17 +51,22 @@ class _Loader(yaml.SafeLoader):
         self.duplicates: list[str] = []
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose keys are text as written."""
         first_line: dict[str, int] = {}
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key must be plain text", key.start_mark
+                )
             line = key.start_mark.line + 1
-            if key.value in first_line and isinstance(key, yaml.ScalarNode):
+            if key.value in first_line:
                 self.duplicates.append(
                     f"line {line}: '{key.value}' is given twice (first on line "
                     f"{first_line[key.value]}); remove one"
                 )
-            elif isinstance(key, yaml.ScalarNode):
-                first_line[key.value] = line
-        return super().construct_mapping(node, deep)
+            first_line.setdefault(key.value, line)
+        self.flatten_mapping(node)
+        return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
 
 
 def _resolvers_of_both_versions() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
@@ -78,18 +84,21 @@ class _Dumper(yaml.SafeDumper):
 
 
 def parse(text: str) -> tuple[Any, list[str]]:
-    """The value of a YAML text, and what is wrong with it (then the value may be None)."""
-    loader = _Loader(text)
+    """The plain data of a YAML text, and what is wrong with it (then the data may be None)."""
+    duplicates: list[str] = []
     try:
-        return loader.get_single_data(), loader.duplicates
+        loader = _Loader(text)
+        duplicates = loader.duplicates
+        # Through JSON: nothing but plain data leaves here, and an anchor inside itself is found.
+        return json.loads(json.dumps(loader.get_single_data(), default=str)), duplicates
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        return None, [*loader.duplicates, f"{where}not valid YAML: {error.problem}"]
+        return None, [*duplicates, f"{where}not valid YAML: {error.problem}"]
     except (yaml.YAMLError, ValueError) as error:
-        return None, [*loader.duplicates, f"not valid YAML: {error}"]
-    finally:
-        loader.dispose()
+        return None, [*duplicates, f"not valid YAML: {' '.join(str(error).split())}"]
+    except RecursionError:
+        return None, [*duplicates, "not valid YAML: nested too deeply"]
 
 
 def dump(data: Any) -> str:

@@ -107,9 +107,7 @@ class StepStream:
 
     def step(self, position: int) -> StepBatches:
         """One optimizer step, made here and now."""
-        epoch, indices = plan_step(
-            position, self.num_samples, self.layout.global_batch, self._seed
-        )
+        epoch, indices = plan_step(position, self.num_samples, self.layout.global_batch, self._seed)
         batches = [
             self._collate([self._weighted(index) for index in share])
             for share in self.layout.micro_batches(indices.tolist())

@@ -37,7 +37,9 @@ def build_empty(
 ) -> nn.Module:
     """The module tree in its working precision on this rank's device, sharded under ZeRO-3."""
     dtype = DTYPES[dtype_name]
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+    device = (
+        torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+    )
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

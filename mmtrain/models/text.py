@@ -41,6 +41,19 @@ def tokenise(tokenizer: Any, pieces: Sequence[Piece]) -> tuple[list[int], list[i
     return ids, labels
 
 
+def refuse_picture_tokens_in_text(
+    ids: Sequence[int], token_id: int, num_pictures: int, token: str, sample_id: str
+) -> None:
+    """A picture token without a picture would take the features of the next sample's."""
+    found = sum(one == token_id for one in ids)
+    if found != num_pictures:
+        raise DataError(
+            f"sample {sample_id}: its text holds {found - num_pictures} {token} of its own,"
+            f" beside {num_pictures} picture(s).",
+            "Take the token out of the text.",
+        )
+
+
 def expand(
     ids: Sequence[int], labels: Sequence[int], token_id: int, times: int
 ) -> tuple[list[int], list[int]]:

@@ -23,23 +23,30 @@ from mmtrain.models.dropout import stable_hash
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file of a checkpoint folder, or a clear error."""
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint folder, or a clear error."""
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path.parent}: no {path.name} there.", "Give a folder in Hugging Face format."
         ) from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}).", "Copy it again.") from error
+        raise CheckpointError(
+            f"{path}: not readable as JSON ({error}).", "Copy it again."
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds no JSON object.", "Copy it again.")
+    return value
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
     """tensor name -> file, from the index or from the one file there is."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        weight_map = read_json(index)["weight_map"]
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{index}: holds no 'weight_map'.", "Copy it again.")
         files = {name: folder / file for name, file in weight_map.items()}
         missing = sorted({str(path.name) for path in files.values() if not path.exists()})
         if missing:
@@ -62,14 +69,16 @@ def open_weights(path: Path) -> Any:
     try:
         return safe_open(str(path), framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged or cut short ({error}).", "Copy it again.") from error
+        raise CheckpointError(
+            f"{path}: damaged or cut short ({error}).", "Copy it again."
+        ) from error
 
 
 def _sources(
     folder: Path, rename: Callable[[str], str | None]
 ) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
     """our parameter name -> (file, name there, shape there)."""
-    sources = {}
+    sources: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
     with ExitStack() as stack:
         readers: dict[Path, Any] = {}
         for stored_name, path in weight_files(folder).items():
@@ -81,7 +90,15 @@ def _sources(
             try:
                 shape = tuple(readers[path].get_slice(stored_name).get_shape())
             except SafetensorError as error:
-                raise CheckpointError(f"{path}: has no tensor {stored_name}.") from error
+                raise CheckpointError(
+                    f"{path}: has no tensor {stored_name}, which the index says is there.",
+                    "Copy file and index again.",
+                ) from error
+            if name in sources:
+                raise CheckpointError(
+                    f"{folder}: {name} is stored twice, as {sources[name][1]} and {stored_name}.",
+                    "Remove one of them: only one can be meant.",
+                )
             sources[name] = (path, stored_name, shape)
     return sources
 

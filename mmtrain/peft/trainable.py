@@ -51,32 +51,43 @@ def make_trainable(
     """Attach every method and set `requires_grad`, for exactly the declared parameters."""
     base_names = [name for name, _ in model.named_parameters()]
     module_names = [name for name, _ in model.named_modules()]
-    owner: dict[str, str] = {}
+    declared: dict[str, str] = {}
     for component, block in components.items():
         if block.mode == "full":
-            for name in select_parameters(family, component, block, base_names):
-                owner[name] = component
-    attachments = []
-    for component, block in components.items():
-        if block.mode == "peft":
-            method = plugins.load("method", str(block.method))
-            options = method.options.model_validate(block.method_options)
-            placement = select(family, component, block, module_names)
-            method.attach(model, placement, options, seed)
-            attachments.append(
-                Attachment(component, str(block.method), method, options, placement)
-            )
-    for name, parameter in model.named_parameters():
-        for attachment in attachments:
-            if attachment.method.owns(name, attachment.component):
-                owner[name] = attachment.component
-        parameter.requires_grad_(name in owner)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained == set(owner), f"trained but not declared: {sorted(trained ^ set(owner))[:5]}"
-    new = {name for name, _ in model.named_parameters()} - set(base_names)
-    renamed = {name for name in new if ".base_layer." in name}
-    assert new - renamed <= trained, f"added but frozen: {sorted(new - renamed - trained)[:5]}"
-    full = tuple(c for c, block in components.items() if block.mode == "full")
+            names = select_parameters(family, component, block, base_names)
+            declared.update(dict.fromkeys(names, component))
+    attachments = tuple(
+        _attach(model, select(family, component, block, module_names), block, seed)
+        for component, block in components.items()
+        if block.mode == "peft"
+    )
     # Order by the model, not by the run file: every rank and every resume sees the same order.
-    ordered = {name: owner[name] for name, _ in model.named_parameters() if name in owner}
-    return Trainable(ordered, tuple(attachments), full)
+    owner = {}
+    for name, parameter in model.named_parameters():
+        owners = [a.component for a in attachments if a.method.owns(name, a.component)]
+        component = owners[0] if owners else declared.get(name)
+        parameter.requires_grad_(component is not None)
+        if component is not None:
+            owner[name] = component
+    _prove_complete(model, set(base_names), set(declared), set(owner))
+    full = tuple(c for c, block in components.items() if block.mode == "full")
+    return Trainable(owner, attachments, full)
+
+
+def _attach(
+    model: nn.Module, placement: Placement, block: ComponentConfig, seed: int
+) -> Attachment:
+    method = plugins.load("method", str(block.method))
+    options = method.options.model_validate(block.method_options)
+    method.attach(model, placement, options, seed)
+    return Attachment(placement.component, str(block.method), method, options, placement)
+
+
+def _prove_complete(
+    model: nn.Module, base: set[str], declared: set[str], trained: set[str]
+) -> None:
+    """Nothing declared was lost, and nothing that a method added was left frozen."""
+    assert declared <= trained, f"declared but not trained: {sorted(declared - trained)[:5]}"
+    names = {name for name, _ in model.named_parameters()}
+    added = {name for name in names - base if ".base_layer." not in name}
+    assert added <= trained, f"added but frozen: {sorted(added - trained)[:5]}"

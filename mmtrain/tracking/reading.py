@@ -56,8 +56,7 @@ class RunStore:
         with remote_errors(self.uri):
             found = [_stored(run) for run in self._search(experiment)]
         if study is not None:
-            parents = _study_ids(found, study)
-            found = [run for run in found if run.tags.get(PARENT_TAG) in parents]
+            found = _of_study(found, study)
         return [run for run in found if run.tags.get(KIND_TAG) != STUDY_KIND]
 
     def points(self, run_id: str, metric: str) -> list[tuple[int, float]]:
@@ -97,8 +96,8 @@ def _stored(run: Run) -> StoredRun:
     )
 
 
-def _study_ids(runs: list[StoredRun], study: str) -> set[str]:
-    """Ids of the parent runs with that id or name."""
+def _of_study(runs: list[StoredRun], study: str) -> list[StoredRun]:
+    """The trials under the parent runs with that id or name."""
     parents = {run.tags[PARENT_TAG] for run in runs if PARENT_TAG in run.tags}
     studies = {
         run.run_id: run.name
@@ -108,4 +107,4 @@ def _study_ids(runs: list[StoredRun], study: str) -> set[str]:
     matching = {run_id for run_id, name in studies.items() if study in (run_id, name)}
     if not matching:
         raise TrackingError(f"there is no study '{study}':", nearest(study, studies.values()))
-    return matching
+    return [run for run in runs if run.tags.get(PARENT_TAG) in matching]

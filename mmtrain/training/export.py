@@ -84,9 +84,7 @@ def _replaced(folder: Path) -> Iterator[Path]:
     temporary.rename(folder)
 
 
-def loading_snippet(
-    config: RunConfig, trainable: Trainable, base_class: str, several: bool
-) -> str:
+def loading_snippet(config: RunConfig, trainable: Trainable, base_class: str, several: bool) -> str:
     """Python that rebuilds the trained model with transformers, peft and safetensors only."""
     base = config.model.checkpoint or str(config.model.preset)
     dtype = {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[config.model.dtype]

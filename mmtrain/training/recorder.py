@@ -1,4 +1,4 @@
-"""What rank 0 writes down while a run goes on: the journal, then whoever reads it."""
+"""What rank 0 writes down while a run goes on: the journal, and the tracker that follows it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.config.schema import RunConfig
+from mmtrain.tracking.fields import environment_tags, flatten
 from mmtrain.tracking.journal import JOURNAL_NAME, RunJournal
+from mmtrain.tracking.tracker import Status, Tracker
 
 
 class Recorder:
@@ -16,24 +18,37 @@ class Recorder:
     def __init__(self, run_dir: Path, config: RunConfig) -> None:
         self._run_dir, self._config = run_dir, config
         self._journal = RunJournal(run_dir / JOURNAL_NAME)
-
-    @classmethod
-    def open(cls, run_dir: Path, config: RunConfig) -> Recorder:
-        """Open the run's journal."""
-        return cls(run_dir, config)
+        self._tracker: Tracker | None = None
 
     def start(self, params: Mapping[str, Any], inputs: Mapping[str, str], step: int) -> None:
-        """Forget what was written after the step that training goes on from."""
+        """Forget what was written after the step that training goes on from; begin to track."""
         self._journal.truncate_after(step if step > 0 else -1)
+        digests = {f"digest.{name}": digest for name, digest in inputs.items()}
+        self._tracker = Tracker.start(
+            self._run_dir,
+            self._config.tracking,
+            self._config.name,
+            flatten(params),
+            {**environment_tags(), **digests},
+        )
 
     def record(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
         """One line of the journal."""
         self._journal.append(step, epoch, metrics)
+        if self._tracker is not None:
+            self._tracker.wake()
 
-    def finish(self, written: list[Path], metrics: Mapping[str, float]) -> None:
-        """The run is complete."""
-        self.close("FINISHED")
+    def artifacts(self, paths: list[Path]) -> None:
+        """Files and folders of the run folder that the tracker should also have."""
+        for path in paths:
+            if self._tracker is not None and path.exists():
+                folder = path if path.is_dir() else path.parent
+                place = folder.relative_to(self._run_dir).as_posix()
+                # MLflow refuses "." as a name for the top.
+                self._tracker.artifact(path, "" if place == "." else place)
 
-    def close(self, status: str) -> None:
+    def close(self, status: Status) -> None:
         """Say how the run ended."""
         self._journal.close()
+        if self._tracker is not None:
+            self._tracker.finish(status)

@@ -63,7 +63,7 @@ def run_training(config: RunConfig, on_validation: OnValidation | None = None) -
             print(f"{run_dir} is finished: {finished}. Choose another name to train again.")
         return finished
     set_up_logging(run_dir, world.rank)
-    recorder = Recorder.open(run_dir, config) if world.is_main else None
+    recorder = Recorder(run_dir, config) if world.is_main else None
     try:
         metrics = _train(config, world, run_dir, recorder, on_validation)
     except torch.OutOfMemoryError as error:
@@ -332,8 +332,10 @@ def _finish(
         written = export_trained(
             folder.path(chosen), run_dir, config, assembled.trainable, base_class
         )
-        recorder.finish(written, metrics)
         write_status(run_dir, "finished", metrics=metrics, best_step=chosen, step=loop.state.step)
+        predictions = run_dir / "evaluation" / "val"
+        recorder.artifacts([*written, predictions, run_dir / "run.yaml"])
+        recorder.close("FINISHED")
         log.info("finished at step %d; best step %d; %s", loop.state.step, chosen, run_dir)
     distributed.barrier()
     return metrics

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmtrain.config.load import difference, dump_run, load_run_file
+from mmtrain.config.load import difference, dump_run, flatten_run, load_run_file
 from mmtrain.config.schema import RunConfig
 from mmtrain.errors import ConfigError, MmtrainError
+from mmtrain.tracking.uri import redact_uri
 
 # What may change between a run and its resume: how it is computed, not what is computed.
 _LAYOUT_KEYS = ("parallel.", "tracking.", "checkpoint.", "optim.micro_batch", "data.workers")
@@ -49,7 +50,7 @@ def prepare(config: RunConfig) -> Path:
         if not os.access(run_dir, os.W_OK):
             raise PermissionError(13, "Permission denied")
         temporary = run_dir / ".run.yaml.tmp"
-        temporary.write_text(dump_run(config))
+        temporary.write_text(dump_run(_without_secrets(config)))
         temporary.replace(stored)
     except OSError as error:
         raise MmtrainError(
@@ -59,13 +60,20 @@ def prepare(config: RunConfig) -> Path:
     return run_dir
 
 
+def _without_secrets(config: RunConfig) -> RunConfig:
+    """The run file as stored: a password in the tracking URI stays out of it."""
+    tracking = config.tracking.model_copy(update={"uri": redact_uri(config.tracking.uri)})
+    return config.model_copy(update={"tracking": tracking})
+
+
 def refuse_other_run(config: RunConfig, stored: Path) -> None:
     """A different run file in the same folder is an error that shows the difference."""
     found = load_run_file(stored)
+    before, now = flatten_run(found), flatten_run(config)
     changed = [
-        line
-        for line in difference(found, config)
-        if not line.startswith(_LAYOUT_KEYS) and not line.startswith("output_dir")
+        f"{key}: {before.get(key)!r} there, {now.get(key)!r} in this run"
+        for key in difference(found, config)
+        if not key.startswith((*_LAYOUT_KEYS, "output_dir"))
     ]
     if changed:
         raise ConfigError(

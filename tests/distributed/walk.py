@@ -23,7 +23,9 @@ def main(jobs_file: Path) -> None:
     for job in json.loads(jobs_file.read_text()):
         stop_step = job.get("stop_at_validation")
 
-        def on_validation(step: int, metrics: dict[str, float], stop: int | None = stop_step) -> None:
+        def on_validation(
+            step: int, metrics: dict[str, float], stop: int | None = stop_step
+        ) -> None:
             if step == stop:
                 raise Interrupted
 

@@ -10,7 +10,7 @@ from benchmarks import single_run
 
 def test_single_run_beside_trl(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
-    shape = ["--dtype", "fp32", "--windows", "1", "--steps", "2", "--batch", "4"]
+    shape = ["--threads", "1", "--dtype", "fp32", "--windows", "1", "--steps", "2", "--batch", "4"]
     assert single_run.main([*shape, "--out", str(out)]) == 0
 
     record = json.loads(out.read_text())

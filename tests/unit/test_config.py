@@ -95,7 +95,7 @@ def test_every_problem_is_reported_at_once_in_plain_words() -> None:
             "seed: got true; give a whole number",
             "validate.every: got \"week\"; give 'epoch' or a whole number",
             "parallel: got 3; give a mapping of keys to values",
-            "tracking.tags.a: got 1; give text (put it in quotes if it looks like a number)",
+            "tracking.tags.a: got 1; give text, as in '1' with its quotes",
         ]
     )
 
@@ -125,6 +125,10 @@ def test_a_key_given_twice_is_an_error_with_both_lines(tmp_path: Path) -> None:
         ("- a\n- b\n", "mapping"),
         ("model: [", "not valid YAML"),
         ("model: !!python/object:os.system {}", "not valid YAML"),
+        ("{? [a] : b}", "a key must be plain text"),
+        ("&a {b: *a}", "Circular"),
+        ("[" * 3000, "nested too deeply"),
+        ("\0", "special characters are not allowed"),
     ],
 )
 def test_a_file_that_is_no_mapping(tmp_path: Path, text: str, expected: str) -> None:
@@ -132,6 +136,30 @@ def test_a_file_that_is_no_mapping(tmp_path: Path, text: str, expected: str) -> 
     file.write_text(text)
     with pytest.raises(ConfigError, match=expected):
         load_run_file(file)
+
+
+def test_an_empty_section_takes_its_defaults() -> None:
+    data = SMALLEST | {"components": None, "optim": None, "data": None}
+    assert parse_run(data) == parse_run(SMALLEST)
+
+
+def test_a_union_reports_the_branch_that_was_meant() -> None:
+    block = {"mode": "peft", "method": "lora"}
+    for sublayers, problem in (
+        ({"attn": "q"}, 'components.llm.sublayers.attn: got "q"; give a list'),
+        ([1], "components.llm.sublayers.0: got 1; give text, as in '1' with its quotes"),
+        (3, "components.llm.sublayers: got 3; give a list or a mapping of keys to values"),
+    ):
+        data = SMALLEST | {"components": {"llm": block | {"sublayers": sublayers}}}
+        assert problems(data) == [problem]
+    assert problems(SMALLEST, "seed=99999999999") == [
+        "seed: got 99999999999; give a number below 2,147,483,648"
+    ]
+
+
+def test_keys_are_text_and_merges_work() -> None:
+    text = "base: &base {r: 1}\n1: {<<: *base, true: x}\n"
+    assert yaml_text.parse(text) == ({"base": {"r": 1}, "1": {"r": 1, "true": "x"}}, [])
 
 
 def test_a_missing_file_says_how_to_get_one(tmp_path: Path) -> None:

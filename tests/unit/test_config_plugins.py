@@ -48,7 +48,7 @@ def test_schema_and_plugins_in_one_report() -> None:
         "components.connector: has no sublayers to adapt; use 'full', or one of: llm, vision",
         "data.task: unknown task 'sciencqa'; did you mean 'scienceqa'?",
         "data.limit: got 0; give at least 1",
-        "parallel.deepspeed: zro1: no such file in ds_configs; did you mean 'zero1'? "
+        "parallel.deepspeed: 'zro1': no such file in ds_configs; did you mean 'zero1'? "
         "or a path ending .json",
         "optim.global_batch: 128 is no multiple of micro_batch 16 x 3 ranks; "
         "use a multiple of 3 ranks",

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from launcher import agent as agent_module
-from launcher import network
+from mmtrain import network
 from launcher.agent import Wire
 from launcher.hostfile import Host
 from launcher.messages import decode, encode

@@ -45,7 +45,9 @@ _CLIP_L_336 = dict(
 )
 
 
-def _vicuna(hidden: int, intermediate: int, layers: int, heads: int, vocabulary: int = 32000) -> dict:
+def _vicuna(
+    hidden: int, intermediate: int, layers: int, heads: int, vocabulary: int = 32000
+) -> dict:
     return dict(
         model_type="llama",
         hidden_size=hidden,
@@ -70,6 +72,7 @@ def _preset(text: dict, vision: dict, image_token: int = 32000) -> dict[str, Any
     )
 
 
+_DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 _TINY_VISION = dict(
     model_type="clip_vision_model",
     hidden_size=64,
@@ -150,6 +153,9 @@ class Llava:
                     "Correct model.family or model.checkpoint.",
                 )
             config = LlavaConfig(**stored)
+        # Parts obey their own stored dtype before any default: it must be the run's.
+        for part in (config, config.text_config, config.vision_config):
+            part.dtype = _DTYPE_NAMES[options.dtype]
         config._attn_implementation = options.attention
         if options.base_dropout == 0:
             config.text_config.attention_dropout = 0.0
@@ -176,6 +182,8 @@ class Llava:
         else:
             folder = Path(options.checkpoint)
             processor = building.load_processor(folder, IMAGE_TOKEN, config.image_token_id)
+            refuse_other_picture_size(folder, processor, config)
+            processor.tokens_per_image = tokens_per_image(config)
             building.load_weights(model, folder, rename)
         return LoadedModel(model, processor, config)
 
@@ -210,7 +218,8 @@ class Llava:
         pieces.append(text.Piece(f" {rendered.target}</s>", is_answer=True))
         ids, labels = text.tokenise(processor.tokenizer, pieces)
         token_id = processor.image_token_id
-        ids, labels = text.expand(ids, labels, token_id, tokens_per_image(processor))
+        text.refuse_picture_tokens_in_text(ids, token_id, len(images), IMAGE_TOKEN, sample_id)
+        ids, labels = text.expand(ids, labels, token_id, processor.tokens_per_image)
         ids, labels = text.truncate(ids, labels, token_id, max_length, truncation_side, sample_id)
         pixels = [
             processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
@@ -285,7 +294,7 @@ class Llava:
         """A tiny checkpoint: real classes, a tokenizer trained on `texts`, a real processor."""
         from mmtrain.models import tiny
 
-        config = self.model_config(ModelOptions(checkpoint=None, preset="tiny"))
+        config = self.model_config(ModelOptions(None, preset="tiny", dtype="fp32"))
         tokenizer = tiny.train_tokenizer([SYSTEM, " USER: ASSISTANT:", *texts], IMAGE_TOKEN)
         config.text_config.vocab_size = len(tokenizer)
         config.image_token_index = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -305,17 +314,25 @@ class Llava:
         building.save_folder(model, options, state, folder)
 
 
-def tokens_per_image(processor: Any) -> int:
-    """Features one picture contributes to the sequence."""
-    size = processor.image_processor.crop_size
-    patches = (size["height"] // processor.patch_size) * (size["width"] // processor.patch_size)
-    extra = processor.num_additional_image_tokens
-    return patches + extra - (processor.vision_feature_select_strategy == "default")
+def tokens_per_image(config: Any) -> int:
+    """Features one picture contributes to the sequence: patches, and the class token if kept."""
+    vision = config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    return patches + (config.vision_feature_select_strategy != "default")
 
 
-def embed(
-    model: nn.Module, input_ids: torch.Tensor, pixel_values: torch.Tensor
-) -> torch.Tensor:
+def refuse_other_picture_size(folder: Path, processor: Any, config: Any) -> None:
+    """The processor must cut pictures to the size the tower was built for."""
+    size, wanted = processor.image_processor.crop_size, config.vision_config.image_size
+    if (size["height"], size["width"]) != (wanted, wanted):
+        raise CheckpointError(
+            f"{folder}: its processor makes pictures of {size['height']} x {size['width']},"
+            f" config.json says {wanted} x {wanted}.",
+            "Use preprocessor files and config.json of the same checkpoint.",
+        )
+
+
+def embed(model: nn.Module, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
     """Token embeddings with projected picture features in the places of picture tokens."""
     inner = model.model
     is_image = input_ids == model.config.image_token_id

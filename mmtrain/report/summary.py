@@ -1,0 +1,142 @@
+"""What one run's folder says about it: the settings, the last and the best values."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmtrain.errors import MmtrainError
+from mmtrain.report import html
+from mmtrain.report.comparison import mode_of
+from mmtrain.report.plot import run_png, series_of
+from mmtrain.tracking.fields import flatten
+from mmtrain.tracking.journal import JOURNAL_NAME, JournalEntry, RunJournal
+
+_SPEEDS = ("train/samples_per_s", "train/tokens_per_s")
+
+
+@dataclass(frozen=True)
+class Best:
+    """The validation that the best checkpoint comes from."""
+
+    metric: str
+    value: float
+    step: int
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """Everything the report of a run shows."""
+
+    name: str
+    state: str
+    entries: tuple[JournalEntry, ...]
+    last: dict[str, float]
+    best: Best | None
+    evaluations: dict[str, str]  # 'val: accuracy' -> value
+    params: dict[str, str]
+
+    @property
+    def last_step(self) -> int:
+        """The last optimizer step that was written down."""
+        return self.entries[-1].step
+
+
+def summarize(run_dir: Path) -> RunSummary:
+    """Read a run's folder; a folder without a journal is an error."""
+    run_dir = Path(run_dir)
+    entries = RunJournal.read(run_dir / JOURNAL_NAME)
+    if not entries:
+        raise MmtrainError(
+            f"{run_dir} is no run folder with results: {JOURNAL_NAME} is missing or empty.",
+            "Give the folder of a run, e.g. runs/NAME.",
+        )
+    config = _mapping(run_dir / "run.yaml")
+    status = _mapping(run_dir / "status.json")
+    return RunSummary(
+        name=str(config.get("name") or run_dir.resolve().name),
+        state=str(status.get("state") or status.get("status") or "unknown"),
+        entries=tuple(entries),
+        last=_last_values(entries),
+        best=_best(entries, config),
+        evaluations=dict(_evaluations(run_dir)),
+        params=flatten(config),
+    )
+
+
+def _last_values(entries: list[JournalEntry]) -> dict[str, float]:
+    """The last value of each metric; of speeds the median, as single steps vary."""
+    series = series_of(entries)
+    last = {name: points[-1][1] for name, points in series.items()}
+    medians = {
+        name: statistics.median(value for _, value in series[name])
+        for name in _SPEEDS
+        if name in series
+    }
+    return last | medians
+
+
+def _best(entries: list[JournalEntry], config: dict[str, Any]) -> Best | None:
+    section = config.get("validate")
+    metric = section.get("metric", "loss") if isinstance(section, dict) else "loss"
+    name = metric if str(metric).startswith("val/") else f"val/{metric}"
+    points = [point for point in series_of(entries).get(name, []) if math.isfinite(point[1])]
+    if not points:
+        return None
+    choose = min if mode_of(name) == "min" else max
+    step, value = choose(points, key=lambda point: point[1])
+    return Best(name, value, step)
+
+
+def _evaluations(run_dir: Path) -> Iterator[tuple[str, str]]:
+    for path in sorted(run_dir.glob("evaluation/*/metrics.json")):
+        for name, value in flatten(_mapping(path)).items():
+            yield f"{path.parent.name}: {name}", value
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """A YAML or JSON file's mapping; empty when the run has not written it (yet)."""
+    if not path.exists():
+        return {}
+    text = path.read_text("utf-8")
+    try:
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise MmtrainError(
+            f"{path} cannot be read: {error}.", "Restore it or delete it."
+        ) from error
+    return content if isinstance(content, dict) else {}
+
+
+def results(summary: RunSummary) -> dict[str, str]:
+    """The results, named and formatted."""
+    facts = {"state": summary.state, "optimizer steps": str(summary.last_step)}
+    if summary.best:
+        best = summary.best
+        facts[f"best {best.metric}"] = f"{best.value:.4g} at step {best.step}"
+    for name, value in sorted(summary.last.items()):
+        facts[f"median {name}" if name in _SPEEDS else f"last {name}"] = f"{value:.4g}"
+    return facts | summary.evaluations
+
+
+def html_page(summary: RunSummary) -> str:
+    """The report of one run as a page."""
+    cards = [(str(summary.last_step), f"optimizer steps, {summary.state}")]
+    if summary.best:
+        best = summary.best
+        cards.insert(0, (f"{best.value:.4g}", f"best {best.metric}, at step {best.step}"))
+    sections = [
+        html.cards(cards),
+        html.picture("Curves", run_png(summary.entries), "losses and metrics by optimizer step"),
+        html.facts("Results", results(summary)),
+    ]
+    if summary.params:
+        sections.append(html.facts("Settings", summary.params))
+    return html.page(summary.name, sections)

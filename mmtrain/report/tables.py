@@ -1,0 +1,100 @@
+"""A comparison as a table: for the terminal, Markdown and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import TYPE_CHECKING
+
+from mmtrain.report.comparison import Format, Statistics, short_keys
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+
+
+def header(result: Statistics) -> list[str]:
+    """Column names, the keys by their shortest names."""
+    return [*short_keys(result.by), "n", "mean ± std", "best", "best run"]
+
+
+def cells(result: Statistics) -> list[list[str]]:
+    """One line of text a group, best mean first."""
+    form = Format.of(result)
+    return [
+        [
+            *group.key,
+            str(group.n),
+            form.spread(group.mean, group.std),
+            form.value(group.best),
+            group.best_run,
+        ]
+        for group in result.groups
+    ]
+
+
+def rich_table(result: Statistics) -> Table:
+    """The table for a terminal. Names are shown as they are: no markup in them is obeyed."""
+    from rich.table import Table
+    from rich.text import Text
+
+    better = "higher" if result.mode == "max" else "lower"
+    table = Table(title=Text(f"{result.metric} ({better} is better)"), title_justify="left")
+    for index, name in enumerate(header(result)):
+        text_column = name == "best run"
+        table.add_column(
+            Text(name),
+            justify="left" if text_column or index < len(result.by) else "right",
+            overflow="fold",
+        )
+    for row, line in enumerate(cells(result)):
+        table.add_row(*(Text(cell) for cell in line), style="bold" if row == 0 else "")
+    return table
+
+
+def markdown(result: Statistics) -> str:
+    """The table in GitHub's Markdown."""
+    numbers = len(header(result)) - len(result.by) - 1
+    rule = ["---"] * len(result.by) + ["---:"] * numbers + ["---"]
+    lines = [header(result), rule, *cells(result)]
+    return "".join(f"| {' | '.join(map(markdown_text, line))} |\n" for line in lines)
+
+
+def markdown_text(text: str) -> str:
+    """Text that Markdown shows as it is, in a cell or a line."""
+    for character, entity in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("\n", " ")):
+        text = text.replace(character, entity)
+    return text
+
+
+def csv_text(result: Statistics) -> str:
+    """Unrounded numbers under full key names; `values` are the single runs."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(
+        [*map(_csv_cell, result.by), "metric", "n", "mean", "std", "best", "best_run", "values"]
+    )
+    for group in result.groups:
+        writer.writerow(
+            [
+                *map(_csv_cell, group.key),
+                _csv_cell(result.metric),
+                group.n,
+                group.mean,
+                "" if group.std is None else group.std,
+                group.best,
+                _csv_cell(group.best_run),
+                " ".join(map(repr, group.values)),
+            ]
+        )
+    return out.getvalue()
+
+
+def _csv_cell(text: str) -> str:
+    """A name that a spreadsheet would run as a formula is quoted as text; numbers are not."""
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}" if text.startswith(_FORMULA_STARTS) else text
+    return text

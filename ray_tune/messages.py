@@ -1,0 +1,6 @@
+"""Keys of what a trial sends to its study through Ray."""
+
+# A rank has started; a validation's optimizer step; the driver's last word.
+STARTED, STEP, OUTCOME = "started", "step", "outcome"
+# With OUTCOME: why it failed (empty if it did not), and how long training itself took.
+FAILURE, TRAINING_SECONDS = "failure", "training_seconds"

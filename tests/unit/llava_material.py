@@ -1,0 +1,98 @@
+"""A LLaVA folder with lively weights, and samples for it: material of the LLaVA tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from mmtrain import plugins
+from mmtrain.models.interface import Example, LoadedModel, ModelOptions
+from mmtrain.tasks.interface import Rendered, Turn
+from tests import tiny
+
+FAMILY = plugins.load("family", "llava")
+GREEDY = SimpleNamespace(
+    max_new_tokens=6, num_beams=1, length_penalty=1.0, repetition_penalty=1.0, batch_size=8
+)
+
+
+def write_lively(folder: Path) -> Path:
+    """Weights that matter everywhere: large, with biases and norms that are not 0 and 1."""
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    plain = tiny.write_checkpoint(folder / "plain")
+    model = LlavaForConditionalGeneration.from_pretrained(plain, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.15)
+    target = folder / "lively"
+    model.save_pretrained(target)
+    AutoProcessor.from_pretrained(plain).save_pretrained(target)
+    return target
+
+
+def load(folder: Path) -> LoadedModel:
+    """The folder through the family, in fp32."""
+    return FAMILY.load(ModelOptions(checkpoint=str(folder), preset=None, dtype="fp32"), None)
+
+
+def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a folder with one weight file, under their stored names."""
+    with safe_open(folder / "model.safetensors", "pt") as reader:
+        return {name: reader.get_tensor(name) for name in reader.keys()}
+
+
+def picture(number: int) -> Image.Image:
+    """A picture with detail that no other number has."""
+    generator = torch.Generator().manual_seed(number)
+    pixels = torch.randint(0, 256, (40, 48 + number, 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def example(
+    processor: Any,
+    name: str,
+    question: str,
+    target: str,
+    pictures: Sequence[Image.Image] = (),
+    earlier: Sequence[tuple[str, str]] = (),
+    max_length: int = 512,
+    side: str = "left",
+) -> Example:
+    """One encoded conversation: earlier (question, answer) pairs, then question and target."""
+    turns = [Turn(role, text) for pair in earlier for role, text in zip(ROLES, pair, strict=True)]
+    rendered = Rendered((*turns, Turn("user", question)), target)
+    return FAMILY.encode(processor, name, rendered, pictures, max_length, side)
+
+
+ROLES = ("user", "assistant")
+
+
+def mixed(processor: Any) -> list[Example]:
+    """With and without picture, long and short, one and several turns."""
+    return [
+        example(processor, "with", "Which digit is in the picture?", "5", [picture(1)]),
+        example(processor, "text", "Say 7.", "7 and then 8"),
+        example(
+            processor, "turns", "And now?", "2", [picture(2)], [("Which digit?", "3"), ("Why?", "4")]
+        ),
+    ]
+
+
+def logits_of(model: Any, batch: Any) -> torch.Tensor:
+    """Our forward up to the logits, at every position."""
+    from mmtrain.models.families.llava import embed
+
+    tensors = batch.tensors
+    embeds = embed(model, tensors["input_ids"], tensors["pixel_values"])
+    hidden = model.model.language_model(
+        inputs_embeds=embeds, attention_mask=tensors["attention_mask"], use_cache=False
+    ).last_hidden_state
+    return model.lm_head(hidden)
