@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmtrain import network
 from launcher.messages import SILENCE_LIMIT_S, decode, encode
 from launcher.plan import HostSpec, rank_command, rank_environment
 from launcher.ranks import Rank, Stream, adopt_orphans, kill_children, start_rank
+from mmtrain import network
 from mmtrain.errors import LaunchError
 
 COMPARED_PACKAGES = ("mmtrain", "torch", "deepspeed", "transformers", "peft")

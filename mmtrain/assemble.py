@@ -118,5 +118,5 @@ def pin_numerics(config: RunConfig, local_size: int) -> int:
         torch.use_deterministic_algorithms(True, warn_only=True)
         # Nothing here reads memory it has not written; filling DeepSpeed's communication buckets
         # took more than half of a small step.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     return threads

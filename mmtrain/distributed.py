@@ -174,7 +174,7 @@ def is_sharded(parameter: torch.Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
-def full_shape(parameter: torch.Tensor) -> torch.Size:
+def full_shape(parameter: Any) -> torch.Size:
     """The parameter's shape, sharded or not."""
     return torch.Size(parameter.ds_shape) if is_sharded(parameter) else parameter.shape
 

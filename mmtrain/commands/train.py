@@ -52,18 +52,19 @@ def _quick(args: argparse.Namespace, config: RunConfig) -> list[str]:
     if args.max_steps:
         return [
             f"name={name}-quick",
-            "output_dir=null",
+            f"output_dir={config.run_dir}-quick",
             "tracking.uri=none",
             "optim.epochs=null",
             f"optim.max_steps={args.max_steps}",
         ]
+    train = data.train if data else None
     batch = min(args.overfit, optim.micro_batch)
     return [
         f"name={name}-overfit",
-        "output_dir=null",
+        f"output_dir={config.run_dir}-overfit",
         "tracking.uri=none",
         f"data.limit={args.overfit}",
-        f"data.val={data.train}",
+        f"data.val={train}",
         f"data.val_limit={args.overfit}",
         "optim.epochs=null",
         "optim.max_steps=150",

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -17,6 +18,8 @@ from mmtrain.data.order import epoch_order
 from mmtrain.errors import ConfigError
 from mmtrain.models.interface import Batch, Example
 
+# Sorting a million hashes takes 0.1 s: once per epoch, not at every step.
+_order_of_epoch = lru_cache(maxsize=2)(epoch_order)
 PADDING = -1  # an index in a step's plan that no sample fills
 _STEPS_AHEAD = 3
 
@@ -79,7 +82,7 @@ def plan_step(
     """(epoch, sample indices) of an optimizer step; the last step of an epoch is padded."""
     per_epoch = steps_per_epoch(num_samples, global_batch)
     epoch, step = divmod(position, per_epoch)
-    order = epoch_order(num_samples, seed, epoch)
+    order = _order_of_epoch(num_samples, seed, epoch)
     indices = order[step * global_batch : (step + 1) * global_batch]
     padding = np.full(global_batch - len(indices), PADDING, dtype=np.int64)
     return epoch, np.concatenate([indices.astype(np.int64), padding])

@@ -73,7 +73,7 @@ def evaluate(
         answers += [(i, text) for i, text in zip(chunk, texts, strict=True) if i != PADDING]
         if on_chunk is not None:
             on_chunk(number + 1, len(chunks))
-    loss_sum, num_tokens = distributed.sum_over_ranks([loss_sum, num_tokens])
+    total_loss, total_tokens = distributed.sum_over_ranks([loss_sum, num_tokens])
     by_index = dict(pair for part in distributed.gather_objects(answers) for pair in part)
     texts = [by_index[index] for index in range(len(source))]
     samples = [source.sample(index) for index in range(len(source))]
@@ -83,7 +83,7 @@ def evaluate(
         rendered = source.template(sample)
         prompt = "\n".join(turn.text for turn in rendered.turns)
         predictions.append(Prediction(sample.id, prompt, text, rendered.target, score))
-    return Evaluation({"loss": loss_sum / max(1, num_tokens), **metrics}, predictions)
+    return Evaluation({"loss": total_loss / max(1, total_tokens), **metrics}, predictions)
 
 
 def _example(source: Source, index: int) -> Example:

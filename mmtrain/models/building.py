@@ -89,7 +89,7 @@ def pad_ids(rows: Sequence[Sequence[int]], side: str) -> tuple[torch.Tensor, tor
 
 
 def generate_from_embeddings(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     embeds: torch.Tensor,
     attention_mask: torch.Tensor,
@@ -120,7 +120,7 @@ def generate_from_embeddings(
 
 
 def save_folder(
-    model: nn.Module, options: ModelOptions, state: Mapping[str, torch.Tensor], folder: Path
+    model: Any, options: ModelOptions, state: Mapping[str, torch.Tensor], folder: Path
 ) -> None:
     """Write config, processor files and sharded safetensors under today's module names."""
     folder.mkdir(parents=True, exist_ok=True)

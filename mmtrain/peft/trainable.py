@@ -65,10 +65,9 @@ def make_trainable(
     owner = {}
     for name, parameter in model.named_parameters():
         owners = [a.component for a in attachments if a.method.owns(name, a.component)]
-        component = owners[0] if owners else declared.get(name)
-        parameter.requires_grad_(component is not None)
-        if component is not None:
-            owner[name] = component
+        if owners or name in declared:
+            owner[name] = owners[0] if owners else declared[name]
+        parameter.requires_grad_(name in owner)
     _prove_complete(model, set(base_names), set(declared), set(owner))
     full = tuple(c for c, block in components.items() if block.mode == "full")
     return Trainable(owner, attachments, full)

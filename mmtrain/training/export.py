@@ -56,7 +56,7 @@ def _write_adapter(
         for name in trainable.adapter_parameters(attachment)
     }
     _copy_tensors(checkpoint, folder / "adapter_model.safetensors", names)
-    base = config.model.checkpoint or str(config.model.preset)
+    base = base_name(config)
     settings = method.export_config(attachment.placement, attachment.options, base)
     settings["revision"] = config.model.revision
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2))
@@ -84,9 +84,16 @@ def _replaced(folder: Path) -> Iterator[Path]:
     temporary.rename(folder)
 
 
+def base_name(config: RunConfig) -> str:
+    """The base as others find it: a folder's full path, so that it holds from anywhere."""
+    if config.model.checkpoint is None:
+        return str(config.model.preset)
+    return str(Path(config.model.checkpoint).resolve())
+
+
 def loading_snippet(config: RunConfig, trainable: Trainable, base_class: str, several: bool) -> str:
     """Python that rebuilds the trained model with transformers, peft and safetensors only."""
-    base = config.model.checkpoint or str(config.model.preset)
+    base = base_name(config)
     dtype = {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[config.model.dtype]
     lines = ["import torch", f"from transformers import AutoProcessor, {base_class}"]
     if trainable.attachments:
@@ -108,10 +115,14 @@ def loading_snippet(config: RunConfig, trainable: Trainable, base_class: str, se
         ]
     for attachment in trainable.attachments:
         folder = f"adapter/{attachment.component}" if several else "adapter"
-        lines.append(f"model = PeftModel.from_pretrained(model, f'{{run}}/{folder}')")
+        lines += [
+            f"adapter = f'{{run}}/{folder}'",
+            "model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False)",
+        ]
         if several:
             lines.append("model = model.merge_and_unload()")
-    return "\n".join([*lines, f"model = model.to({dtype}).eval()"])
+    # No cast of the whole model at the end: it would round rotary frequencies to bf16.
+    return "\n".join([*lines, "model = model.eval()"])
 
 
 def model_card(
@@ -122,7 +133,7 @@ def model_card(
     several: bool,
 ) -> str:
     """README.md of an adapter folder."""
-    base = config.model.checkpoint or str(config.model.preset)
+    base = base_name(config)
     data = config.data.task if config.data else "none"
     options = ", ".join(f"{key} {value}" for key, value in attachment.options)
     snippet = loading_snippet(config, trainable, base_class, several)

@@ -19,6 +19,8 @@ def set_up_logging(run_dir: Path, rank: int) -> None:
     log.handlers.clear()
     log.setLevel(logging.INFO)
     log.propagate = False
+    # A log on a full disk must not bury the error itself under tracebacks of its own.
+    logging.raiseExceptions = False
     file = logging.FileHandler(folder / f"rank-{rank}.log")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(file)
@@ -38,8 +40,9 @@ class Progress:
         self._bar = None
         if enabled and sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, MofNCompleteColumn
             from rich.progress import Progress as RichProgress
+            from rich.progress import TextColumn, TimeRemainingColumn
 
             self._bar = RichProgress(
                 TextColumn("{task.description}"),

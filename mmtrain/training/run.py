@@ -102,10 +102,15 @@ def _open_folder(config: RunConfig) -> tuple[Path, dict[str, float] | None]:
 
 
 def _fail(world: World, run_dir: Path, recorder: Recorder | None, error: BaseException) -> None:
-    if world.is_main:
+    if not world.is_main:
+        return
+    assert recorder is not None
+    try:
         write_status(run_dir, "failed", reason=str(error) or type(error).__name__)
-        assert recorder is not None
         recorder.close("FAILED")
+    except OSError as fault:
+        # On a full disk the user must see what ended the run, not that this was not written.
+        log.warning("the end of the run could not be written down (%s)", fault.strerror)
 
 
 def _out_of_memory(config: RunConfig, error: torch.OutOfMemoryError) -> TrainingError:
@@ -327,7 +332,10 @@ def _finish(
     if world.is_main:
         assert recorder is not None
         best = loop.stopping.best_step
-        chosen = best if best > 0 and folder.path(best).exists() else loop.state.step
+        damage = checkpoints.find_damage(folder.path(best)) if best > 0 else None
+        if damage is not None:
+            log.warning("best checkpoint step-%d is not exported, the last is: %s", best, damage)
+        chosen = best if best > 0 and damage is None else loop.state.step
         base_class = type(assembled.model).__name__
         written = export_trained(
             folder.path(chosen), run_dir, config, assembled.trainable, base_class

@@ -34,14 +34,14 @@ def train_step(engine: Engine, step: StepBatches, before_optimizer: object = Non
         dtype=torch.int64,
     )
     factor = len(batches) * engine.world.size / max(1, answer_tokens)
-    loss_sum, bad_ids = 0.0, []
+    loss_sums, bad_ids = [], []
     for number, batch in enumerate(batches):
         result = engine.forward(batch)
         engine.backward(result.answer_loss_sum * factor)
-        loss_sum += result.answer_loss_sum.detach()
+        loss_sums.append(result.answer_loss_sum.detach())
         bad_ids += _bad_samples(result, batch)
         if number == len(batches) - 1:
-            loss_sum, num_bad = distributed.sum_over_ranks([float(loss_sum), len(bad_ids)])
+            loss_sum, num_bad = distributed.sum_over_ranks([float(sum(loss_sums)), len(bad_ids)])
             if num_bad:
                 refuse_bad_loss(distributed.gather_objects(bad_ids))
             if callable(before_optimizer):

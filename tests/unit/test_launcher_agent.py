@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 
 from launcher import agent as agent_module
-from mmtrain import network
 from launcher.agent import Wire
 from launcher.hostfile import Host
 from launcher.messages import decode, encode
 from launcher.plan import Job, Master, make_plan
 from launcher.ranks import MAX_LINE_BYTES, Stream
+from mmtrain import network
 
 LIMIT_S = 30.0
 AGENT = "from launcher import agent; agent.GRACE_S = {grace_s}; raise SystemExit(agent.main())"

@@ -154,12 +154,13 @@ class Llava:
                 )
             config = LlavaConfig(**stored)
         # Parts obey their own stored dtype before any default: it must be the run's.
-        for part in (config, config.text_config, config.vision_config):
+        text, vision = _part(config, "text"), _part(config, "vision")
+        for part in (config, text, vision):
             part.dtype = _DTYPE_NAMES[options.dtype]
         config._attn_implementation = options.attention
         if options.base_dropout == 0:
-            config.text_config.attention_dropout = 0.0
-            config.vision_config.attention_dropout = 0.0
+            text.attention_dropout = 0.0
+            vision.attention_dropout = 0.0
         return config
 
     def skeleton(self, config: Any) -> nn.Module:
@@ -258,7 +259,7 @@ class Llava:
         num_tokens = sum(len(example.input_ids) for example in examples if example.weight > 0)
         return Batch(tensors, [example.id for example in examples], num_answer_tokens, num_tokens)
 
-    def forward(self, model: nn.Module, batch: Batch) -> ForwardResult:
+    def forward(self, model: Any, batch: Batch) -> ForwardResult:
         """Tower, projector and LLM once each, whatever the batch holds."""
         from mmtrain.models.answers import answer_loss
         from mmtrain.models.dropout import scope_of
@@ -314,6 +315,11 @@ class Llava:
         building.save_folder(model, options, state, folder)
 
 
+def _part(config: Any, name: str) -> Any:
+    """The configuration of the text or the vision part."""
+    return getattr(config, f"{name}_config")
+
+
 def tokens_per_image(config: Any) -> int:
     """Features one picture contributes to the sequence: patches, and the class token if kept."""
     vision = config.vision_config
@@ -332,7 +338,7 @@ def refuse_other_picture_size(folder: Path, processor: Any, config: Any) -> None
         )
 
 
-def embed(model: nn.Module, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+def embed(model: Any, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
     """Token embeddings with projected picture features in the places of picture tokens."""
     inner = model.model
     is_image = input_ids == model.config.image_token_id
@@ -343,7 +349,7 @@ def embed(model: nn.Module, input_ids: torch.Tensor, pixel_values: torch.Tensor)
     return embeds.masked_scatter(is_image.unsqueeze(-1), features)
 
 
-def vision_features(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+def vision_features(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
     """The tower's output at the feature layer; blocks above it would compute nothing used."""
     tower, config = model.model.vision_tower, model.config
     layers = tower.encoder.layers

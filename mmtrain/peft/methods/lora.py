@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +33,10 @@ class Lora:
 
     def attach(self, model: nn.Module, placement: Placement, options: Any, seed: int) -> None:
         """Inject one adapter named after the component; A is keyed, B is zero."""
-        import torch
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
 
-        from mmtrain.models.dropout import KeyedDropout, scope_of, stable_hash
+        from mmtrain.models.dropout import KeyedDropout, scope_of
 
         name = placement.component
         config = LoraConfig(
@@ -47,7 +47,10 @@ class Lora:
             target_modules=placement.pattern,
             init_lora_weights=False,  # initialised below, keyed by module name
         )
-        inject_adapter_in_model(config, model, adapter_name=name)
+        with warnings.catch_warnings():
+            # One adapter per component is how several components are adapted.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            inject_adapter_in_model(config, model, adapter_name=name)
         for module_name, layer in model.named_modules():
             if not isinstance(layer, LoraLayer):
                 continue
@@ -55,13 +58,7 @@ class Lora:
             layer.set_adapter(list(layer.lora_A.keys()))
             if name not in layer.lora_A:
                 continue
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(stable_hash("lora", seed, module_name))
-                weight = torch.empty(layer.lora_A[name].weight.shape)
-                torch.nn.init.kaiming_uniform_(weight, a=5**0.5)
-            with torch.no_grad():
-                layer.lora_A[name].weight.copy_(weight)
-                layer.lora_B[name].weight.zero_()
+            _initialise(layer.lora_A[name], layer.lora_B[name], seed, module_name)
             if options.dropout > 0:
                 layer.lora_dropout[name] = KeyedDropout(
                     options.dropout, module_name, name, scope_of(model)
@@ -102,6 +99,20 @@ class Lora:
         for layer in model.modules():
             if isinstance(layer, LoraLayer) and component in layer.lora_A:
                 layer.merge(adapter_names=[component])
+
+
+def _initialise(a: Any, b: Any, seed: int, module_name: str) -> None:
+    """Kaiming-uniform A from a generator of its own, zero B."""
+    import torch
+
+    from mmtrain.models.dropout import stable_hash
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(stable_hash("lora", seed, module_name))
+        weight = torch.empty(a.weight.shape)
+        torch.nn.init.kaiming_uniform_(weight, a=5**0.5)
+        a.weight.copy_(weight)
+        b.weight.zero_()
 
 
 METHOD = Lora()

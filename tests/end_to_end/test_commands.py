@@ -1,0 +1,101 @@
+"""The commands in the order a user meets them: launch, evaluate, predict, export, report, compare."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def launched(
+    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, digit_shards: Path
+) -> Path:
+    """A run of two ranks, tracked in sqlite, with validation."""
+    root = tmp_path_factory.mktemp("launched")
+    data = tiny.run_data(
+        tiny_checkpoint,
+        digit_shards,
+        root / "first",
+        data={"val": str(digit_shards / "val"), "val_limit": 8},
+        validate={"metric": "accuracy", "every": 3},
+        generation={"max_new_tokens": 3, "batch_size": 4},
+        tracking={"uri": f"sqlite:///{root}/mlflow.db", "experiment": "commands"},
+    )
+    tiny.run_cli("launch", str(tiny.write_run(root, data)), "--ranks", "2")
+    return root / "first"
+
+
+def test_a_launched_run_leaves_everything_behind(launched: Path) -> None:
+    assert json.loads((launched / "status.json").read_text())["state"] == "finished"
+    assert len(tiny.read_metrics(launched, "train/loss")) == 6
+    assert len(tiny.read_metrics(launched, "val/accuracy")) == 2
+    for name in ("run.yaml", "plot.png", "adapter/README.md", "full/connector.safetensors"):
+        assert (launched / name).stat().st_size > 0, name
+    lines = (launched / "evaluation" / "val" / "predictions.jsonl").read_text().splitlines()
+    fields = {"id", "prompt", "prediction", "target", "score"}
+    assert len(lines) == 8 and set(json.loads(lines[0])) == fields
+
+
+def test_mlflow_has_the_run(launched: Path) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{launched.parent}/mlflow.db")
+    experiment = client.get_experiment_by_name("commands")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["components.llm.r"] == "4" and run.data.tags["digest.data.train"]
+    assert len(client.get_metric_history(run.info.run_id, "train/loss")) == 6
+    names = {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert {"adapter", "full", "evaluation", "run.yaml"} <= names
+
+
+def test_evaluate_scores_a_run_and_its_base(launched: Path, digit_shards: Path) -> None:
+    test = str(digit_shards / "test")
+    shown = tiny.run_cli("evaluate", str(launched), "--data", test, "--limit", "6").stdout
+    assert "accuracy" in shown and "6 predictions" in shown
+    tiny.run_cli("evaluate", str(launched), "--data", test, "--limit", "6", "--base")
+    trained = json.loads((launched / "evaluation" / "test" / "metrics.json").read_text())
+    base = json.loads((launched / "evaluation" / "test-base" / "metrics.json").read_text())
+    assert trained["loss"] < base["loss"]
+
+
+def test_predict_answers_one_question(launched: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    picture = tmp_path / "digit.png"
+    Image.new("L", (32, 32), 90).save(picture)
+    answer = tiny.run_cli("predict", str(launched), "--image", str(picture), "Which digit is it?")
+    assert len(answer.stdout.splitlines()) >= 1
+    missing = tiny.run_cli("predict", str(launched), "--image", "nowhere.png", "?", check=False)
+    assert missing.returncode != 0 and "nowhere.png" in missing.stderr
+    assert "Traceback" not in missing.stderr
+
+
+def test_report_and_compare_read_it_back(launched: Path, tmp_path: Path) -> None:
+    assert "val/accuracy" in tiny.run_cli("report", str(launched)).stdout
+    uri = f"sqlite:///{launched.parent}/mlflow.db"
+    table = tmp_path / "table.csv"
+    arguments = ("compare", "commands", "--uri", uri, "--by", "components.llm.r")
+    tiny.run_cli(*arguments, "--metric", "val/accuracy", "--csv", str(table))
+    assert "components.llm.r" in table.read_text() or "r" in table.read_text().splitlines()[0]
+
+
+def test_overfit_learns_samples_by_heart(
+    tiny_checkpoint: Path, digit_shards: Path, tmp_path: Path
+) -> None:
+    data = tiny.run_data(
+        tiny_checkpoint,
+        digit_shards,
+        tmp_path / "learn",
+        components={name: {"mode": "full"} for name in ("vision", "connector", "llm")},
+        optim={"lr": 2e-3},
+        generation={"max_new_tokens": 3, "batch_size": 8},
+    )
+    data["components"]["llm"] = {"mode": "full"}
+    tiny.run_cli("train", str(tiny.write_run(tmp_path, data)), "--overfit", "8")
+    status = json.loads((tmp_path / "learn-overfit" / "status.json").read_text())
+    assert status["metrics"]["val/accuracy"] == 1.0, status

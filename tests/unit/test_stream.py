@@ -1,0 +1,167 @@
+"""The stream: one order for every split, padding without weight, and a cursor that is a number."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from mmtrain.data.order import epoch_order
+from mmtrain.data.stream import (
+    PADDING,
+    Layout,
+    StepBatches,
+    StepStream,
+    equal_chunks,
+    plan_step,
+    steps_per_epoch,
+)
+from mmtrain.errors import ConfigError
+from mmtrain.models.interface import Batch, Example
+
+SEED, NUM_SAMPLES, GLOBAL_BATCH = 5, 21, 8
+SPLITS = [(1, 8), (1, 4), (1, 1), (2, 4), (2, 2), (2, 1), (4, 2), (8, 1)]
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    weights = torch.tensor([example.weight for example in examples])
+    counted = int((weights > 0).sum())
+    return Batch({"weights": weights}, [example.id for example in examples], counted, counted)
+
+
+def make_example(index: int) -> Example:
+    return Example(str(index), index, [1, 2], [-100, 2])
+
+
+def stream(world: int = 1, rank: int = 0, micro: int = 4, **changed: Any) -> StepStream:
+    layout = Layout(world, rank, micro, GLOBAL_BATCH)
+    arguments = {"num_samples": NUM_SAMPLES, "example": make_example, "seed": SEED, "workers": 0}
+    return StepStream(collate=collate, layout=layout, **{**arguments, **changed})
+
+
+def seen(step: StepBatches) -> list[int]:
+    """The samples of a step on one rank, padding as PADDING."""
+    found = []
+    for batch in step.micro_batches:
+        weights = batch.tensors["weights"].tolist()
+        found += [
+            int(name) if weight else PADDING
+            for name, weight in zip(batch.ids, weights, strict=True)
+        ]
+    return found
+
+
+@pytest.mark.parametrize(("world", "micro"), SPLITS)
+def test_every_split_sees_the_plan(world: int, micro: int) -> None:
+    ranks = [list(stream(world, rank, micro).steps(0, 7)) for rank in range(world)]
+    for position in range(7):
+        epoch, plan = plan_step(position, NUM_SAMPLES, GLOBAL_BATCH, SEED)
+        steps = [rank[position] for rank in ranks]
+        union = [index for step in steps for index in seen(step)]
+        assert sorted(union) == sorted(plan.tolist())
+        assert {(step.position, step.epoch) for step in steps} == {(position, epoch)}
+        # Every rank makes the same number of calls of the same size.
+        calls = {tuple(len(batch.ids) for batch in step.micro_batches) for step in steps}
+        assert calls == {(micro,) * (GLOBAL_BATCH // (world * micro))}
+        # Put together in order, micro-step by micro-step, the ranks give the plan itself.
+        ordered = []
+        for number in range(len(steps[0].micro_batches)):
+            for step in steps:
+                one = StepBatches(0, 0, [step.micro_batches[number]], 0)
+                ordered += seen(one)
+        assert ordered == plan.tolist()
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "wanted"), [(1, 1), (7, 1), (8, 1), (9, 2), (16, 2), (17, 3)]
+)
+def test_an_epoch_has_every_sample_once(num_samples: int, wanted: int) -> None:
+    assert steps_per_epoch(num_samples, GLOBAL_BATCH) == wanted
+    one = stream(num_samples=num_samples)
+    assert one.steps_per_epoch == wanted
+    for epoch in range(2):
+        steps = list(one.steps(epoch * wanted, (epoch + 1) * wanted))
+        indices = [index for step in steps for index in seen(step)]
+        real = [index for index in indices if index != PADDING]
+        assert real == epoch_order(num_samples, SEED, epoch).tolist()
+        assert indices == real + [PADDING] * (wanted * GLOBAL_BATCH - num_samples)
+        assert [step.epoch for step in steps] == [epoch] * wanted
+        assert sum(step.num_samples for step in steps) == num_samples
+
+
+def test_seeds_and_epochs_give_other_orders() -> None:
+    plans = [
+        tuple(plan_step(position, 64, 64, seed)[1]) for position in range(2) for seed in range(2)
+    ]
+    assert len(set(plans)) == 4
+
+
+@pytest.mark.parametrize("workers", [1, 2, 8])
+def test_workers_change_nothing(workers: int) -> None:
+    def slow(index: int) -> Example:
+        time.sleep(0.0005 * (index % 4))  # later steps finish before earlier ones
+        return make_example(index)
+
+    plain = list(stream(micro=2).steps(0, 9))
+    threaded = list(stream(micro=2, example=slow, workers=workers).steps(0, 9))
+    assert [seen(step) for step in threaded] == [seen(step) for step in plain]
+    assert [step.position for step in threaded] == list(range(9))
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 8])
+def test_a_position_is_all_a_resume_needs(start: int) -> None:
+    fresh = list(stream(workers=2).steps(0, 9))[start:]
+    resumed = list(stream(workers=2).steps(start, 9))
+    assert [seen(step) for step in resumed] == [seen(step) for step in fresh]
+    assert [step.epoch for step in resumed] == [step.epoch for step in fresh]
+
+
+def test_a_resume_reads_nothing_of_what_came_before() -> None:
+    read: list[int] = []
+
+    def example(index: int) -> Example:
+        read.append(index)
+        return make_example(index)
+
+    far = stream(num_samples=100_000, example=example)
+    step = far.step(10**6)
+    assert len(read) == GLOBAL_BATCH and step.epoch == 10**6 // 12_500
+
+
+def test_steps_are_cheap_in_large_sets() -> None:
+    """The order of an epoch is computed once, not at every step."""
+    large = stream(num_samples=1_000_000)
+    large.step(0)
+    began_s = time.perf_counter()
+    for position in range(1, 101):
+        large.step(position)
+    assert (time.perf_counter() - began_s) / 100 < 0.01
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_sample_is_raised_where_training_is(workers: int) -> None:
+    def example(index: int) -> Example:
+        if index == 3:
+            raise ValueError("sample 3 is bad")
+        return make_example(index)
+
+    with pytest.raises(ValueError, match="sample 3 is bad"):
+        list(stream(example=example, workers=workers).steps(0, 3))
+
+
+def test_a_batch_that_does_not_divide_is_an_error_with_a_way_out() -> None:
+    with pytest.raises(ConfigError, match="8 is no multiple of micro_batch 3 x 2 ranks; try"):
+        stream(world=2, micro=3)
+
+
+@pytest.mark.parametrize("num_samples", [1, 5, 8, 9, 16])
+@pytest.mark.parametrize(("world", "size"), [(1, 4), (2, 2), (3, 2)])
+def test_equal_chunks_cover_all_once(num_samples: int, world: int, size: int) -> None:
+    per_rank = [equal_chunks(num_samples, rank, world, size) for rank in range(world)]
+    assert len({len(chunks) for chunks in per_rank}) == 1
+    assert {len(chunk) for chunks in per_rank for chunk in chunks} == {size}
+    found = [index for chunks in per_rank for chunk in chunks for index in chunk]
+    assert sorted(index for index in found if index != PADDING) == list(range(num_samples))
