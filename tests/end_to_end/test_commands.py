@@ -99,3 +99,12 @@ def test_overfit_learns_samples_by_heart(
     tiny.run_cli("train", str(tiny.write_run(tmp_path, data)), "--overfit", "8")
     status = json.loads((tmp_path / "learn-overfit" / "status.json").read_text())
     assert status["metrics"]["val/accuracy"] == 1.0, status
+
+
+def test_max_steps_is_a_quick_look_in_its_own_folder(
+    tiny_checkpoint: Path, digit_shards: Path, tmp_path: Path
+) -> None:
+    data = tiny.run_data(tiny_checkpoint, digit_shards, tmp_path / "long")
+    tiny.run_cli("train", str(tiny.write_run(tmp_path, data)), "--max-steps", "2")
+    assert len(tiny.read_metrics(tmp_path / "long-quick", "train/loss")) == 2
+    assert not (tmp_path / "long").exists()

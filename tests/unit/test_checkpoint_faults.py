@@ -106,12 +106,12 @@ def test_a_damaged_file_costs_two_steps_and_nothing_else(
     train(run)
     log = log_of(tmp_path / "run")
     assert "checkpoint step-4 is not used: " in log and "resuming after step 2" in log
-    assert (name if name != SUMS else "does not match|not readable".split("|")[0]) in log or (
-        "not readable" in log
-    )
+    reason = next(line for line in log.splitlines() if "step-4 is not used" in line)
+    assert "does not match its checksum" in reason or "not readable" in reason
+    assert name in reason or name == SUMS  # a flipped checksum accuses the file it is of
     assert trained_digest(tmp_path / "run") == whole
-    steps = [entry for entry in tiny.read_metrics(tmp_path / "run", "train/loss")]
-    assert len(steps) == 6, "journal lines of steps trained twice must be replaced"
+    losses = tiny.read_metrics(tmp_path / "run", "train/loss")
+    assert len(losses) == 6, "journal lines of steps trained twice must be replaced"
 
 
 def test_without_any_good_checkpoint_training_starts_again(
@@ -133,7 +133,7 @@ def test_what_a_killed_save_left_is_no_checkpoint(
     (folder / "step-4").rename(folder / ".step-6.writing")
     train(run)
     assert trained_digest(tmp_path / "run") == whole
-    assert sorted(path.name for path in folder.iterdir()) == ["step-2", "step-4", "step-6"]
+    assert not list(folder.glob(".*")) and CheckpointFolder(tmp_path / "run", 3).steps()[0] == 6
 
 
 def test_a_finished_run_returns_at_once(
@@ -216,15 +216,13 @@ def test_a_full_disk_keeps_what_was_saved_and_says_so(
     def fill_at(step: int, metrics: dict[str, float]) -> None:
         fill(small_disk)
 
-    with pytest.raises((TrainingError, OSError)) as caught:
+    with pytest.raises(TrainingError, match="No space left on device") as caught:
         train(run, fill_at)
-    assert "No space left on device" in str(caught.value)
+    assert "Earlier checkpoints are intact" in str(caught.value)
     folder = CheckpointFolder(small_disk / "run", 3)
     assert folder.steps() == [4, 2] and folder.newest_good() == folder.path(4)
     printed = capfd.readouterr()
     assert "Traceback" not in printed.err + printed.out
-    assert isinstance(caught.value, TrainingError), "the checkpoint's error must reach the user"
-    assert "Earlier checkpoints are intact" in str(caught.value)
     (small_disk / "filler").unlink()
     train(run)
     assert trained_digest(small_disk / "run") == whole
