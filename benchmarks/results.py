@@ -171,6 +171,8 @@ def _markdown(record: Mapping[str, Any], results: Sequence[Measured]) -> list[st
         f"{record['date']}, {place}; {versions}.",
         "Samples/s, median (min–max) of alternating windows.",
         "`trl` is SFTTrainer with its defaults, `trl-tuned` the same without recomputation.",
+        "mmtrain runs with `deterministic: false`, TRL's default too; on a CPU neither side",
+        "prepares data ahead of the step.",
         "",
         "| precision | mmtrain | trl | trl-tuned | ratio to trl | to trl-tuned | loss difference |",
         "|---|---|---|---|---|---|---|",

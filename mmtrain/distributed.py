@@ -152,6 +152,17 @@ def from_main(value: Any) -> Any:
 # --- ZeRO-3: building and touching sharded parameters ----------------------------------------
 
 
+def prepare_deepspeed() -> None:
+    """Tell DeepSpeed of the process group; to be called before anything else of it."""
+    import deepspeed
+
+    # On a CPU DeepSpeed would compile a C++ operator at the first start, for an inference
+    # reduction that training never calls; a rank killed meanwhile leaves a lock others wait for.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Without this it believes in one rank when it checks the batch sizes.
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+
+
 @contextmanager
 def sharded_construction(
     deepspeed_config: Mapping[str, Any] | None, dtype: torch.dtype
@@ -163,8 +174,7 @@ def sharded_construction(
         return
     import deepspeed
 
-    # Without this DeepSpeed believes in one rank when it checks the batch sizes.
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    prepare_deepspeed()
     with deepspeed.zero.Init(config_dict_or_path=dict(deepspeed_config), dtype=dtype):
         yield
 

@@ -80,7 +80,7 @@ def _notes(study: Study, journal: Journal) -> list[str]:
     notes = [f"each trial counts with its best {study.metric} over its validations"]
     stopped = journal.count(STOPPED)
     if stopped:
-        notes.append(f"{stopped} trials were stopped early by {study.scheduler.type}: left out")
+        notes.append(f"{stopped} stopped early by {study.scheduler.type}, left out")
     for record in journal.records.values():
         if record.status == FAILED:
             notes.append(f"failed: {record.name}: {record.reason}")

@@ -195,6 +195,8 @@ def _root_cause(failure: Exception) -> str:
     text = str(cause)
     if isinstance(cause, RankFailure):
         return text
+    if "process has died" in text or "process died" in text:
+        return "its process was killed or crashed (out of memory?); see the trial's logs/"
     return f"{type(cause).__name__}: {_last_line(text)}"
 
 

@@ -1,4 +1,4 @@
-"""Training in the test's own process as a group of one rank, which leaves no trace behind."""
+"""Training in the test's own process, as a group of one rank."""
 
 from __future__ import annotations
 
@@ -14,17 +14,30 @@ import torch
 from mmtrain import distributed
 
 
+ALONE = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
+
+
 @contextmanager
 def one_rank() -> Iterator[None]:
-    """A process group of one inside; environment and torch's switches as before outside."""
+    """A process group of one inside; environment and torch's switches as before outside.
+
+    The group itself stays: DeepSpeed keeps groups it has seen and cannot live through another.
+    """
     environment, threads = dict(os.environ), torch.get_num_threads()
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ALONE:
         os.environ.pop(name, None)
     try:
         distributed.initialise()
+        os.environ.update(ALONE)
         yield
     finally:
-        distributed.shut_down()
         os.environ.clear()
         os.environ.update(environment)
         torch.set_num_threads(threads)

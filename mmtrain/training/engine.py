@@ -18,16 +18,20 @@ log = logging.getLogger("mmtrain")
 
 
 class FamilyModule(nn.Module):
-    """The model as DeepSpeed sees it: one forward, from a batch to sums of losses."""
+    """The model as DeepSpeed sees it: one forward, from a batch to sums of losses.
+
+    The result is a plain tuple of tensors: ZeRO-3 finds no tensors in other types.
+    """
 
     def __init__(self, family: Family, model: nn.Module) -> None:
         super().__init__()
         self.family = family
         self.model = model
 
-    def forward(self, batch: Batch) -> ForwardResult:
+    def forward(self, batch: Batch) -> tuple[Any, ...]:
         """The family's forward."""
-        return self.family.forward(self.model, batch)
+        result = self.family.forward(self.model, batch)
+        return result.answer_loss_sum, result.per_sample_loss, result.auxiliary
 
 
 def resolve_stage(deepspeed_config: Mapping[str, Any], dtype: str) -> int:
@@ -91,6 +95,7 @@ class Engine:
         # later run's too. Families tell generation themselves to keep ranks in step.
         import deepspeed
 
+        distributed.prepare_deepspeed()
         buffers = {name: value.clone() for name, value in module.named_buffers()}
         optimizer = torch.optim.AdamW(groups, betas=betas, eps=eps) if groups is not None else None
         self.deepspeed, *_ = deepspeed.initialize(
@@ -119,7 +124,8 @@ class Engine:
 
     def forward(self, batch: Batch) -> ForwardResult:
         """One forward of a batch that may still be on the host."""
-        return self._module(batch.to(self.world.device))
+        loss_sum, per_sample, auxiliary = self._module(batch.to(self.world.device))
+        return ForwardResult(loss_sum, batch.num_answer_tokens, per_sample, auxiliary)
 
     def generate(self, examples: Sequence[Example], settings: Any) -> list[str]:
         """Answers to the prompts of `examples`."""

@@ -1,4 +1,4 @@
-"""The commands in the order a user meets them: launch, evaluate, predict, export, report, compare."""
+"""The commands as a user meets them: launch, evaluate, predict, export, report, compare."""
 
 from __future__ import annotations
 

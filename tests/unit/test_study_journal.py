@@ -304,7 +304,7 @@ def test_results_and_comparison_hold_every_trial(tmp_path: Path) -> None:
     assert comparison.statistics.groups[0].mean == pytest.approx(0.6), "seeds fall together"
     assert comparison.statistics.gain == pytest.approx(0.6)
     lines = "\n".join(comparison.lines())
-    assert "1 trials were stopped early" in lines and "it broke" in lines
+    assert "1 stopped early" in lines and "it broke" in lines
     assert all(path.exists() for path in comparison.paths.values())
 
 
@@ -368,4 +368,6 @@ def test_a_failure_is_one_line_of_the_rank_that_caused_it() -> None:
     assert failed(rank0=echo) == f"rank 0: {echo}"
     wrapped = UserExceptionWithTraceback(ValueError("first\n  last line\n"), "Traceback …")
     assert failed(rank3=wrapped) == "rank 3: ValueError: last line"
+    died = RuntimeError("The actor is dead because its worker process has died. Worker exit …")
+    assert failed(rank0=echo, rank1=died).startswith("rank 1: its process was killed or crashed")
     assert failure_in_words(ValueError("no\nranks here")) == "ranks here"
