@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -38,7 +39,12 @@ def run_trials(
         totals = ray.cluster_resources()
         at_a_time = trials_at_a_time(study, totals)
         view.at_a_time = at_a_time
-        _fit(study, runs, journal, view, totals, at_a_time, folder)
+        # Ranks on other hosts see the study's folder, as they see the runs in it, but not /tmp.
+        storage = (folder if address is None else journal.folder.absolute()) / ".ray"
+        try:
+            _fit(study, runs, journal, view, totals, at_a_time, storage)
+        finally:
+            shutil.rmtree(storage, ignore_errors=True)
 
 
 def _fit(
@@ -48,7 +54,7 @@ def _fit(
     view: View,
     totals: dict[str, float],
     at_a_time: int,
-    folder: Path,
+    storage: Path,
 ) -> None:
     import ray
     from ray import tune
@@ -63,7 +69,7 @@ def _fit(
         resources_per_rank=rank_resources(study, totals),
         cwd=os.getcwd(),
         results_dir=str((journal.folder / "results").absolute()),
-        storage=str(folder / "storage"),
+        storage=str(storage),
     )
 
     def driver(config: dict[str, Any]) -> None:

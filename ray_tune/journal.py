@@ -123,27 +123,26 @@ def open_journal(study: Study, trials: Sequence[Trial], resume: bool) -> Journal
     """Start the study's folder, or go on with it; a folder of another study is an error."""
     folder = Path(study.study_dir)
     path = folder / "study.json"
-    if path.exists():
-        stored = _stored_study(path)
-        if not resume:
-            raise MmtrainError(
-                f"the study folder {folder} is in use: it holds {len(stored['trials'])} trials.",
-                "Go on with it by --resume, or choose another name or output_dir.",
-            )
-        _refuse_difference(stored["study"], study.model_dump(mode="json"), path)
-        records = [_stored_record(folder, trial) for trial in trials]
-        return Journal(folder, records, stored.get("parent_run_id"))
-    _write_json(
-        path,
-        {
-            "format_version": FORMAT_VERSION,
-            "study": study.model_dump(mode="json"),
-            "trials": [{"id": t.id, "name": t.name, "params": dict(t.params)} for t in trials],
-            "parent_run_id": None,
-            "created_s": time.time(),
-        },
-    )
-    return Journal(folder, [_stored_record(folder, trial) for trial in trials], None)
+    stored = _stored_study(path) if path.exists() else {}
+    settings = study.model_dump(mode="json")
+    started = any((folder / "results").glob("*.json"))  # else there is nothing to lose
+    if stored and started and not resume:
+        raise MmtrainError(
+            f"the study folder {folder} is in use: it holds {len(stored['trials'])} trials.",
+            "Go on with it by --resume, or choose another name or output_dir.",
+        )
+    if stored and started:
+        _refuse_difference(stored["study"], settings, path)
+    parent = stored.get("parent_run_id") if started or stored.get("study") == settings else None
+    content = {
+        "format_version": FORMAT_VERSION,
+        "study": settings,
+        "trials": [{"id": t.id, "name": t.name, "params": dict(t.params)} for t in trials],
+        "parent_run_id": parent,
+        "created_s": stored.get("created_s", time.time()),
+    }
+    _write_json(path, content)
+    return Journal(folder, [_stored_record(folder, trial) for trial in trials], parent)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch import nn
 
 from mmtrain.distributed import sharded_construction, spans_ranks
 from mmtrain.errors import CheckpointError
+from mmtrain.models.host_memory import returning_freed_memory
 from mmtrain.models.interface import ModelOptions
 from mmtrain.models.weights import DTYPES, initialise_weights, load_weights
 
@@ -43,15 +44,32 @@ def build_empty(
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with sharded_construction(zero3_config, dtype):
-            if zero3_config is None and device is not None:
+        sharded = zero3_config is not None
+        with returning_freed_memory(sharded), sharded_construction(zero3_config, dtype):
+            if not sharded and device is not None:
                 with device:
                     model = skeleton(config)
             else:
                 model = skeleton(config)
+        if zero3_config is not None:
+            _restore_buffers(model, skeleton, config)
     finally:
         torch.set_default_dtype(previous)
     return model.eval()
+
+
+def _restore_buffers(model: nn.Module, skeleton: Callable[[Any], nn.Module], config: Any) -> None:
+    """Sharded construction computes buffers in bf16, too: take them from an unsharded twin.
+
+    The twin's parameters are on the meta device and cost nothing.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        twin = skeleton(config)
+    for name, buffer in twin.named_buffers():
+        owner_name, _, leaf = name.rpartition(".")
+        model.get_submodule(owner_name)._buffers[leaf] = buffer
 
 
 def load_processor(folder: Path, image_token: str, image_token_id: int) -> Any:

@@ -19,6 +19,7 @@ from torch import nn
 from mmtrain.distributed import full_shape, is_main, is_sharded, write_parameter
 from mmtrain.errors import CheckpointError
 from mmtrain.models.dropout import stable_hash
+from mmtrain.models.host_memory import returning_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -134,9 +135,10 @@ def load_weights(model: nn.Module, folder: Path, rename: Callable[[str], str | N
     tied = every_name - set(parameters)
     sources = {name: source for name, source in sources.items() if name not in tied}
     _refuse_mismatch(folder, sources, wanted, tied)
-    reads = not any(is_sharded(parameter) for parameter in parameters.values()) or is_main()
+    sharded = any(is_sharded(parameter) for parameter in parameters.values())
+    reads = not sharded or is_main()
     by_file = sorted(parameters, key=lambda name: (str(sources[name][0]), name))
-    with ExitStack() as stack:
+    with returning_freed_memory(sharded), ExitStack() as stack:
         readers: dict[Path, Any] = {}
         for name in by_file:
             path, stored_name, _ = sources[name]

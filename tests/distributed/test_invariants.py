@@ -25,7 +25,7 @@ FILES = {
     "zero3_offload": "zero3_offload",
 }
 SPLIT_TOLERANCE = 1e-5  # relative, fp32
-BF16_SPREAD = 2e-2  # relative; measured below 1e-2 on this model
+BF16_SPREAD = 1e-3  # relative, measured 2.4e-4: ZeRO-3 linears round elsewhere than torch does
 
 
 class Walk:

@@ -71,14 +71,14 @@ def test_a_resumed_study_runs_only_what_is_not_settled(tmp_path: Path) -> None:
 
 def test_a_used_folder_is_not_used_again_by_accident(tmp_path: Path) -> None:
     study = a_study(tmp_path)
-    open_journal(study, expand(study), resume=False)
+    settle(open_journal(study, expand(study), resume=False), [FINISHED], [0.5])
     with pytest.raises(MmtrainError, match="holds 4 trials. Go on with it by --resume"):
         open_journal(study, expand(study), resume=False)
 
 
 def test_another_study_cannot_go_on_in_the_folder(tmp_path: Path) -> None:
     study = a_study(tmp_path)
-    open_journal(study, expand(study), resume=True)
+    settle(open_journal(study, expand(study), resume=True), [FINISHED], [0.5])
     other = a_study(tmp_path, mode="min", ranks_per_trial=2)
     with pytest.raises(ConfigError) as caught:
         open_journal(other, expand(other), resume=True)
@@ -86,6 +86,14 @@ def test_another_study_cannot_go_on_in_the_folder(tmp_path: Path) -> None:
     assert "ranks_per_trial" in str(caught.value)
     freely = a_study(tmp_path, max_concurrent=3, by=["seed"], keep_checkpoints="all")
     open_journal(freely, expand(freely), resume=True)
+
+
+def test_a_study_that_never_started_may_change(tmp_path: Path) -> None:
+    study = a_study(tmp_path)
+    open_journal(study, expand(study), resume=False).remember_parent("abc")
+    assert open_journal(study, expand(study), resume=False).parent_run_id == "abc"
+    other = a_study(tmp_path, mode="min")
+    assert open_journal(other, expand(other), resume=False).parent_run_id is None
 
 
 def test_a_half_written_result_costs_a_rerun_not_the_study(tmp_path: Path) -> None:

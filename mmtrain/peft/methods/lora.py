@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mmtrain.peft.interface import Placement
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -59,6 +61,7 @@ class Lora:
             if name not in layer.lora_A:
                 continue
             _initialise(layer.lora_A[name], layer.lora_B[name], seed, module_name)
+            setattr(layer, "forward", partial(_forward, layer, name))
             if options.dropout > 0:
                 layer.lora_dropout[name] = KeyedDropout(
                     options.dropout, module_name, name, scope_of(model)
@@ -99,6 +102,16 @@ class Lora:
         for layer in model.modules():
             if isinstance(layer, LoraLayer) and component in layer.lora_A:
                 layer.merge(adapter_names=[component])
+
+
+def _forward(layer: Any, name: str, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """peft's sum, scaled where it is narrow and added in place: two passes over the output less.
+
+    The branches are still called as modules: under ZeRO-3 their weights arrive by module hooks.
+    """
+    out = layer.base_layer(x, *args, **kwargs)
+    narrow = layer.lora_A[name](layer.lora_dropout[name](x))
+    return out.add_(layer.lora_B[name](narrow * layer.scaling[name]))
 
 
 def _initialise(a: Any, b: Any, seed: int, module_name: str) -> None:
