@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -95,6 +96,7 @@ def _connect(ray: Any, address: str | None, num_trials: int, folder: Path) -> No
             **quiet,
         )
         return
+    check_address(address)
     path = os.environ.get("PYTHONPATH", "")
     environment = {"env_vars": {"PYTHONPATH": path}} if path else None
     try:
@@ -102,6 +104,25 @@ def _connect(ray: Any, address: str | None, num_trials: int, folder: Path) -> No
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise LaunchError(
             f"cannot join the Ray cluster at '{address}' ({str(error).splitlines()[0]}).",
+            "Check the address; leave --address out to run on this machine alone.",
+        ) from error
+
+
+def check_address(address: str) -> None:
+    """An error at once where nobody listens: Ray itself would try for minutes."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "/" in host:
+        raise LaunchError(
+            f"--address {address}: not an address of the form HOST:PORT.",
+            "Give the address that `ray start --head` printed, on a host of the cluster.",
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise LaunchError(
+            f"no Ray cluster answers at {address} ({error}).",
             "Check the address; leave --address out to run on this machine alone.",
         ) from error
 

@@ -73,18 +73,18 @@ class View:
 
 
 def summary(study: Study, journal: Journal, at_a_time: int) -> str:
-    """`5/8 trials done, 1 running, 1 failed; best val/accuracy 0.9471 (name); about 2 min left`."""
+    """`5/8 trials done, 1 running, 1 failed; about 2 min left; best val/accuracy 0.9471 (name)`."""
     total = len(journal.records)
     failed = journal.count(FAILED)
     done = journal.count(FINISHED) + journal.count(STOPPED)
     parts = [f"{done}/{total} trials done, {journal.count(RUNNING)} running, {failed} failed"]
+    left_s = seconds_left(journal, at_a_time)
+    if left_s is not None:
+        parts.append(f"about {_duration(left_s)} left")
     best = journal.best(study.metric, study.mode, (FINISHED, STOPPED, RUNNING))
     found = best.best(study.metric, study.mode) if best else None
     if best and found:
         parts.append(f"best {study.metric} {found[0]:.4f} ({best.name})")
-    left_s = seconds_left(journal, at_a_time)
-    if left_s is not None:
-        parts.append(f"about {_duration(left_s)} left")
     return "; ".join(parts)
 
 

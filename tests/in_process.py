@@ -13,7 +13,6 @@ import torch
 
 from mmtrain import distributed
 
-
 ALONE = {
     "RANK": "0",
     "LOCAL_RANK": "0",

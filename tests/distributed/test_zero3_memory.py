@@ -15,18 +15,18 @@ from mmtrain.training.tensor_file import TensorFileWriter
 from tests import tiny
 
 MIB = 2**20
-WIDE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 11}
+WIDE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 12}
 
 
 @pytest.fixture(scope="module")
 def wide_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LLaVA folder of 1.2 GB in bf16, few and wide layers; no tokenizer is needed to load it."""
+    """A LLaVA folder of 1.3 GB in bf16, few and wide layers; no tokenizer is needed to load it."""
     folder = tmp_path_factory.mktemp("wide")
     config = FAMILY.model_config(ModelOptions(None, preset="tiny", dtype="bf16"))
     for key, value in {**WIDE, "num_attention_heads": 16, "num_key_value_heads": 16}.items():
         setattr(config.text_config, key, value)
     config.text_config.head_dim = 128
-    config.text_config.vocab_size = 32_000
+    config.text_config.vocab_size = 16_000
     config.save_pretrained(folder)
     with torch.device("meta"):
         model = FAMILY.skeleton(config)

@@ -81,7 +81,12 @@ def mixed(processor: Any) -> list[Example]:
         example(processor, "with", "Which digit is in the picture?", "5", [picture(1)]),
         example(processor, "text", "Say 7.", "7 and then 8"),
         example(
-            processor, "turns", "And now?", "2", [picture(2)], [("Which digit?", "3"), ("Why?", "4")]
+            processor,
+            "turns",
+            "And now?",
+            "2",
+            [picture(2)],
+            [("Which digit?", "3"), ("Why?", "4")],
         ),
     ]
 

@@ -42,9 +42,7 @@ def sections(digit_shards: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def make(
-    tiny_checkpoint: Path, digit_shards: Path, sections: dict[str, Any]
-) -> Any:
+def make(tiny_checkpoint: Path, digit_shards: Path, sections: dict[str, Any]) -> Any:
     def run_in(folder: Path, **changed: Any) -> dict[str, Any]:
         return tiny.run_data(tiny_checkpoint, digit_shards, folder, **{**sections, **changed})
 

@@ -125,7 +125,9 @@ def test_the_cards_snippet_gives_the_same_logits(
 
 @pytest.mark.parametrize("name", RUNS)
 def test_training_changed_the_logits(root: Path, tiny_checkpoint: Path, name: str) -> None:
-    assert worst(hugging_face_logits(tiny_checkpoint, root / name, "fp32"), logits(root, name)) > 0.1
+    assert (
+        worst(hugging_face_logits(tiny_checkpoint, root / name, "fp32"), logits(root, name)) > 0.1
+    )
 
 
 def logits(root: Path, name: str) -> dict[str, torch.Tensor]:

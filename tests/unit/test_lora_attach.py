@@ -68,38 +68,37 @@ def test_starts_at_identity(folder: Path) -> None:
         assert torch.equal(loss_of(plain.model, processor), loss_of(model.train(), processor))
 
 
-def test_two_components_are_both_active_and_both_train(folder: Path) -> None:
-    model, processor, trainable = adapted(folder, llm=block(dropout=0.1), vision=block(r=2))
-    assert {a.component for a in trainable.attachments} == {"llm", "vision"}
+def set_b(model: Any, value: float, component: str = "") -> None:
+    """Every B of a component, or of all, away from the identity or back to it."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if ".lora_B." in name:
-                parameter.fill_(0.01)
-    model.train()
-    loss_of(model, processor).backward()
+            if f".lora_B.{component}" in name:
+                parameter.fill_(value)
+
+
+def test_two_components_both_train(folder: Path) -> None:
+    model, processor, trainable = adapted(folder, llm=block(dropout=0.1), vision=block(r=2))
+    assert {a.component for a in trainable.attachments} == {"llm", "vision"}
+    set_b(model, 0.01)
+    loss_of(model.train(), processor).backward()
     for name, parameter in model.named_parameters():
         used = parameter.requires_grad and ".encoder.layers.2." not in name  # above layer -2
         assert (parameter.grad is not None and bool(parameter.grad.any())) == used, name
-    model.eval()
+
+
+@pytest.mark.parametrize("component", ["llm", "vision"])
+def test_two_components_are_both_active(folder: Path, component: str) -> None:
+    model, processor, _ = adapted(folder, llm=block(), vision=block(r=2))
+    set_b(model, 0.01)
     with torch.no_grad():
-        both = loss_of(model, processor)
-        for component in ("llm", "vision"):
-            saved = {n: p.clone() for n, p in model.named_parameters() if p.requires_grad}
-            for name, parameter in model.named_parameters():
-                if f".lora_B.{component}." in name:
-                    parameter.zero_()
-            assert abs(float(loss_of(model, processor) - both)) > 1e-4, component
-            for name, parameter in model.named_parameters():
-                if name in saved:
-                    parameter.copy_(saved[name])
+        both = float(loss_of(model, processor))
+        set_b(model, 0.0, component)
+        assert abs(float(loss_of(model, processor)) - both) > 1e-4
 
 
 def test_masks_follow_the_sample_not_its_place_in_the_batch(folder: Path) -> None:
     model, processor, _ = adapted(folder, llm=block(dropout=0.5), vision=block(dropout=0.5))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_B." in name:
-                parameter.fill_(0.05)
+    set_b(model, 0.05)
     model.train()
     scope = scope_of(model)
     scope.seed = 3

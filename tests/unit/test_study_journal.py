@@ -29,6 +29,7 @@ from ray_tune.outcome import baseline_value, compare_trials, write_results
 from ray_tune.progress import seconds_left, summary
 from ray_tune.study import Study
 from ray_tune.trials import expand
+from tests.tiny import free_port
 from tests.unit.test_study import BASE
 
 
@@ -336,8 +337,8 @@ def test_the_live_line_says_how_far_the_study_is(tmp_path: Path) -> None:
     first.add(2, {"val/accuracy": 0.75}, 0.0)
     second.status, third.status = RUNNING, RUNNING
     line = summary(study, journal, 2)
-    assert line.startswith("1/4 trials done, 2 running, 0 failed; best val/accuracy 0.7500 (")
-    assert line.endswith("about 2 min left")
+    expected = "1/4 trials done, 2 running, 0 failed; about 2 min left; best val/accuracy 0.7500"
+    assert line == f"{expected} ({first.name})"
     assert seconds_left(journal, 2) == 120.0
 
 
@@ -379,3 +380,17 @@ def test_a_failure_is_one_line_of_the_rank_that_caused_it() -> None:
     died = RuntimeError("The actor is dead because its worker process has died. Worker exit …")
     assert failed(rank0=echo, rank1=died).startswith("rank 1: its process was killed or crashed")
     assert failure_in_words(ValueError("no\nranks here")) == "ranks here"
+
+
+@pytest.mark.parametrize(
+    ("address", "fault"),
+    [
+        ("ray://127.0.0.1:10001", "not an address of the form HOST:PORT"),
+        ("127.0.0.1", "not an address of the form HOST:PORT"),
+        ("127.0.0.1:99999", "no Ray cluster answers"),
+        (f"127.0.0.1:{free_port()}", "no Ray cluster answers"),
+    ],
+)
+def test_an_address_where_nobody_listens_is_refused_at_once(address: str, fault: str) -> None:
+    with pytest.raises(LaunchError, match=fault):
+        cluster.check_address(address)

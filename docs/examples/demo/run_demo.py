@@ -148,7 +148,6 @@ def main() -> None:
     )
     print("[8] adapt it: LoRA, 2 ranks x 2 learning rates x 2 seeds", flush=True)
     mmtrain("tune", str(HERE / "study.yaml"), f"ranks_per_trial={ranks}", "--resume")
-    print(f"page with plots:   {OUT}/study/comparison.html")
     print(f"experiments:       mlflow ui --backend-store-uri sqlite:///{OUT}/mlflow.db")
     print(f"demo took {time.monotonic() - began_s:.0f} s")
 
