@@ -112,7 +112,7 @@ class OptimConfig(Section):
     schedule_unit: Literal["step", "epoch"] = Field("step", description="when the rate changes")
     warmup_ratio: float | None = Field(None, ge=0, lt=1, description="share of all steps")
     warmup_steps: int | None = Field(None, ge=0, description="number of steps")
-    warmup_start_lr: float = Field(0.0, ge=0, description="rate at the first warm-up step")
+    warmup_start_lr: float = Field(0.0, ge=0, description="rate that warm-up rises from")
     min_lr: float = Field(0.0, ge=0, description="rate at the end of cosine or linear")
     epochs: int | None = Field(None, ge=1, description="passes over the data; default 1")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
