@@ -44,7 +44,7 @@ def build_model(config: RunConfig, zero3_config: Mapping[str, Any] | None) -> As
     loaded = family.load(model_options(config), zero3_config)
     trainable = make_trainable(loaded.model, family, config.components, config.seed)
     if config.parallel.activation_checkpointing:
-        loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
+        loaded.model.activation_checkpointing_enable({"use_reentrant": False})
     return Assembled(family, loaded.model, loaded.processor, trainable)
 
 

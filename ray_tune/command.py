@@ -90,9 +90,10 @@ def _conclude(study: Study, journal: Journal, uri: str, out: Console) -> int:
     from rich.text import Text
 
     from ray_tune.journal import FINISHED
-    from ray_tune.outcome import close_parent, compare_trials, write_results
+    from ray_tune.outcome import close_parent, compare_trials, plot_trials, write_results
 
     files = [write_results(study, journal)]
+    plot_trials(journal)
     if not journal.count(FINISHED):
         close_parent(study, journal, uri, files)
         out.print(Text(f"every trial failed or was stopped; reasons: {files[0]}"))

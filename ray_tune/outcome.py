@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.errors import MmtrainError, nearest
+from mmtrain.report.plot import plot_run
 from mmtrain.report.write import Comparison, write_comparison
 from mmtrain.tracking.client import TrackingError, end_parent_run, parent_run
 from mmtrain.tracking.journal import JOURNAL_NAME, RunJournal
@@ -40,6 +41,14 @@ def write_results(study: Study, journal: Journal) -> Path:
             row = [record.name, record.status, *values, value, step, *times]
             writer.writerow([*row, record.attempts, record.reason])
     return path
+
+
+def plot_trials(journal: Journal) -> None:
+    """plot.png in the folder of every trial that measured anything, as a lone run has it."""
+    for record in journal.records.values():
+        folder = journal.folder / "trials" / record.name
+        if (folder / JOURNAL_NAME).exists():
+            plot_run(folder)
 
 
 def compare_trials(study: Study, journal: Journal) -> Comparison:

@@ -164,10 +164,18 @@ def _train(
     loop.on_validation = on_validation
     facts = _facts(config, layout, settings, threads, inputs)
     loop.save = lambda: _save(folder, engine, parameters, loop, facts)
-    if recorder is not None:
-        recorder.start(flatten_run(config), inputs, resume.state.get("step", 0) if resume else 0)
+    step = resume.state["step"] if resume else 0
+    # On rank 0 alone, but its error must reach all: the others would wait for it.
+    _on_main(lambda: _start(recorder, config, inputs, step))
     loop.run()
     return _finish(config, world, run_dir, folder, loop, assembled, recorder)
+
+
+def _start(
+    recorder: Recorder | None, config: RunConfig, inputs: Mapping[str, str], step: int
+) -> None:
+    assert recorder is not None
+    recorder.start(flatten_run(config), inputs, step)
 
 
 def _input_digests(config: RunConfig, train: Source, val: Source | None) -> dict[str, str]:

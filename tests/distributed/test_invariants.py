@@ -93,6 +93,9 @@ def _two_rank_jobs(walk: Walk) -> list[dict[str, Any]]:
     for stage in ("zero1", "zero3"):
         data = {"task": "scienceqa", "train": str(walk.scienceqa / "train"), "limit": None}
         jobs.append(walk.job(f"mixed-{stage}", data=data, parallel={"deepspeed": FILES[stage]}))
+    for stage in ("zero1", "zero3"):
+        parallel = {"deepspeed": FILES[stage], "activation_checkpointing": True}
+        jobs.append(walk.job(f"recomputed-{stage}", parallel=parallel))
     jobs.append(walk.job("moving", stop=3, **mid))
     return jobs
 
@@ -141,6 +144,12 @@ def test_same_losses_for_every_split(walk: Walk, stage: str, micro: int) -> None
 @pytest.mark.parametrize("micro", [2, 8])
 def test_same_losses_on_one_rank(walk: Walk, micro: int) -> None:
     assert close(walk.losses(f"one-rank-{micro}"), walk.losses("fp32-zero0"), SPLIT_TOLERANCE)
+
+
+@pytest.mark.parametrize("stage", ["zero1", "zero3"])
+def test_same_losses_with_recomputed_activations(walk: Walk, stage: str) -> None:
+    """Recomputation meets the same dropout masks."""
+    assert close(walk.losses(f"recomputed-{stage}"), walk.losses("fp32-zero0"), SPLIT_TOLERANCE)
 
 
 def test_training_learns(walk: Walk) -> None:

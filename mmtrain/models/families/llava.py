@@ -161,6 +161,13 @@ class Llava:
         if options.base_dropout == 0:
             text.attention_dropout = 0.0
             vision.attention_dropout = 0.0
+        elif text.attention_dropout or vision.attention_dropout:
+            # It falls on attention weights inside fused kernels, which draw from a generator.
+            raise CheckpointError(
+                "model.base_dropout: this checkpoint's attention dropout cannot be keyed by"
+                " sample, so a resume would not be exact.",
+                "Set model.base_dropout: 0.",
+            )
         return config
 
     def skeleton(self, config: Any) -> nn.Module:
