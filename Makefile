@@ -29,7 +29,7 @@ test: $(INSTALLED)  ## all tests but the soaks, within 20 minutes on 2 cores
 	$(BIN)/python -m pytest -m "not soak and not gpu"
 
 test-all: $(INSTALLED)  ## soaks and full matrices too, within 70 minutes
-	$(BIN)/python -m pytest -m "not gpu"
+	MMTRAIN_FUZZ=40 $(BIN)/python -m pytest -m "not gpu"
 
 demo: $(INSTALLED)  ## digits, a tiny LLaVA, a LoRA study and its comparison, on this machine
 	$(BIN)/python docs/examples/demo/run_demo.py

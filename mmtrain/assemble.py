@@ -111,7 +111,8 @@ def base_digest(checkpoint: str | None) -> str:
 
 def pin_numerics(config: RunConfig, local_size: int) -> int:
     """Threads and deterministic kernels, before anything is computed; the thread count."""
-    threads = config.parallel.threads or max(1, (os.cpu_count() or 1) // local_size)
+    cores = len(os.sched_getaffinity(0))
+    threads = config.parallel.threads or max(1, cores // local_size)
     torch.set_num_threads(threads)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

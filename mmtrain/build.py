@@ -14,6 +14,10 @@ from mmtrain.config.schema import RESERVED_COMPONENT_KEYS, ComponentConfig, RunC
 from mmtrain.errors import ConfigError, MmtrainError, nearest
 from mmtrain.models.interface import Family, ModelOptions
 from mmtrain.peft.placement import sublayer_problems
+from mmtrain.tracking.uri import DISABLED, URI_EXAMPLES, uri_problem
+
+# What every validation gives, beside what the task scores.
+LOSS_METRIC = "loss"
 
 
 def resolve(
@@ -35,6 +39,8 @@ def resolve(
     problems += found
     problems += _model_problems(_section(data, "model"), _section(data, "components"))
     problems += _data_problems(_section(data, "data"))
+    problems += _validation_problems(_section(data, "validate"), _section(data, "data"))
+    problems += _tracking_problems(_section(data, "tracking"))
     problems += _layout_problems(data, world_size)
     if config is None or problems:
         raise ConfigError(dict.fromkeys(problems), name)
@@ -113,6 +119,31 @@ def _data_problems(data: Mapping[str, Any]) -> list[str]:
         hint = nearest(template, task.templates)
         problems.append(f"data.template: '{data['task']}' has no template '{template}'; {hint}")
     return problems
+
+
+def _validation_problems(validate: Mapping[str, Any], data: Mapping[str, Any]) -> list[str]:
+    """A metric that no validation gives, or patience without validation: known before training."""
+    problems: list[str] = []
+    task, _ = _plugin("task", data.get("task"), "data.task")
+    metric = validate.get("metric")
+    if task and isinstance(metric, str):
+        known = (LOSS_METRIC, *task.metrics)
+        if metric not in known:
+            hint = nearest(metric, known)
+            problems.append(f"validate.metric: '{data['task']}' gives no '{metric}'; {hint}")
+    # Without a data section the file is only checked or planned with: nothing trains.
+    if data and data.get("val") is None and validate.get("patience") is not None:
+        problems.append(
+            "validate.patience: counts validations, and there is no data.val; "
+            "set data.val or remove patience"
+        )
+    return problems
+
+
+def _tracking_problems(tracking: Mapping[str, Any]) -> list[str]:
+    uri = tracking.get("uri")
+    problem = uri_problem(uri) if isinstance(uri, str) and uri != DISABLED else None
+    return [f"tracking.uri: {problem}; use {URI_EXAMPLES}"] if problem else []
 
 
 def _layout_problems(data: Mapping[str, Any], world_size: int | None) -> list[str]:

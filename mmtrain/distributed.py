@@ -54,7 +54,8 @@ def initialise(timeout_minutes: float = 10.0) -> World:
     quieten_libraries()
     rank, size = _environment_int("RANK", 0), _environment_int("WORLD_SIZE", 1)
     local_rank = _environment_int("LOCAL_RANK", 0)
-    local_size = _environment_int("LOCAL_WORLD_SIZE", min(size, local_rank + 1) if size > 1 else 1)
+    # torchrun and our launcher say LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE.
+    local_size = _environment_int("LOCAL_WORLD_SIZE", _environment_int("LOCAL_SIZE", size))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
@@ -119,20 +120,6 @@ def sum_over_ranks(values: list[float], dtype: torch.dtype = torch.float64) -> l
     tensor = torch.tensor(values, dtype=dtype, device=_group_device())
     dist.all_reduce(tensor)
     return tensor.tolist()
-
-
-def largest_over_ranks(value: float) -> float:
-    """The largest of one number over all ranks."""
-    tensor = torch.tensor([value], dtype=torch.float64, device=_group_device())
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return float(tensor.item())
-
-
-def sum_tensor_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor over all ranks."""
-    moved = tensor.detach().clone().to(_group_device())
-    dist.all_reduce(moved)
-    return moved
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -31,6 +31,14 @@ _TEXTS = {
     "address already in use": ("a port is in use.", _REMEDIES[errno.EADDRINUSE]),
     "No space left on device": ("no space left on device.", _REMEDIES[errno.ENOSPC]),
 }
+# What torch says where a collective loses its partner: the cause is in the partner's own output.
+_PEER_TEXTS = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "recvbytes",
+    "remote process exited",
+)
+_PEER_ENDED = "another rank ended; its own line says why"
 
 
 def explain(error: BaseException) -> str | None:
@@ -45,4 +53,7 @@ def explain(error: BaseException) -> str | None:
         for text, (fault, remedy) in _TEXTS.items():
             if text.lower() in str(error).lower():
                 return f"{fault} {remedy}"
+    # Not OSError: a server that closes a connection is no rank.
+    if isinstance(error, RuntimeError) and any(t in str(error).lower() for t in _PEER_TEXTS):
+        return _PEER_ENDED
     return None

@@ -21,7 +21,6 @@ from mmtrain.models.interface import Batch, Example
 # Sorting a million hashes takes 0.1 s: once per epoch, not at every step.
 _order_of_epoch = lru_cache(maxsize=2)(epoch_order)
 PADDING = -1  # an index in a step's plan that no sample fills
-_STEPS_AHEAD = 3
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ class StepStream:
             try:
                 for position in upcoming:
                     pending.append(pool.submit(self.step, position))
-                    if len(pending) >= _STEPS_AHEAD:
+                    if len(pending) > self._workers:
                         yield pending.popleft().result()
                 while pending:
                     yield pending.popleft().result()

@@ -44,7 +44,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics over the set and one prediction per sample, the same on every rank."""
+    """Metrics over the set, on every rank, and one prediction per sample, on rank 0."""
 
     metrics: dict[str, float]
     predictions: list[Prediction]
@@ -75,15 +75,31 @@ def evaluate(
             on_chunk(number + 1, len(chunks))
     total_loss, total_tokens = distributed.sum_over_ranks([loss_sum, num_tokens])
     by_index = dict(pair for part in distributed.gather_objects(answers) for pair in part)
-    texts = [by_index[index] for index in range(len(source))]
-    samples = [source.sample(index) for index in range(len(source))]
+    metrics: dict[str, float] = {}
+    predictions: list[Prediction] = []
+    if distributed.is_main():
+        texts = [by_index[index] for index in range(len(source))]
+        metrics, predictions = _scored(source, task, template_name, texts)
+    metrics = distributed.from_main(metrics)
+    return Evaluation({"loss": total_loss / max(1, total_tokens), **metrics}, predictions)
+
+
+def _scored(
+    source: Source, task: Task, template_name: str, texts: list[str]
+) -> tuple[dict[str, float], list[Prediction]]:
+    """Score the answers; pictures are dropped as samples are read, only that they exist stays."""
+    samples = []
+    for index in range(len(source)):
+        sample = source.sample(index)
+        emptied = tuple(replace(image, data=b"") for image in sample.images)
+        samples.append(replace(sample, images=emptied))
     metrics, scores = task.score(samples, texts, template_name)
     predictions = []
     for sample, text, score in zip(samples, texts, scores, strict=True):
         rendered = source.template(sample)
         prompt = "\n".join(turn.text for turn in rendered.turns)
         predictions.append(Prediction(sample.id, prompt, text, rendered.target, score))
-    return Evaluation({"loss": total_loss / max(1, total_tokens), **metrics}, predictions)
+    return metrics, predictions
 
 
 def _example(source: Source, index: int) -> Example:

@@ -74,15 +74,20 @@ def truncate(
     max_length: int,
     side: str,
     sample_id: str,
+    cue_tokens: int = 0,
 ) -> tuple[list[int], list[int]]:
-    """Cut prompt text to `max_length` tokens; picture tokens, answers and the first token stay."""
+    """Cut prompt text to `max_length` tokens; picture tokens, answers and the first token stay.
+
+    So do the `cue_tokens` before each answer: they tell the model whose turn it is.
+    """
     surplus = len(ids) - max_length
     if surplus <= 0:
         return ids, labels
     cuttable = [
         position
         for position in range(1, len(ids))
-        if labels[position] == IGNORED and ids[position] != kept_token_id
+        if ids[position] != kept_token_id
+        and all(label == IGNORED for label in labels[position : position + cue_tokens + 1])
     ]
     if surplus > len(cuttable):
         fixed = len(ids) - len(cuttable)

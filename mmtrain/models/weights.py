@@ -157,7 +157,8 @@ def initialise_weights(model: nn.Module, seed: int, std: float = 0.02) -> None:
         elif len(shape) == 1 and name.endswith("weight"):
             value = torch.ones(shape)
         else:
-            device = "cpu" if is_sharded(parameter) else parameter.device
+            # One device whatever the stage: generators of CPU and GPU draw different numbers.
+            device = "cuda" if torch.cuda.is_available() else "cpu"
             generator = torch.Generator(device).manual_seed(stable_hash(seed, name))
             value = torch.randn(shape, generator=generator, device=device).mul_(std)
         write_parameter(parameter, value)

@@ -45,5 +45,8 @@ class Method(Protocol):
     def export_config(self, placement: Placement, options: Any, base: str) -> dict[str, Any]:
         """The adapter_config.json of the standard PEFT format."""
 
+    def merge(self, model: torch.nn.Module, component: str) -> None:
+        """Fold the method's parameters into the base weights, in place."""
+
     def export_name(self, parameter_name: str, component: str) -> str:
         """The parameter's key in adapter_model.safetensors."""

@@ -72,7 +72,8 @@ class Task(Protocol):
     build_options: type[BaseModel]  # options of `mmtrain shards build --set key=value`
     needs_raw: bool  # False when the raw files come inside a Python package
     templates: Mapping[str, Template]  # named after the paper that used them; first is the default
-    primary_metric: str  # a key of what `score` returns; larger is better
+    metrics: tuple[str, ...]  # every name that `score` can return
+    primary_metric: str  # one of `metrics` that `score` always returns; larger is better
 
     def read(self, raw: Path | None, split: str, options: Any) -> Iterator[Sample]:
         """Yield every sample of a split, in a fixed order."""

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from mmtrain.errors import MmtrainError
 from mmtrain.tracking.fields import MAX_TAG_CHARS, cut, valid_key
-from mmtrain.tracking.uri import redact, redact_uri, resolve_uri, sqlite_path
+from mmtrain.tracking.uri import (
+    URI_EXAMPLES,
+    redact,
+    redact_uri,
+    resolve_uri,
+    sqlite_path,
+    uri_problem,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -45,12 +52,9 @@ def prepare_environment() -> None:
 
 def check_uri(uri: str) -> None:
     """Refuse early what MLflow would refuse late: folders instead of a database."""
-    scheme = uri.partition("://")[0] if "://" in uri else ""
-    if not scheme or scheme == "file":
-        raise TrackingError(
-            f"tracking.uri '{redact_uri(uri)}' is a folder, which MLflow no longer takes.",
-            "Use sqlite:///mlflow.db, the address of a server (http://host:port) or none.",
-        )
+    problem = uri_problem(uri)
+    if problem:
+        raise TrackingError(f"tracking.uri {problem}.", f"Use {URI_EXAMPLES}.")
 
 
 def connect(uri: str) -> MlflowClient:

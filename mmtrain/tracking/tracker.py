@@ -25,6 +25,7 @@ from mmtrain.tracking.client import (
 from mmtrain.tracking.state import TrackingState, load_state
 from mmtrain.tracking.upload import Uploader
 from mmtrain.tracking.uri import (
+    DISABLED,
     is_redacted,
     redact,
     redact_uri,
@@ -35,7 +36,6 @@ from mmtrain.tracking.uri import (
 
 logger = logging.getLogger(__name__)
 
-DISABLED = "none"
 # Between two uploads: fast steps must not become one database transaction each.
 INTERVAL_S = 2.0
 FIRST_RETRY_S = 1.0

@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 
+DISABLED = "none"
+URI_EXAMPLES = "sqlite:///mlflow.db, the address of a server (http://host:port) or none"
 HIDDEN = "***"
 # Up to the last @ before the path: a password may itself hold an @.
 _USERINFO = re.compile(r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]*://)(?P<userinfo>[^/\s?#]*)@")
@@ -39,6 +41,14 @@ def is_redacted(uri: str) -> bool:
 def without_userinfo(uri: str) -> str:
     """A web address without `user:password@`: MLflow then takes them from its variables."""
     return _USERINFO.sub(r"\g<scheme>", uri) if uri.startswith(("http://", "https://")) else uri
+
+
+def uri_problem(uri: str) -> str | None:
+    """What MLflow would refuse late: a folder instead of a database or a server."""
+    scheme = uri.partition("://")[0] if "://" in uri else ""
+    if scheme and scheme != "file":
+        return None
+    return f"'{redact_uri(uri)}' is a folder, which MLflow no longer takes"
 
 
 def resolve_uri(uri: str) -> str:

@@ -225,17 +225,20 @@ def _for_each_tensor(
     device: torch.device,
     use: Any,
 ) -> None:
-    reader = None
+    reader, other = None, []
     if distributed.is_main():
         assert folder is not None
         reader = safe_open(str(folder / file_name), framework="pt", device="cpu")
-        stored = set(reader.keys())
-        if stored != set(shapes):
-            raise CheckpointError(
-                f"{folder}: holds other parameters than this run trains, e.g."
-                f" {sorted(stored ^ set(shapes))[0]}.",
-                "Give the run another output_dir.",
-            )
+        stored = {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}
+        wanted = {name: tuple(shape) for name, shape in shapes.items()}
+        other = sorted(name for name, _ in stored.items() ^ wanted.items())
+    other = distributed.from_main(other)
+    if other:
+        raise CheckpointError(
+            f"checkpoint {folder or ''}: holds other parameters than this run trains, e.g."
+            f" {other[0]}.",
+            "Keep the components as they were trained, or give the run another output_dir.",
+        )
     for name, shape in shapes.items():
         value = reader.get_tensor(name) if reader is not None else None
         use(name, distributed.broadcast_tensor(value, shape, device))

@@ -85,6 +85,7 @@ class Engine:
     ) -> None:
         self.family, self.model, self.processor, self.world = family, model, processor, world
         self.stage = int(config["zero_optimization"]["stage"])
+        self._stage0_norm = 0.0
         module = FamilyModule(family, model)
         if groups is None and self.stage < 3:
             self.deepspeed = None
@@ -139,6 +140,10 @@ class Engine:
     def step(self) -> None:
         """End a micro-step; the optimizer runs at the accumulation boundary."""
         assert self.deepspeed is not None
+        if self.stage == 0 and self.deepspeed.is_gradient_accumulation_boundary():
+            # DeepSpeed keeps no norm at stage 0.
+            found = [p.grad.norm() for p in self.model.parameters() if p.grad is not None]
+            self._stage0_norm = float(torch.stack(found).norm())
         self.deepspeed.step()
 
     def set_learning_rates(self, rate_of_peak: Any) -> float:
@@ -153,5 +158,6 @@ class Engine:
     def gradient_norm(self) -> float:
         """The global norm before clipping, of the step just taken."""
         assert self.deepspeed is not None
-        norm = self.deepspeed.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        return (
+            self._stage0_norm if self.stage == 0 else float(self.deepspeed.get_global_grad_norm())
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from mmtrain.training import checkpoint as checkpoints
 from mmtrain.training.checkpoint import CheckpointFolder
 from mmtrain.training.engine import Engine, complete_config
 from mmtrain.training.run_folder import read_status
+
+log = logging.getLogger("mmtrain")
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,13 @@ def chosen_checkpoint(run_dir: Path) -> Path:
     """The best intact checkpoint of a run, else the newest intact one."""
     folder = CheckpointFolder(run_dir, keep=1)
     best = read_status(run_dir).get("best_step")
-    if best is not None and checkpoints.find_damage(folder.path(best)) is None:
+    damage = None if best is None else checkpoints.find_damage(folder.path(best))
+    if best is not None and damage is None:
         return folder.path(best)
+    if damage is not None:
+        log.warning(
+            "the best checkpoint, step-%s, is not used: %s; trying the newest", best, damage
+        )
     newest = folder.newest_good()
     if newest is None:
         raise CheckpointError(

@@ -27,7 +27,6 @@ class RunState:
     """What a checkpoint keeps of the loop: everything that is not a tensor."""
 
     step: int = 0  # optimizer steps done, which is also the stream's position
-    last_metrics: dict[str, float] = field(default_factory=dict)
     best_metrics: dict[str, float] = field(default_factory=dict)
     stopped_early: bool = False
 
@@ -44,6 +43,7 @@ class Loop:
     stopping: EarlyStopping
     state: RunState
     validate: Callable[[int], Evaluation] | None
+    keep_best: Callable[[Evaluation], None]
     record: Callable[[int, float, dict[str, float]], None]
     save: Callable[[], None]
     on_validation: Callable[[int, dict[str, float]], None] | None
@@ -119,9 +119,9 @@ class Loop:
         self.engine.train_mode()
         metrics = {f"val/{name}": value for name, value in evaluation.metrics.items()}
         self.record(step, epoch, metrics)
-        self.state.last_metrics = metrics
         if self.stopping.update(metrics, step):
             self.state.best_metrics = metrics
+            self.keep_best(evaluation)
         self.state.stopped_early = self.stopping.should_stop(epoch)
         if self.on_validation is not None:
             self.on_validation(step, metrics)
@@ -142,7 +142,6 @@ def state_for_checkpoint(loop: Loop, facts: dict[str, Any]) -> dict[str, Any]:
         "position": state.step,
         "epoch": state.step / loop.stream.steps_per_epoch,
         "early_stopping": loop.stopping.state(),
-        "last_metrics": state.last_metrics,
         "best_metrics": state.best_metrics,
         "stopped_early": state.stopped_early,
         **facts,

@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from mmtrain.assemble import (
 from mmtrain.config.deepspeed import find_deepspeed_config
 from mmtrain.config.load import flatten_run
 from mmtrain.config.schema import RunConfig
+from mmtrain.data.shards import ShardFolder
 from mmtrain.data.source import Source
 from mmtrain.data.stream import Layout, StepStream
 from mmtrain.distributed import World
@@ -40,7 +43,13 @@ from mmtrain.training.loop import Loop, RunState, state_for_checkpoint
 from mmtrain.training.optim import parameter_groups
 from mmtrain.training.progress import Progress, set_up_logging
 from mmtrain.training.recorder import Recorder
-from mmtrain.training.run_folder import check_inputs, prepare, read_status, write_status
+from mmtrain.training.run_folder import (
+    check_inputs,
+    exclusive,
+    prepare,
+    read_status,
+    write_status,
+)
 
 log = logging.getLogger("mmtrain")
 OnValidation = Callable[[int, dict[str, float]], None]
@@ -57,13 +66,22 @@ class Resume:
 def run_training(config: RunConfig, on_validation: OnValidation | None = None) -> dict[str, float]:
     """Train as the run file says, or go on from the last good checkpoint; the best metrics."""
     world = distributed.initialise()
-    run_dir, finished = _on_main(lambda: _open_folder(config))
-    if finished is not None:
-        if world.is_main:
-            print(f"{run_dir} is finished: {finished}. Choose another name to train again.")
-        return finished
+    with ExitStack() as held:
+        run_dir, finished = _on_main(lambda: _open_folder(config, held))
+        if finished is None:
+            return _run(config, world, run_dir, on_validation)
+    if world.is_main:
+        print(f"{run_dir} is finished: {finished}. Choose another name to train again.")
+    return finished
+
+
+def _run(
+    config: RunConfig, world: World, run_dir: Path, on_validation: OnValidation | None
+) -> dict[str, float]:
     set_up_logging(run_dir, world.rank)
-    recorder = Recorder(run_dir, config) if world.is_main else None
+    opened: list[Recorder] = []
+    _on_main(lambda: opened.append(Recorder(run_dir, config)))
+    recorder = opened[0] if world.is_main else None
     try:
         metrics = _train(config, world, run_dir, recorder, on_validation)
     except torch.OutOfMemoryError as error:
@@ -78,11 +96,12 @@ def run_training(config: RunConfig, on_validation: OnValidation | None = None) -
 
 def _on_main(action: Callable[[], Any]) -> Any:
     """Rank 0's result on every rank; its error, too, so that no rank is left waiting."""
-    value, error = None, None
+    value: Any = None
+    error: MmtrainError | OSError | None = None
     if distributed.is_main():
         try:
             value = action()
-        except MmtrainError as fault:
+        except (MmtrainError, OSError) as fault:
             error = fault
     value, text = distributed.from_main((value, None if error is None else str(error)))
     if error is not None:
@@ -92,8 +111,9 @@ def _on_main(action: Callable[[], Any]) -> Any:
     return value
 
 
-def _open_folder(config: RunConfig) -> tuple[Path, dict[str, float] | None]:
+def _open_folder(config: RunConfig, held: ExitStack) -> tuple[Path, dict[str, float] | None]:
     run_dir = prepare(config)
+    held.enter_context(exclusive(run_dir))
     status = read_status(run_dir)
     if status.get("state") == "finished":
         return run_dir, status["metrics"]
@@ -115,9 +135,9 @@ def _fail(world: World, run_dir: Path, recorder: Recorder | None, error: BaseExc
 
 def _out_of_memory(config: RunConfig, error: torch.OutOfMemoryError) -> TrainingError:
     return TrainingError(
-        f"out of device memory with micro_batch {config.optim.micro_batch}"
-        f" ({str(error).splitlines()[0]}).",
-        "Lower optim.micro_batch (the global batch and so the result stay the same), set"
+        f"out of device memory with micro_batch {config.optim.micro_batch} and"
+        f" generation.batch_size {config.generation.batch_size} ({str(error).splitlines()[0]}).",
+        "Lower the one in use (the global batch and so the result stay the same), set"
         " parallel.activation_checkpointing: true, or use parallel.deepspeed: zero3.",
     )
 
@@ -133,6 +153,8 @@ def _train(
     data, optim = data_section(config), config.optim
     if data.train is None:
         raise ConfigError(["data.train: is missing; give a folder of training shards"])
+    for shards in filter(None, (data.train, data.val)):
+        ShardFolder.open(Path(shards))  # a missing folder is known before minutes of loading
     layout = Layout(world.size, world.rank, optim.micro_batch, optim.global_batch).check()
     settings = complete_config(
         find_deepspeed_config(config.parallel.deepspeed),
@@ -149,8 +171,8 @@ def _train(
     train = build_source(config, assembled, data.train, data.limit)
     val = build_source(config, assembled, data.val, data.val_limit) if data.val else None
     inputs = _on_main(lambda: _input_digests(config, train, val))
-    folder = CheckpointFolder(run_dir, config.checkpoint.keep)
-    resume = _find_resume(folder, inputs)
+    checkpoint_folder = CheckpointFolder(run_dir, config.checkpoint.keep)
+    resume = _find_resume(checkpoint_folder, inputs)
     engine, parameters = _build_engine(config, world, assembled, settings, resume)
     stream = StepStream(
         len(train),
@@ -163,12 +185,12 @@ def _train(
     loop = _make_loop(config, engine, stream, assembled, parameters, resume, run_dir, val, recorder)
     loop.on_validation = on_validation
     facts = _facts(config, layout, settings, threads, inputs)
-    loop.save = lambda: _save(folder, engine, parameters, loop, facts)
+    loop.save = lambda: _save(checkpoint_folder, engine, parameters, loop, facts)
     step = resume.state["step"] if resume else 0
     # On rank 0 alone, but its error must reach all: the others would wait for it.
     _on_main(lambda: _start(recorder, config, inputs, step))
     loop.run()
-    return _finish(config, world, run_dir, folder, loop, assembled, recorder)
+    return _finish(config, world, run_dir, checkpoint_folder, loop, assembled, recorder)
 
 
 def _start(
@@ -245,7 +267,6 @@ def _make_loop(
         stopping.restore(resume.state["early_stopping"])
         state = RunState(
             int(resume.state["step"]),
-            resume.state["last_metrics"],
             resume.state["best_metrics"],
             bool(resume.state["stopped_early"]),
         )
@@ -258,16 +279,21 @@ def _make_loop(
         owner=assembled.trainable.owner,
         stopping=stopping,
         state=state,
-        validate=_validator(config, engine, val, run_dir) if val is not None else None,
+        validate=_validator(config, engine, val) if val is not None else None,
+        keep_best=partial(_keep_best, run_dir),
         record=record,
         save=lambda: None,
         on_validation=None,
     )
 
 
-def _validator(
-    config: RunConfig, engine: Engine, val: Source, run_dir: Path
-) -> Callable[[int], Evaluation]:
+def _keep_best(run_dir: Path, evaluation: Evaluation) -> None:
+    """The answers that belong to the checkpoint that is exported in the end."""
+    if distributed.is_main():
+        write_evaluation(run_dir / "evaluation" / "val", evaluation)
+
+
+def _validator(config: RunConfig, engine: Engine, val: Source) -> Callable[[int], Evaluation]:
     data = data_section(config)
     task = plugins.load("task", data.task)
     template = data.template or next(iter(task.templates))
@@ -284,7 +310,6 @@ def _validator(
                 lambda done, total: progress.update(done),
             )
         if engine.world.is_main:
-            write_evaluation(run_dir / "evaluation" / "val", evaluation)
             shown = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items())
             log.info("step %d: validation %s", step, shown)
         return evaluation

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,14 @@ from mmtrain.errors import ConfigError, MmtrainError
 from mmtrain.tracking.uri import redact_uri
 
 # What may change between a run and its resume: how it is computed, not what is computed.
-_LAYOUT_KEYS = ("parallel.", "tracking.", "checkpoint.", "optim.micro_batch", "data.workers")
+_LAYOUT_KEYS = (
+    "parallel.",
+    "tracking.",
+    "checkpoint.",
+    "optim.micro_batch",
+    "data.workers",
+    "generation.batch_size",
+)
 _STATUS = "status.json"
 
 
@@ -64,6 +73,20 @@ def _without_secrets(config: RunConfig) -> RunConfig:
     """The run file as stored: a password in the tracking URI stays out of it."""
     tracking = config.tracking.model_copy(update={"uri": redact_uri(config.tracking.uri)})
     return config.model_copy(update={"tracking": tracking})
+
+
+@contextmanager
+def exclusive(run_dir: Path) -> Iterator[None]:
+    """Hold the folder: two trainings of one run would overwrite each other's files."""
+    with open(run_dir / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise MmtrainError(
+                f"{run_dir} is being trained by another process.",
+                "Wait for it, end it, or choose another name or output_dir.",
+            ) from error
+        yield
 
 
 def refuse_other_run(config: RunConfig, stored: Path) -> None:

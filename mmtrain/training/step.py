@@ -37,6 +37,7 @@ def train_step(engine: Engine, step: StepBatches, before_optimizer: object = Non
     loss_sums, bad_ids = [], []
     for number, batch in enumerate(batches):
         result = engine.forward(batch)
+        assert not result.auxiliary, "no method with auxiliary losses exists yet"
         engine.backward(result.answer_loss_sum * factor)
         loss_sums.append(result.answer_loss_sum.detach())
         bad_ids += _bad_samples(result, batch)

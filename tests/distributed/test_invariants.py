@@ -193,3 +193,13 @@ def test_only_what_trains_is_saved(walk: Walk) -> None:
     with safe_open(step / "trainable.safetensors", "pt") as reader:
         names = list(reader.keys())
     assert names and all("lora_" in name or "multi_modal_projector" in name for name in names)
+
+
+@pytest.mark.soak
+def test_four_ranks_then_two_then_one(walk: Walk) -> None:
+    sections = validated(walk.digits) | {"optim": {"micro_batch": 1, "max_steps": 9}}
+    walk.go("nine", 2, [walk.job("nine", **sections)])
+    walk.go("four", 4, [walk.job("shrinking", stop=3, **sections)])
+    walk.go("then-two", 2, [walk.job("shrinking", stop=6, **sections)])
+    walk.go("then-one", 1, [walk.job("shrinking", **sections)])
+    assert close(walk.losses("shrinking"), walk.losses("nine"), SPLIT_TOLERANCE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import subprocess
@@ -12,9 +13,12 @@ from pathlib import Path
 import pytest
 
 from mmtrain.__main__ import main, without_local_rank
-from mmtrain.commands import check, listing
+from mmtrain.commands import check, listing, train
 from mmtrain.commands.wording import explain
+from mmtrain.config.load import dump_run
+from mmtrain.config.schema import RunConfig
 from mmtrain.errors import ConfigError, LaunchError, MmtrainError
+from mmtrain.tracking.journal import RunJournal
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = "model: {family: llava, preset: tiny}\ncomponents: {llm: {mode: full}}\n"
@@ -154,6 +158,121 @@ def test_faults_that_torch_words_itself() -> None:
     told = explain(gpu) or ""
     assert told.startswith("out of memory: CUDA out of memory.") and "micro_batch" in told
     assert explain(RuntimeError("shapes differ")) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3021",
+        "Read error [127.0.0.1]:3021: Connection reset by peer",
+        "recvBytes failed on SocketImpl(fd=9)",
+        "NCCL error: remote process exited or there was a network error",
+    ],
+)
+def test_the_peers_of_a_failed_rank_point_to_it(text: str) -> None:
+    assert explain(RuntimeError(text)) == "another rank ended; its own line says why"
+    # A tracking server that hangs up is no rank.
+    assert explain(ConnectionResetError(errno.ECONNRESET, text)) is None
+
+
+# --- train: quick looks and plots ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["--max-steps", "--overfit"])
+@pytest.mark.parametrize("value", ["0", "-3", "1.5", "x"])
+def test_a_quick_look_takes_at_least_one(
+    capsys: pytest.CaptureFixture[str], option: str, value: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "run.yaml", f"{option}={value}"])
+    assert caught.value.code == 2
+    assert f"got '{value}'; give a whole number of at least 1" in capsys.readouterr().err
+
+
+def quick_look(run_file: Path, *arguments: str) -> RunConfig:
+    """The configuration that `mmtrain train RUN.yaml ARGUMENTS` would train."""
+    parser = argparse.ArgumentParser()
+    train.configure(parser)
+    return train.resolved(parser.parse_intermixed_args([str(run_file), *arguments]), world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("data", "limit"),
+    [
+        ("{task: digits, train: a}", None),
+        ("{task: digits, train: a, val: b}", 16),
+        ("{task: digits, train: a, val: b, val_limit: 300}", 16),
+        ("{task: digits, train: a, val: b, val_limit: 3}", 3),
+    ],
+)
+def test_max_steps_validates_on_a_few_samples(tmp_path: Path, data: str, limit: int | None) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{RUN}data: {data}\nname: long\noutput_dir: '/x/a: [b'\n")
+    config = quick_look(file, "--max-steps", "2")
+    assert config.data is not None and config.data.val_limit == limit
+    assert (config.name, config.run_dir) == ("long-quick", "/x/a: [b-quick")
+    assert (config.optim.max_steps, config.tracking.uri) == (2, "none")
+    assert quick_look(file).name == "long"
+    overfit = quick_look(file, "--overfit", "4")
+    assert overfit.data is not None and overfit.data.val == "a"
+    assert (overfit.optim.micro_batch, overfit.optim.global_batch) == (4, 8)
+
+
+def test_only_an_earlier_look_is_removed(tmp_path: Path) -> None:
+    file, folder = tmp_path / "run.yaml", tmp_path / "long-quick"
+    file.write_text(f"{RUN}name: long\noutput_dir: {tmp_path / 'long'}\n")
+    config = quick_look(file, "--max-steps", "2")
+    train.remove_earlier_look(config)
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    train.remove_earlier_look(config)
+    tracked = config.tracking.model_copy(update={"uri": "sqlite:///a.db"})
+    for other in (
+        config.model_copy(update={"name": "long"}),
+        config.model_copy(update={"output_dir": None}),
+        config.model_copy(update={"tracking": tracked}),
+    ):
+        (folder / "run.yaml").write_text(dump_run(other))
+        train.remove_earlier_look(config)
+    (folder / "run.yaml").write_text("no: run file\n")
+    train.remove_earlier_look(config)
+    assert (folder / "notes.txt").read_text() == "mine"
+    (folder / "run.yaml").write_text(dump_run(quick_look(file, "--max-steps", "5")))
+    train.remove_earlier_look(config)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("error", [MmtrainError("NaN at step 2."), KeyboardInterrupt()])
+def test_a_run_that_ends_badly_leaves_its_plot_and_its_own_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rank: str, error: BaseException
+) -> None:
+    from mmtrain.training import run as training
+
+    def fail(config: RunConfig) -> None:
+        if config.optim.max_steps == 2:
+            journal = RunJournal(Path(config.run_dir) / "metrics.jsonl")
+            journal.append(1, 0.1, {"train/loss": 2.0})
+            journal.close()
+        raise error
+
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{RUN}output_dir: {tmp_path / 'run'}\n")
+    monkeypatch.setattr(training, "run_training", fail)
+    monkeypatch.setenv("RANK", rank)
+    for steps in ("2", "1"):
+        with pytest.raises(type(error)) as caught:
+            train.run(
+                argparse.Namespace(
+                    run_file=str(file),
+                    overrides=[f"optim.max_steps={steps}", f"output_dir={tmp_path / steps}"],
+                    max_steps=None,
+                    overfit=None,
+                )
+            )
+        assert caught.value is error
+    assert (tmp_path / "2" / "plot.png").exists() == (rank == "0")
+    assert not (tmp_path / "1").exists()
 
 
 def test_real_faults_of_check_are_one_line(tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 
 from mmtrain import plugins
-from mmtrain.build import method_options, resolve
+from mmtrain.build import LOSS_METRIC, method_options, resolve
 from mmtrain.config import yaml_text
 from mmtrain.config.load import dump_run
 from mmtrain.errors import ConfigError, MmtrainError
+from tests.contracts.test_tasks import TEMPLATES
+from tests.contracts.test_tasks import _samples as golden_samples
 
 MODEL = {"family": "llava", "preset": "tiny"}
 LORA = {"mode": "peft", "method": "lora"}
@@ -85,6 +87,50 @@ def test_batch_arithmetic(optim: dict[str, int], ranks: int | None, expected: st
         assert problems(data, ranks) == {f"optim.global_batch: {expected}"}
     else:
         resolve(data, world_size=ranks)
+
+
+def test_what_would_only_fail_after_hours_is_in_the_report() -> None:
+    data: dict[str, Any] = {
+        "model": MODEL,
+        "data": {"task": "scienceqa"},
+        "validate": {"metric": "acuracy_image", "patience": 3},
+        "tracking": {"uri": "./mlruns"},
+        "seed": "x",
+    }
+    assert problems(data) == {
+        "validate.metric: 'scienceqa' gives no 'acuracy_image'; did you mean 'accuracy_image'?",
+        "validate.patience: counts validations, and there is no data.val; "
+        "set data.val or remove patience",
+        "tracking.uri: './mlruns' is a folder, which MLflow no longer takes; "
+        "use sqlite:///mlflow.db, the address of a server (http://host:port) or none",
+        'seed: got "x"; give a whole number',
+    }
+
+
+@pytest.mark.parametrize("metric", ["loss", "accuracy", "accuracy_image"])
+@pytest.mark.parametrize("uri", ["none", "sqlite:///a.db", "http://host:5000"])
+def test_metrics_and_trackers_that_exist_are_taken(metric: str, uri: str) -> None:
+    data = {
+        "model": MODEL,
+        "data": {"task": "scienceqa", "val": "somewhere"},
+        "validate": {"metric": metric, "patience": 1},
+        "tracking": {"uri": uri},
+    }
+    assert resolve(data).validation.metric == metric
+
+
+def test_a_tracker_s_password_is_not_repeated() -> None:
+    (problem,) = problems({"model": MODEL, "tracking": {"uri": "file://me:geheim@host/a"}})
+    assert "geheim" not in problem and "file://***@host/a" in problem
+
+
+@pytest.mark.parametrize(("name", "template"), TEMPLATES)
+def test_tasks_declare_what_they_score(name: str, template: str) -> None:
+    task = plugins.load("task", name)
+    samples = golden_samples(name, task.splits[0])
+    given, _ = task.score(samples, ["A"] * len(samples), template)
+    assert set(given) <= set(task.metrics)
+    assert task.primary_metric in given and LOSS_METRIC not in task.metrics
 
 
 def test_the_result_says_all_that_the_run_will_do() -> None:

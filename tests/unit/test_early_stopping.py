@@ -75,7 +75,8 @@ def test_a_run_stops_when_patience_runs_out_and_keeps_best_and_last(
         checkpoint={"keep": 1},
         generation={"max_new_tokens": 2, "batch_size": 4},
     )
-    in_process.train(run)
+    with in_process.one_rank():
+        in_process.train(run)
     losses = tiny.read_metrics(tmp_path / "patient", "val/loss")
     best = losses.index(min(losses)) + 1
     assert len(losses) == best + 2 < 12

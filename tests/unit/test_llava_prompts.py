@@ -82,6 +82,8 @@ def test_truncation_spares_pictures_and_answers(processor: Any, side: str, surpl
     assert len(cut.input_ids) == len(cut.labels) == limit
     assert cut.input_ids.count(processor.image_token_id) == PICTURE_TOKENS
     assert answers(cut) == answers(whole)
+    # The model must still be told that it is its turn.
+    assert decoded(processor, prompt_ids(cut.input_ids, cut.labels)).endswith(" ASSISTANT:")
     assert cut.input_ids[0] == whole.input_ids[0] == processor.tokenizer.bos_token_id
     assert is_subsequence(cut.input_ids, whole.input_ids)
     system = decoded(processor, whole.input_ids[1:20])
@@ -100,7 +102,8 @@ def is_subsequence(short: Sequence[int], whole: Sequence[int]) -> bool:
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_picture_that_does_not_fit_is_an_error(processor: Any, side: str) -> None:
     arguments: dict[str, Any] = {"question": "Which?", "target": "5", "pictures": [picture(1)]}
-    minimum = 1 + PICTURE_TOKENS + len(answers(example(processor, "big", **arguments)))
+    whole = example(processor, "big", **arguments)
+    minimum = 1 + PICTURE_TOKENS + processor.num_cue_tokens + len(answers(whole))
     fits = example(processor, "big", **arguments, max_length=minimum, side=side)
     assert len(fits.input_ids) == minimum
     with pytest.raises(DataError, match=f"sample big: .* {minimum} tokens, data.max_length is"):

@@ -25,6 +25,7 @@ from mmtrain.data.shards import ShardFolder
 from mmtrain.data.verify import verify_folder
 from mmtrain.errors import DataError
 from mmtrain.tasks.interface import ImageBytes, Sample
+from tests.fuzz import examples
 
 NUM_SAMPLES = 20
 PER_SHARD = 10
@@ -275,7 +276,7 @@ def test_disorder_is_found_even_when_the_manifest_agrees(
         _read_all(folder)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.data())
 def test_any_changed_byte_is_found(healthy: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(["manifest.json", "index.npy", SHARD]))

@@ -27,6 +27,7 @@ from mmtrain.data.codec import (
 )
 from mmtrain.errors import DataError
 from mmtrain.tasks.interface import ImageBytes, Sample, Turn
+from tests.fuzz import examples
 
 KEY = "000000007"
 _TEXT = st.text(max_size=20)
@@ -66,7 +67,7 @@ def _noise(mode: str = "RGB", size: int = 48) -> Image.Image:
 # --- members ------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(_SAMPLES)
 def test_every_sample_survives_the_round_trip(sample: Sample) -> None:
     record = pack_members(encode_sample(sample, KEY))
@@ -74,7 +75,7 @@ def test_every_sample_survives_the_round_trip(sample: Sample) -> None:
     assert decode_sample(unpack_members(record), KEY) == sample
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(_SAMPLES, st.data())
 def test_damaged_bytes_never_raise_anything_but_our_error(
     sample: Sample, data: st.DataObject
@@ -90,7 +91,7 @@ def test_damaged_bytes_never_raise_anything_but_our_error(
         pass
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(_JSON)
 def test_any_json_member_gives_a_sample_or_our_error(value: object) -> None:
     for text in (json.dumps(value), json.dumps({"id": value, "turns": value, "meta": value})):
@@ -249,7 +250,7 @@ def test_exif_rotation_is_applied() -> None:
     assert decode_image(_encoded(image, "JPEG", exif=exif), "s").size == (20, 40)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(st.sampled_from(["PNG", "JPEG", "WEBP"]), st.data())
 def test_damaged_pictures_decode_or_raise_our_error(kind: str, data: st.DataObject) -> None:
     picture = bytearray(_encoded(_noise("P" if kind == "PNG" else "RGB", 12), kind))
@@ -261,7 +262,7 @@ def test_damaged_pictures_decode_or_raise_our_error(kind: str, data: st.DataObje
         pass
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(st.text(string.printable, max_size=200))
 def test_text_is_no_picture(text: str) -> None:
     with pytest.raises(DataError):

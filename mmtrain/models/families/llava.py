@@ -32,6 +32,7 @@ SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 IMAGE_TOKEN = "<image>"
+ANSWER_CUE = " ASSISTANT:"
 
 _CLIP_L_336 = dict(
     model_type="clip_vision_model",
@@ -152,7 +153,7 @@ class Llava:
                     f"{folder}: is a '{stored.get('model_type')}' checkpoint, not 'llava'.",
                     "Correct model.family or model.checkpoint.",
                 )
-            config = LlavaConfig(**stored)
+            config = _parsed(stored, folder)
         # Parts obey their own stored dtype before any default: it must be the run's.
         text, vision = _part(config, "text"), _part(config, "vision")
         for part in (config, text, vision):
@@ -192,6 +193,8 @@ class Llava:
             processor = building.load_processor(folder, IMAGE_TOKEN, config.image_token_id)
             refuse_other_picture_size(folder, processor, config)
             processor.tokens_per_image = tokens_per_image(config)
+            cue = processor.tokenizer(ANSWER_CUE, add_special_tokens=False)
+            processor.num_cue_tokens = len(cue["input_ids"])
             building.load_weights(model, folder, rename)
         return LoadedModel(model, processor, config)
 
@@ -220,7 +223,7 @@ class Llava:
         for number, turn in enumerate(rendered.turns):
             pictures = f"{IMAGE_TOKEN}\n" * len(images) if number == 0 else ""
             if turn.role == "user":
-                pieces.append(text.Piece(f" USER: {pictures}{turn.text} ASSISTANT:"))
+                pieces.append(text.Piece(f" USER: {pictures}{turn.text}{ANSWER_CUE}"))
             else:
                 pieces.append(text.Piece(f" {turn.text}</s>", is_answer=True))
         pieces.append(text.Piece(f" {rendered.target}</s>", is_answer=True))
@@ -228,7 +231,9 @@ class Llava:
         token_id = processor.image_token_id
         text.refuse_picture_tokens_in_text(ids, token_id, len(images), IMAGE_TOKEN, sample_id)
         ids, labels = text.expand(ids, labels, token_id, processor.tokens_per_image)
-        ids, labels = text.truncate(ids, labels, token_id, max_length, truncation_side, sample_id)
+        ids, labels = text.truncate(
+            ids, labels, token_id, max_length, truncation_side, sample_id, processor.num_cue_tokens
+        )
         pixels = [
             processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
             for image in images
@@ -320,6 +325,20 @@ class Llava:
         from mmtrain.models import building
 
         building.save_folder(model, options, state, folder)
+
+
+def _parsed(stored: dict[str, Any], folder: Path) -> Any:
+    """config.json as transformers understands it."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import LlavaConfig
+
+    try:
+        return LlavaConfig(**stored)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        fault = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{folder}/config.json: not a LLaVA configuration ({fault}).", "Copy it again."
+        ) from error
 
 
 def _part(config: Any, name: str) -> Any:

@@ -49,6 +49,7 @@ class Digits:
     build_options: type[BaseModel] = DigitsOptions
     needs_raw = False
     templates: Mapping[str, Template] = {"multiple_choice": multiple_choice}
+    metrics: tuple[str, ...] = ("accuracy",)
     primary_metric = "accuracy"
 
     def read(self, raw: Path | None, split: str, options: DigitsOptions) -> Iterator[Sample]:

@@ -102,6 +102,7 @@ class ScienceQA:
         "zhou2024": zhou2024,
         "instructblip_peft": instructblip_peft,
     }
+    metrics: tuple[str, ...] = ("accuracy", "accuracy_image")
     primary_metric = "accuracy"
 
     def read(self, raw: Path | None, split: str, options: ScienceQAOptions) -> Iterator[Sample]:
