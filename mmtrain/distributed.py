@@ -94,7 +94,7 @@ def _initialise_group(rank: int, size: int, cuda: bool, timeout_minutes: float) 
 
 
 def shut_down() -> None:
-    """Leave the process group."""
+    """Leave the process group; its threads would else outlive the interpreter and abort it."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -78,6 +78,13 @@ def private_environment(token: Path) -> dict[str, str]:
     }
 
 
+def private_folder(path: Path) -> Path:
+    """Only its user may look in: Ray keeps the study there, a password in it included."""
+    path.mkdir(parents=True, exist_ok=True)
+    path.chmod(0o700)
+    return path
+
+
 def _connect(ray: Any, address: str | None, num_trials: int, folder: Path) -> None:
     quiet = {
         "log_to_driver": False,

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
     study = load_study(args.study_file, args.overrides)
     trials = expand(study)
-    check_trials(trials, study.ranks_per_trial, args.study_file)
+    check_trials(study, trials, args.study_file)
     console = Console(highlight=False, soft_wrap=True)
     if args.dry_run:
         console.print(_listing(study, trials))

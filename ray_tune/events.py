@@ -11,6 +11,7 @@ from ray.tune import Callback
 
 from mmtrain.errors import nearest
 from mmtrain.tracking.journal import JOURNAL_NAME, RunJournal
+from mmtrain.tracking.uri import redact
 from ray_tune.cleaning import drop_checkpoints
 from ray_tune.journal import FAILED, FINISHED, RUNNING, SETTLED, Journal, Record
 from ray_tune.messages import FAILURE, OUTCOME, STARTED, TRAINING_SECONDS
@@ -94,7 +95,7 @@ class StudyCallback(Callback):
         _take_missing_reports(record, Path(self._study.study_dir) / "trials" / record.name)
         if not failure and record.best(self._study.metric, self._study.mode) is None:
             failure = _no_metric(record, self._study.metric)
-        record.status, record.reason = (FAILED, failure) if failure else (FINISHED, "")
+        record.status, record.reason = (FAILED, redact(failure)) if failure else (FINISHED, "")
         self._journal.save(record)
 
 

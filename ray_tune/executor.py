@@ -11,6 +11,7 @@ from typing import IO, Any
 from ray_tune.cluster import (
     driver_resources,
     in_words,
+    private_folder,
     rank_resources,
     ray_session,
     trials_at_a_time,
@@ -40,7 +41,8 @@ def run_trials(
         at_a_time = trials_at_a_time(study, totals)
         view.at_a_time = at_a_time
         # Ranks on other hosts see the study's folder, as they see the runs in it, but not /tmp.
-        storage = (folder if address is None else journal.folder.absolute()) / ".ray"
+        place = folder if address is None else journal.folder.absolute()
+        storage = private_folder(place / ".ray")
         try:
             _fit(study, runs, journal, view, totals, at_a_time, storage)
         finally:

@@ -47,7 +47,7 @@ def plot_trials(journal: Journal) -> None:
     """plot.png in the folder of every trial that measured anything, as a lone run has it."""
     for record in journal.records.values():
         folder = journal.folder / "trials" / record.name
-        if (folder / JOURNAL_NAME).exists():
+        if RunJournal.read(folder / JOURNAL_NAME):  # empty: it failed before its first step
             plot_run(folder)
 
 

@@ -17,6 +17,9 @@ from mmtrain.config.problems import checked, shown
 from mmtrain.config.schema import RUN_NAME_PATTERN, Section
 from mmtrain.errors import ConfigError, nearest
 
+# Where and under which name a run is kept does not change what it computes.
+BOOKKEEPING = ("name", "output_dir", "tracking")
+
 Scalar = bool | int | float | str | None
 Value = Scalar | list[Any] | dict[str, Any]
 
@@ -71,7 +74,11 @@ class SchedulerConfig(Section):
 class RankResources(Section):
     """What one rank of a trial occupies."""
 
-    cpu: float = Field(1.0, gt=0, description="CPU cores per rank")
+    cpu: float = Field(
+        1.0,
+        gt=0,
+        description="CPU cores per rank; also its threads, unless parallel.threads is set",
+    )
     gpu: float | None = Field(
         None, ge=0, description="GPUs per rank; default: 1 where the machines have any, else 0"
     )
@@ -126,6 +133,14 @@ class Study(Section):
         if self.by is not None:
             return self.by
         return [key for key in self.search if key.rsplit(".", 1)[-1] != "seed"]
+
+    @model_validator(mode="after")
+    def _search_changes_results(self) -> Study:
+        for key in self.search:
+            if key.split(".")[0] in BOOKKEEPING:
+                fault = f"search: '{key}' does not change what a run computes"
+                raise ValueError(f"{fault}; set {key} in the base run, or leave it out")
+        return self
 
     @model_validator(mode="after")
     def _search_fits_algorithm(self) -> Study:

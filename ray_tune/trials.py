@@ -12,12 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mmtrain.config.problems import shown
-from mmtrain.config.schema import TrackingConfig
+from mmtrain.config.schema import RunConfig, TrackingConfig
 from mmtrain.errors import ConfigError
-from ray_tune.study import SearchKey, Study
+from ray_tune.study import BOOKKEEPING, SearchKey, Study
 
-# Where and under which name a run is kept does not change what it computes.
-_BOOKKEEPING = ("name", "output_dir", "tracking")
 _MAX_NAME_LENGTH = 80
 _PARENT_TAG = "mlflow.parentRunId"  # MLflow's own name
 
@@ -54,19 +52,31 @@ def expand(study: Study) -> list[Trial]:
     return list(trials.values())
 
 
-def check_trials(trials: Sequence[Trial], ranks: int, source: str) -> None:
-    """Raise with every distinct problem that any trial's run file has on this many ranks."""
+def check_trials(study: Study, trials: Sequence[Trial], source: str) -> None:
+    """Raise with every distinct problem that any trial's run file has in this study."""
     from mmtrain.build import resolve
 
     first_seen: dict[str, str] = {}
     for trial in trials:
         try:
-            resolve(trial.run, (), ranks)
+            config = resolve(trial.run, (), study.ranks_per_trial)
+            problems = _ranking_problems(study, config)
         except ConfigError as error:
-            for problem in error.problems:
-                first_seen.setdefault(problem, trial.name)
+            problems = list(error.problems)
+        for problem in problems:
+            first_seen.setdefault(problem, trial.name)
     if first_seen:
         raise ConfigError([f"{text} (trial {name})" for text, name in first_seen.items()], source)
+
+
+def _ranking_problems(study: Study, config: RunConfig) -> list[str]:
+    """The best trial's adapter must be that of the step which made it the best."""
+    kept = config.validation.metric
+    if not study.metric.startswith("val/") or study.metric == f"val/{kept}":
+        return []
+    wanted = study.metric.removeprefix("val/")
+    fault = f"metric: {study.metric} ranks the trials, but each exports its step of best val/{kept}"
+    return [f"{fault}; set validate.metric: {wanted} in the base run"]
 
 
 def _points(study: Study) -> Iterator[dict[str, Any]]:
@@ -113,7 +123,7 @@ def _trial(study: Study, params: Mapping[str, Any]) -> Trial:
     run = _copied(study.base)
     for key, value in params.items():
         _set(run, key, value)
-    content = {key: value for key, value in run.items() if key not in _BOOKKEEPING}
+    content = {key: value for key, value in run.items() if key not in BOOKKEEPING}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     trial_id = hashlib.sha256(text.encode()).hexdigest()[:10]
     name = f"{_label(params)[: _MAX_NAME_LENGTH - 11].rstrip('-._')}-{trial_id}"

@@ -20,6 +20,7 @@ from typing import IO, Any
 from ray.train.backend import Backend, BackendConfig
 
 from mmtrain.errors import MmtrainError
+from mmtrain.tracking.uri import redact
 from ray_tune.cluster import TRAIN_ENVIRONMENT
 from ray_tune.messages import FAILURE, OUTCOME, STARTED, STEP, TRAINING_SECONDS
 
@@ -131,12 +132,22 @@ def train_rank(config: Mapping[str, Any]) -> float:
     with _rank_lock(Path(plan.results_dir) / f".{name}.rank-{rank}.lock"):
         ray.train.report({STARTED: 1})
         try:
-            return _train(run, plan.ranks)
+            return _train(with_threads(run, plan.resources_per_rank["CPU"]), plan.ranks)
         except BaseException as error:
-            traceback.print_exc()
-            sys.stderr.flush()
+            print(redact(traceback.format_exc()), file=sys.stderr, flush=True)
             kind = "" if isinstance(error, MmtrainError) else f"{type(error).__name__}: "
-            raise RankFailure(kind + " ".join(str(error).split())) from None
+            raise RankFailure(redact(kind + " ".join(str(error).split()))) from None
+
+
+def with_threads(run: Mapping[str, Any], cpus_per_rank: float) -> Mapping[str, Any]:
+    """The run with as many threads as its rank has CPUs, unless it says how many.
+
+    A run alone takes all cores of the machine; trials beside each other would fight for them.
+    """
+    parallel = run.get("parallel") or {}
+    if not isinstance(parallel, Mapping) or parallel.get("threads") is not None:
+        return run
+    return {**run, "parallel": {**parallel, "threads": max(1, int(cpus_per_rank))}}
 
 
 def _train(run: Mapping[str, Any], ranks: int) -> float:

@@ -29,7 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate and print the metrics."""
-    from mmtrain import plugins
+    from mmtrain import distributed, plugins
     from mmtrain.assemble import build_source, data_section
     from mmtrain.errors import ConfigError
     from mmtrain.evaluation.evaluate import evaluate, write_evaluation
@@ -61,4 +61,5 @@ def run(args: argparse.Namespace) -> int:
         for name, value in evaluation.metrics.items():
             print(f"{name:20s} {value:.4f}")
         print(f"{len(evaluation.predictions)} predictions in {out / 'predictions.jsonl'}")
+    distributed.shut_down()
     return 0

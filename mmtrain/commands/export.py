@@ -21,6 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Merge and write."""
+    from mmtrain import distributed
     from mmtrain.build import model_options
     from mmtrain.errors import MmtrainError
     from mmtrain.training.export import merged_state
@@ -35,4 +36,5 @@ def run(args: argparse.Namespace) -> int:
     options = model_options(ready.config)
     assembled.family.save(assembled.model, options, state, out)
     print(f"wrote {out}")
+    distributed.shut_down()
     return 0

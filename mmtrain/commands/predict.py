@@ -23,6 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Answer and print."""
+    from mmtrain import distributed
     from mmtrain.data.codec import decode_image
     from mmtrain.errors import DataError
     from mmtrain.tasks.interface import Rendered, Turn
@@ -46,4 +47,5 @@ def run(args: argparse.Namespace) -> int:
         data.truncation_side if data else "left",
     )
     print(ready.engine.generate([example], ready.config.generation)[0])
+    distributed.shut_down()
     return 0

@@ -14,6 +14,7 @@ from mmtrain.config.load import load_run_file
 from mmtrain.config.schema import RunConfig
 from mmtrain.errors import ConfigError, MmtrainError
 from mmtrain.tracking.uri import DISABLED
+from mmtrain.training.run_folder import exclusive
 
 log = logging.getLogger("mmtrain")
 
@@ -54,6 +55,7 @@ def _positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Train."""
+    from mmtrain import distributed
     from mmtrain.training.run import run_training
 
     is_main = int(os.environ.get("RANK") or 0) == 0
@@ -66,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     finally:
         if is_main:
             _plot(Path(config.run_dir))
+    distributed.shut_down()
     return 0
 
 
@@ -92,7 +95,8 @@ def remove_earlier_look(config: RunConfig) -> None:
     # A run that a person gave this name has no such output_dir, or has a tracker.
     marks = [(run.name, run.output_dir, run.tracking.uri) for run in (found, config)]
     if marks[0] == marks[1] and not folder.is_symlink():
-        shutil.rmtree(folder)
+        with exclusive(folder):  # not while that look still runs
+            shutil.rmtree(folder)
 
 
 def _plot(run_dir: Path) -> None:

@@ -62,6 +62,16 @@ class TwoHosts:
         return left
 
 
+def described(pids: set[int]) -> list[str]:
+    """What these processes are, for a failed assertion."""
+    found = []
+    for pid in sorted(pids):
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
+            found.append(f"{pid}: {words.decode(errors='replace')}")
+    return found
+
+
 @contextlib.contextmanager
 def two_hosts(folder: Path) -> Iterator[TwoHosts]:
     """Make the hosts, and unmake them whatever happens."""

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.netns import ADDRESSES, INTERFACE, TwoHosts, two_hosts, why_not
+from tests.distributed.netns import ADDRESSES, INTERFACE, TwoHosts, described, two_hosts, why_not
 from tests.tiny import build_digits, read_metrics, run_data, write_checkpoint, write_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,7 +131,7 @@ def test_ranks_sum_over_both_hosts_and_get_every_value_verbatim(
     shown = "\n".join(line for line in launcher.lines if "SEEN" not in line)
     logs = "".join(log.read_text() for log in hosts.folder.glob("*.log"))
     assert secret not in shown + logs
-    assert hosts.processes_left(10) == set()
+    assert described(hosts.processes_left(10)) == []
 
 
 def _watch_command_lines(hosts: TwoHosts, launcher: Launcher) -> set[str]:
@@ -160,14 +160,14 @@ def test_a_killed_rank_stops_everything(hosts: TwoHosts, tmp_path: Path, killed_
     assert len(errors) == 1
     expected = f"error: rank {killed_rank} on host {host} was killed by signal 9 (SIGKILL)"
     assert errors[0].startswith(expected), launcher.text
-    assert hosts.processes_left(10) == set()
+    assert described(hosts.processes_left(10)) == []
 
 
 def test_a_failing_rank_is_named_with_its_code(hosts: TwoHosts, tmp_path: Path) -> None:
     launcher = start(hosts, tmp_path, "then=exit")
     assert launcher.finish() != 0
     assert "error: rank 1 on host hostb exited with code 7" in launcher.text
-    assert hosts.processes_left(10) == set()
+    assert described(hosts.processes_left(10)) == []
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
@@ -179,7 +179,7 @@ def test_a_stopped_launcher_leaves_no_orphan(
     launcher.process.send_signal(signum)
     expected = -signum if signum == signal.SIGKILL else 128 + signum
     assert launcher.process.wait(LIMIT_S) == expected, launcher.text
-    assert hosts.processes_left(15) == set()
+    assert described(hosts.processes_left(15)) == []
 
 
 def test_a_killed_agent_takes_its_ranks_with_it(hosts: TwoHosts, tmp_path: Path) -> None:
@@ -191,8 +191,10 @@ def test_a_killed_agent_takes_its_ranks_with_it(hosts: TwoHosts, tmp_path: Path)
     os.kill(int(parent[1]), signal.SIGKILL)
     assert launcher.finish() != 0
     assert "error: the connection to host hostb was lost" in launcher.text
-    left = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in hosts.processes_left(3)]
-    assert not [line for line in left if b"rank_program" in line]
+    left = hosts.processes_left(3)
+    assert not [line for line in described(left) if "rank_program" in line]
+    for pid in left:  # what the ranks themselves had started; no agent was left to end it
+        os.kill(pid, signal.SIGKILL)
 
 
 def _error_of(launcher: Launcher) -> str:
@@ -287,7 +289,7 @@ def test_zero3_trains_over_two_hosts(hosts: TwoHosts, training: Path) -> None:
     assert launcher.finish() == 0, launcher.text
     losses = read_metrics(training / "ours", "train/loss")
     assert len(losses) == 3 and all(0 < loss < 20 for loss in losses)
-    assert hosts.processes_left(10) == set()
+    assert described(hosts.processes_left(10)) == []
 
     run_file = _zero3_run(training, "deepspeeds")
     with (training / ".deepspeed_env").open("a") as environment:

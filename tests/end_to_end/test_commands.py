@@ -104,7 +104,21 @@ def test_overfit_learns_samples_by_heart(
 def test_max_steps_is_a_quick_look_in_its_own_folder(
     tiny_checkpoint: Path, digit_shards: Path, tmp_path: Path
 ) -> None:
-    data = tiny.run_data(tiny_checkpoint, digit_shards, tmp_path / "long")
-    tiny.run_cli("train", str(tiny.write_run(tmp_path, data)), "--max-steps", "2")
-    assert len(tiny.read_metrics(tmp_path / "long-quick", "train/loss")) == 2
+    data = tiny.run_data(
+        tiny_checkpoint,
+        digit_shards,
+        tmp_path / "long",
+        data={"val": str(digit_shards / "val")},
+        generation={"max_new_tokens": 1, "batch_size": 8},
+    )
+    look = ("train", str(tiny.write_run(tmp_path, data)), "--max-steps")
+    shown = tiny.run_cli(*look, "2").stdout
+    folder = tmp_path / "long-quick"
+    assert len(tiny.read_metrics(folder, "train/loss")) == 2
+    predictions = folder / "evaluation" / "val" / "predictions.jsonl"
+    assert len(predictions.read_text().splitlines()) == 16
+    assert f"plot: {folder / 'plot.png'}" in shown and (folder / "plot.png").exists()
+    # Another look, as another number of ranks that all start at once.
+    tiny.wait_ranks(tiny.start_ranks(["mmtrain", *look, "1"], 2))
+    assert len(tiny.read_metrics(folder, "train/loss")) == 1
     assert not (tmp_path / "long").exists()

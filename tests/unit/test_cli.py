@@ -19,6 +19,7 @@ from mmtrain.config.load import dump_run
 from mmtrain.config.schema import RunConfig
 from mmtrain.errors import ConfigError, LaunchError, MmtrainError
 from mmtrain.tracking.journal import RunJournal
+from mmtrain.training.run_folder import exclusive
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = "model: {family: llava, preset: tiny}\ncomponents: {llm: {mode: full}}\n"
@@ -175,7 +176,7 @@ def test_the_peers_of_a_failed_rank_point_to_it(text: str) -> None:
     assert explain(ConnectionResetError(errno.ECONNRESET, text)) is None
 
 
-# --- train: quick looks and plots ------------------------------------------------------------------
+# --- train: quick looks and plots ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("option", ["--max-steps", "--overfit"])
@@ -238,6 +239,8 @@ def test_only_an_earlier_look_is_removed(tmp_path: Path) -> None:
     train.remove_earlier_look(config)
     assert (folder / "notes.txt").read_text() == "mine"
     (folder / "run.yaml").write_text(dump_run(quick_look(file, "--max-steps", "5")))
+    with exclusive(folder), pytest.raises(MmtrainError, match="by another process"):
+        train.remove_earlier_look(config)
     train.remove_earlier_look(config)
     assert not folder.exists()
 

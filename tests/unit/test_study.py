@@ -201,10 +201,11 @@ def test_problems_of_the_runs_name_a_trial_and_come_together() -> None:
         search={
             "optim.rl": {"grid": [1, 2]},
             "components.llm.r": {"grid": [4, -1]},
-        }
+        },
+        ranks_per_trial=3,
     )
     with pytest.raises(ConfigError) as caught:
-        check_trials(expand(wrong), 3, "study.yaml")
+        check_trials(wrong, expand(wrong), "study.yaml")
     text = str(caught.value)
     assert text.count("optim.rl: unknown key") == 1
     assert "components.llm.r: got -1" in text
@@ -243,7 +244,7 @@ def test_every_study_in_the_package_is_valid(path: Path) -> None:
     loaded = load_study(path)
     trials = expand(loaded)
     assert len(trials) > 1
-    check_trials(trials, loaded.ranks_per_trial, str(path))
+    check_trials(loaded, trials, str(path))
 
 
 def test_there_are_studies_in_the_package() -> None:
