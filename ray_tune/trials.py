@@ -72,8 +72,12 @@ def check_trials(study: Study, trials: Sequence[Trial], source: str) -> None:
 def _ranking_problems(study: Study, config: RunConfig) -> list[str]:
     """The best trial's adapter must be that of the step which made it the best."""
     kept = config.validation.metric
-    if not study.metric.startswith("val/") or study.metric == f"val/{kept}":
+    if not study.metric.startswith("val/"):
         return []
+    if study.metric == f"val/{kept}":
+        direction = "min" if kept.endswith("loss") else "max"
+        fault = f"mode: '{study.mode}' of {study.metric} would rank the worst trial first"
+        return [] if study.mode == direction else [f"{fault}; set mode: {direction}"]
     wanted = study.metric.removeprefix("val/")
     fault = f"metric: {study.metric} ranks the trials, but each exports its step of best val/{kept}"
     return [f"{fault}; set validate.metric: {wanted} in the base run"]

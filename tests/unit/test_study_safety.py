@@ -161,3 +161,11 @@ def test_the_demos_study_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     path = REPOSITORY / "docs" / "examples" / "demo" / "study.yaml"
     loaded = load_study(path)
     check_trials(loaded, expand(loaded), str(path))
+
+
+def test_the_worst_trial_is_never_ranked_first() -> None:
+    upside_down = study(
+        metric="val/accuracy", mode="min", base={**BASE, "validate": {"metric": "accuracy"}}
+    )
+    with pytest.raises(ConfigError, match="set mode: max"):
+        check_trials(upside_down, expand(upside_down), "study.yaml")
