@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mmtrain.config.schema import ComponentConfig, OptimConfig
+from mmtrain.distributed import full_shape
 
 
 def parameter_groups(
@@ -22,7 +23,7 @@ def parameter_groups(
     for name, parameter in parameters.items():
         block = components[owner[name]]
         decay = optim.weight_decay if block.weight_decay is None else block.weight_decay
-        if decayed_shape(parameter) < 2:
+        if len(full_shape(parameter)) < 2:
             decay = 0.0
         peak = block.lr or optim.lr
         key = (owner[name], decay)
@@ -31,11 +32,6 @@ def parameter_groups(
         )
         group["params"].append(parameter)
     return list(groups.values())
-
-
-def decayed_shape(parameter: torch.nn.Parameter) -> int:
-    """Number of dimensions, sharded or not."""
-    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def total_steps(optim: OptimConfig, steps_per_epoch: int) -> int:
