@@ -126,7 +126,7 @@ def write_model(folder: Path, preset: str | None, texts: list[str], dtype: str) 
         image_token=IMAGE_TOKEN,
     )
     model: Any = build_empty(family.skeleton, config, dtype, None)
-    initialise_weights(model, seed=0)
+    initialise_weights(dict(model.named_parameters()), seed=0)
     model.save_pretrained(str(folder))
     processor.save_pretrained(str(folder))
     del model

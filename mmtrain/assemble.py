@@ -80,11 +80,16 @@ def build_source(
     return Source(ShardFolder.open(Path(folder)), template, encode, limit, blank_images)
 
 
-def base_digest(checkpoint: str | None) -> str:
-    """One sha256 over a base folder's weight files, cached by (path, size, mtime)."""
-    if checkpoint is None:
+def base_digest(*folders: str | None) -> str:
+    """One sha256 over the base folders' weight files, cached by (path, size, mtime)."""
+    given = [Path(folder) for folder in folders if folder is not None]
+    if not given:
         return "preset"
-    files = sorted(Path(checkpoint).glob("*.safetensors"))
+    files = [
+        path
+        for folder in given
+        for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    ]
     cache_path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mmtrain"
     cache_file = cache_path / "base-digests.json"
     try:

@@ -57,6 +57,12 @@ def model_options(config: RunConfig) -> ModelOptions:
         attention=model.attention,
         base_dropout=model.base_dropout,
         seed=config.seed,
+        vision_tower=model.vision_tower,
+        overrides={
+            component: change.model_dump(exclude_none=True)
+            for component, change in model.overrides.items()
+        },
+        allow_reinit=model.allow_reinit,
     )
 
 
@@ -185,4 +191,7 @@ def _with_defaults(config: RunConfig) -> RunConfig:
     if data and data.template is None:
         templates = plugins.load("task", data.task).templates
         data = data.model_copy(update={"template": next(iter(templates))})
+    if data and data.max_length is None:
+        family = plugins.load("family", config.model.family)
+        data = data.model_copy(update={"max_length": family.default_max_length})
     return config.model_copy(update={"components": components, "data": data})

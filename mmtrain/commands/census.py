@@ -84,13 +84,20 @@ def count(config: RunConfig, tokens_per_sample: int | None = None) -> Census:
             peft_params=added,
             trainable_params=added + full,
         )
-    image_tokens = getattr(skeleton.config, "image_seq_length", 0)
-    tokens = tokens_per_sample or image_tokens + TEXT_TOKENS_PER_SAMPLE
-    if config.data and not tokens_per_sample:
+    picture_tokens = {
+        name: family.picture_tokens(skeleton.config, name) for name in family.sublayers
+    }
+    tokens = tokens_per_sample or picture_tokens["llm"] + TEXT_TOKENS_PER_SAMPLE
+    if config.data and config.data.max_length and not tokens_per_sample:
         tokens = min(tokens, config.data.max_length)
     micro_batch = config.optim.micro_batch
     blocks = [
-        _blocks(skeleton, name, depth, micro_batch * (tokens if name == "llm" else image_tokens))
+        _blocks(
+            skeleton,
+            name,
+            depth,
+            micro_batch * (tokens if name == "llm" else picture_tokens[name]),
+        )
         for name, depth in _depths(skeleton, trained).items()
     ]
     vocabulary = skeleton.config.get_text_config().vocab_size

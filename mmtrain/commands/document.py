@@ -49,6 +49,11 @@ def run_file_markdown() -> str:
         if section is ComponentConfig:
             pages.append(_COMPONENTS_NOTE)
         pages.append(_fields(section))
+        pages += [
+            f"### {key}.{name}.<component>\n\n{nested.__doc__}\n\n{_fields(nested)}"
+            for name, field in section.model_fields.items()
+            if (nested := _section_of(field.annotation)) is not None
+        ]
         if section is ComponentConfig:
             pages += [_method_page(method) for method in plugins.names("method")]
     return "\n".join(pages)
@@ -110,6 +115,8 @@ def _values(annotation: Any, metadata: list[Any]) -> list[str]:
         return [f"mapping to {_values(arguments[1], [])[0]}"]
     if annotation is str:
         return [_text_form(metadata)]
+    if _section_of(annotation) is not None:
+        return ["the keys below"]
     names = {int: "whole number", float: "number", bool: "true, false"}
     return [f"{names[annotation]}{_bounds(metadata)}"]
 

@@ -22,7 +22,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Merge and write."""
     from mmtrain import distributed
-    from mmtrain.build import model_options
     from mmtrain.errors import MmtrainError
     from mmtrain.training.export import merged_state
     from mmtrain.training.inference import ready_from_argument
@@ -33,8 +32,7 @@ def run(args: argparse.Namespace) -> int:
     ready = ready_from_argument(args.run, ["parallel.deepspeed=zero1"], base=False)
     assembled = ready.assembled
     state = merged_state(assembled.model, assembled.trainable)
-    options = model_options(ready.config)
-    assembled.family.save(assembled.model, options, state, out)
+    assembled.family.save(assembled.model, assembled.processor, state, out)
     print(f"wrote {out}")
     distributed.shut_down()
     return 0

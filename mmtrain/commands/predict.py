@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         "question",
         rendered,
         pictures,
-        data.max_length if data else 2048,
+        data.max_length if data else ready.assembled.family.default_max_length,
         data.truncation_side if data else "left",
     )
     print(ready.engine.generate([example], ready.config.generation)[0])

@@ -24,6 +24,16 @@ class Section(BaseModel):
     )
 
 
+class ShapeOverrides(Section):
+    """Shapes of one component that differ from the checkpoint's."""
+
+    hidden_size: int | None = Field(None, ge=1, description="width of the residual stream")
+    layers: int | None = Field(None, ge=1, description="number of blocks")
+    heads: int | None = Field(None, ge=1, description="attention heads; must divide the width")
+    intermediate_size: int | None = Field(None, ge=1, description="width inside the MLP")
+    activation: str | None = Field(None, description="activation by transformers' name, e.g. gelu")
+
+
 class ModelConfig(Section):
     """Which base model: a checkpoint folder, or a preset's published shape without weights."""
 
@@ -40,11 +50,22 @@ class ModelConfig(Section):
     base_dropout: Literal[0, "checkpoint"] = Field(
         0, description="0 turns the base's own dropout off, 'checkpoint' keeps what its config says"
     )
+    vision_tower: str | None = Field(
+        None, description="folder of the tower, where a checkpoint in LLaVA's own format lacks it"
+    )
+    overrides: dict[str, ShapeOverrides] = Field(
+        default_factory=dict, description="other shapes than the checkpoint's, per component"
+    )
+    allow_reinit: bool = Field(
+        False, description="initialise afresh what does not fit model.overrides; else an error"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
         if (self.checkpoint is None) == (self.preset is None):
             raise ValueError("give exactly one of 'checkpoint' and 'preset'")
+        if self.allow_reinit and not self.overrides:
+            raise ValueError("'allow_reinit' does nothing without 'overrides'; leave it out")
         return self
 
 
@@ -94,7 +115,9 @@ class DataConfig(Section):
     val_limit: int | None = Field(None, ge=1, description="use only the first N validation samples")
     seed: int | None = Field(None, ge=0, description="order of samples; default: the run's seed")
     workers: int = Field(2, ge=0, le=64, description="threads that decode ahead, per rank")
-    max_length: int = Field(2048, ge=8, description="tokens per sample, image tokens included")
+    max_length: int | None = Field(
+        None, ge=8, description="tokens per sample, image tokens included; default: the family's"
+    )
     truncation_side: Literal["left", "right"] = Field(
         "left", description="which end of an over-long prompt is cut; never image tokens or answers"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from torch import nn
 from mmtrain.distributed import sharded_construction, spans_ranks
 from mmtrain.errors import CheckpointError
 from mmtrain.models.host_memory import returning_freed_memory
-from mmtrain.models.interface import ModelOptions
 from mmtrain.models.weights import DTYPES, initialise_weights, load_weights
 
 __all__ = [
@@ -138,16 +136,13 @@ def generate_from_embeddings(
 
 
 def save_folder(
-    model: Any, options: ModelOptions, state: Mapping[str, torch.Tensor], folder: Path
+    model: Any, processor: Any, state: Mapping[str, torch.Tensor], folder: Path
 ) -> None:
     """Write config, processor files and sharded safetensors under today's module names."""
     folder.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(str(folder))
-    source = Path(str(options.checkpoint))
-    for path in sorted(source.glob("*")) if options.checkpoint else []:
-        is_text = path.suffix in {".json", ".model", ".jinja", ".txt"}
-        if is_text and path.name != "config.json" and not path.name.endswith(".index.json"):
-            shutil.copy2(path, folder / path.name)
+    if processor is not None:
+        processor.save_pretrained(str(folder))
     weight_map: dict[str, str] = {}
     for number, part in enumerate(_parts(state), start=1):
         name = f"model-{number:05d}.safetensors"

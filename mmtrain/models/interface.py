@@ -1,7 +1,7 @@
 """What a model family is.
 
-A family is one file in `mmtrain/models/families/` that exports `FAMILY`; its name is the file's
-name. Families never name a method and methods never name a family: they meet in the sublayer map.
+A family is one file in `mmtrain/models/families/` (or a folder, where it needs modules of its own)
+that exports `FAMILY`; its name is the file's name. Families never name a method and methods never name a family: they meet in the sublayer map.
 Heavy imports (torch, transformers) stay inside functions, so that listing families is instant.
 """
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # component -> sublayer -> role -> anchored regex with a group (?P<layer>\d+)
 SublayerMap = Mapping[str, Mapping[str, Mapping[str, str]]]
+# method -> component -> sublayer -> roles; a sublayer that is not named offers every role
+DefaultRoles = Mapping[str, Mapping[str, Mapping[str, tuple[str, ...]]]]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ class ModelOptions:
     attention: str = "sdpa"
     base_dropout: int | str = 0
     seed: int = 42
+    vision_tower: str | None = None  # folder, for checkpoints that keep their tower apart
+    # component -> {hidden_size, layers, heads, intermediate_size, activation}
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    allow_reinit: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,10 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised sample, unpadded. Labels are -100 where no loss falls."""
+    """One tokenised sample, unpadded. Labels are -100 where no loss falls.
+
+    Decoder-only models label `input_ids`; in encoder-decoder models the labels are the decoder's.
+    """
 
     id: str
     key: int  # 63-bit hash of the sample id: keys its dropout masks on any split
@@ -55,6 +64,7 @@ class Example:
     labels: list[int]
     pixels: Sequence[torch.Tensor] = ()
     weight: float = 1.0  # 0 for padding samples: they run, but nothing depends on them
+    extras: Mapping[str, Any] = field(default_factory=dict)  # the family's own, for its collate
 
 
 @dataclass
@@ -94,10 +104,13 @@ class LoadedModel:
 class Family(Protocol):
     """One model family."""
 
+    # `tiny…` presets are tiny twins of the real classes, which `write_tiny` gives a tokenizer.
     presets: Mapping[str, Mapping[str, Any]]
+    model_types: tuple[str, ...]  # `model_type` in the config.json of its checkpoints
+    default_max_length: int  # of data.max_length
     components: Mapping[str, tuple[str, ...]]  # regexes that partition every parameter
     sublayers: SublayerMap
-    default_roles: Mapping[str, Mapping[str, tuple[str, ...]]]  # method -> component -> roles
+    default_roles: DefaultRoles
 
     def model_config(self, options: ModelOptions) -> Any:
         """The transformers configuration of a checkpoint folder or preset."""
@@ -110,6 +123,9 @@ class Family(Protocol):
 
     def attention(self, config: Any, component: str) -> AttentionShape:
         """The attention shape of a component."""
+
+    def picture_tokens(self, config: Any, component: str) -> int:
+        """Tokens that one picture of the usual size makes in a component: what memory depends on."""
 
     def encode(
         self,
@@ -133,13 +149,15 @@ class Family(Protocol):
     ) -> list[str]:
         """Answers to the prompts of `examples` (their labels are ignored)."""
 
-    def write_tiny(self, folder: Path, texts: Sequence[str], seed: int) -> None:
+    def write_tiny(
+        self, folder: Path, texts: Sequence[str], seed: int, preset: str = "tiny"
+    ) -> None:
         """Write a tiny checkpoint of the real classes, its tokenizer trained on `texts`."""
 
     def save(
         self,
         model: torch.nn.Module,
-        options: ModelOptions,
+        processor: Any,
         state: Mapping[str, torch.Tensor],
         folder: Path,
     ) -> None:

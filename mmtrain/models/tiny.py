@@ -60,7 +60,7 @@ def write_llava_folder(family: Any, config: Any, tokenizer: Any, folder: Path, s
     )
     folder.mkdir(parents=True, exist_ok=True)
     model = family.skeleton(config).to(torch.float32)
-    initialise_weights(model, seed)
+    initialise_weights(dict(model.named_parameters()), seed)
     model.save_pretrained(str(folder))
     processor.save_pretrained(str(folder))
 

@@ -1,4 +1,4 @@
-"""Filling a model from safetensors, one tensor at a time, sharded (ZeRO-3) or not.
+"""Filling a model from weight files, one tensor at a time, sharded (ZeRO-3) or not.
 
 Everything that can be wrong with a folder is found from the files' headers, before the first
 tensor is read: nothing is ever half-loaded.
@@ -7,8 +7,11 @@ tensor is read: nothing is ever half-loaded.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import logging
+import pickle
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,12 @@ from mmtrain.distributed import full_shape, is_main, is_sharded, write_parameter
 from mmtrain.errors import CheckpointError
 from mmtrain.models.dropout import stable_hash
 from mmtrain.models.host_memory import returning_freed_memory
+from mmtrain.models.interface import ModelOptions
 
+log = logging.getLogger("mmtrain")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -42,115 +49,219 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """tensor name -> file, from the index or from the one file there is."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{index}: holds no 'weight_map'.", "Copy it again.")
-        files = {name: folder / file for name, file in weight_map.items()}
-        missing = sorted({str(path.name) for path in files.values() if not path.exists()})
-        if missing:
-            raise CheckpointError(
-                f"{folder}: weight files are missing: {', '.join(missing)}.", "Copy them again."
-            )
-        return files
-    single = folder / "model.safetensors"
-    if not single.exists():
+    """tensor name -> file, from an index or from the one file there is."""
+    for name in _INDEXES:
+        if (folder / name).exists():
+            return _indexed(folder, folder / name)
+    for name in _SINGLE_FILES:
+        single = folder / name
+        if single.exists():
+            with open_weights(single) as reader:
+                return {tensor: single for tensor in reader.keys()}
+    raise CheckpointError(
+        f"{folder}: no weights there: neither {_SINGLE_FILES[0]} nor {_INDEXES[0]}, nor .bin"
+        " files of the same kind.",
+        "Give a folder in Hugging Face format.",
+    )
+
+
+def _indexed(folder: Path, index: Path) -> dict[str, Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index}: holds no 'weight_map'.", "Copy it again.")
+    files = {name: folder / file for name, file in weight_map.items()}
+    missing = sorted({str(path.name) for path in files.values() if not path.exists()})
+    if missing:
         raise CheckpointError(
-            f"{folder}: no model.safetensors and no model.safetensors.index.json there.",
-            "Give a folder in Hugging Face format with safetensors weights.",
+            f"{folder}: weight files are missing: {', '.join(missing)}.", "Copy them again."
         )
-    with open_weights(single) as reader:
-        return {name: single for name in reader.keys()}
+    return files
 
 
-def open_weights(path: Path) -> Any:
-    """Open a safetensors file, or say that it is damaged."""
-    try:
-        return safe_open(str(path), framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: damaged or cut short ({error}).", "Copy it again."
-        ) from error
+class BinFile:
+    """A `.bin` file of tensors, read without unpickling anything else, with safetensors' calls."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._tensors: dict[str, torch.Tensor] = {}
+
+    def __enter__(self) -> BinFile:
+        try:
+            found = torch.load(self._path, map_location="cpu", mmap=True, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+            fault = " ".join(str(error).split())[:200]
+            raise CheckpointError(
+                f"{self._path}: damaged, or holds more than tensors ({fault}).",
+                "Copy it again, or convert it to safetensors where it is trusted.",
+            ) from error
+        if not isinstance(found, dict) or not all(torch.is_tensor(v) for v in found.values()):
+            raise CheckpointError(
+                f"{self._path}: holds no plain table of tensors.", "Give the model's own weights."
+            )
+        self._tensors = found
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tensors = {}
+
+    def keys(self) -> list[str]:
+        """The names of its tensors."""
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        return tuple(self._tensors[name].shape)
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        """A tensor."""
+        return self._tensors[name]
 
 
-def _sources(
-    folder: Path, rename: Callable[[str], str | None]
-) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
-    """our parameter name -> (file, name there, shape there)."""
-    sources: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
+class SafeFile:
+    """A safetensors file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> SafeFile:
+        try:
+            self._reader = safe_open(str(self._path), framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{self._path}: damaged or cut short ({error}).", "Copy it again."
+            ) from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self._reader
+
+    def keys(self) -> list[str]:
+        """The names of its tensors."""
+        return list(self._reader.keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, from the header."""
+        return tuple(self._reader.get_slice(name).get_shape())
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        """A tensor."""
+        return self._reader.get_tensor(name)
+
+
+def open_weights(path: Path) -> SafeFile | BinFile:
+    """A weight file as a context manager; a damaged one is an error that names it."""
+    return BinFile(path) if path.suffix == ".bin" else SafeFile(path)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+
+
+# A folder, and what its tensors are called in our module tree (None: no weight of ours).
+Source = tuple[Path, Callable[[str], "str | None"]]
+
+
+def _found(folders: Sequence[Source]) -> dict[str, Stored]:
+    """our parameter name -> where it lies, over all folders."""
+    found: dict[str, Stored] = {}
     with ExitStack() as stack:
         readers: dict[Path, Any] = {}
-        for stored_name, path in weight_files(folder).items():
-            name = rename(stored_name)
-            if name is None:
-                continue
-            if path not in readers:
-                readers[path] = stack.enter_context(open_weights(path))
-            try:
-                shape = tuple(readers[path].get_slice(stored_name).get_shape())
-            except SafetensorError as error:
-                raise CheckpointError(
-                    f"{path}: has no tensor {stored_name}, which the index says is there.",
-                    "Copy file and index again.",
-                ) from error
-            if name in sources:
-                raise CheckpointError(
-                    f"{folder}: {name} is stored twice, as {sources[name][1]} and {stored_name}.",
-                    "Remove one of them: only one can be meant.",
-                )
-            sources[name] = (path, stored_name, shape)
-    return sources
+        for folder, rename in folders:
+            for stored_name, path in weight_files(folder).items():
+                name = rename(stored_name)
+                if name is None:
+                    continue
+                if path not in readers:
+                    readers[path] = stack.enter_context(open_weights(path))
+                try:
+                    shape = readers[path].shape(stored_name)
+                except (SafetensorError, KeyError) as error:
+                    raise CheckpointError(
+                        f"{path}: has no tensor {stored_name}, which the index says is there.",
+                        "Copy file and index again.",
+                    ) from error
+                if name in found:
+                    raise CheckpointError(
+                        f"{folder}: {name} is stored twice, as {found[name].name} and"
+                        f" {stored_name}.",
+                        "Remove one of them: only one can be meant.",
+                    )
+                found[name] = Stored(path, stored_name, shape)
+    return found
 
 
-def _refuse_mismatch(
-    folder: Path, sources: Mapping[str, Any], wanted: Mapping[str, torch.Size], tied: set[str]
-) -> None:
-    problems = []
-    missing = sorted(set(wanted) - set(sources) - tied)
-    surplus = sorted(set(sources) - set(wanted))
-    wrong = [
-        f"{name} is {list(sources[name][2])} in the file, {list(wanted[name])} in config.json"
-        for name in sorted(set(wanted) & set(sources))
-        if tuple(wanted[name]) != tuple(sources[name][2])
+def _listed(label: str, items: Sequence[str]) -> str:
+    more = f" and {len(items) - 3} more" if len(items) > 3 else ""
+    return f"{len(items)} {label}: {', '.join(items[:3])}{more}"
+
+
+def _misfits(
+    folder: Path,
+    found: Mapping[str, Stored],
+    wanted: Mapping[str, torch.Size],
+    options: ModelOptions,
+) -> list[str]:
+    """The parameters to initialise afresh: none, unless overrides ask for other shapes."""
+    missing = sorted(set(wanted) - set(found))
+    surplus = sorted(set(found) - set(wanted))
+    wrong = sorted(
+        name for name in set(wanted) & set(found) if tuple(wanted[name]) != found[name].shape
+    )
+    shapes = [
+        f"{name} is {list(found[name].shape)} in the file, {list(wanted[name])} in "
+        + ("model.overrides" if options.overrides else "config.json")
+        for name in wrong
     ]
-    for label, names in (("missing", missing), ("surplus", surplus), ("wrong shape", wrong)):
-        if names:
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            problems.append(f"{len(names)} {label}: {shown}")
-    if problems:
+    parts = (("missing", missing), ("surplus", surplus), ("wrong shape", shapes))
+    problems = [_listed(label, items) for label, items in parts if items]
+    if problems and not options.overrides:
         raise CheckpointError(
             f"{folder}: its weights do not fit its config.json: {'; '.join(problems)}.",
             "Check that the folder is a checkpoint of the family named in the run file.",
         )
+    fresh = [*missing, *wrong]
+    if fresh and not options.allow_reinit:
+        raise CheckpointError(
+            f"{folder}: its weights do not fit model.overrides: {'; '.join(problems)}.",
+            "Set model.allow_reinit: true to initialise these afresh, and train them.",
+        )
+    if problems:
+        log.warning("model.overrides: not taken from %s: %s", folder, "; ".join(problems))
+    return fresh
 
 
-def load_weights(model: nn.Module, folder: Path, rename: Callable[[str], str | None]) -> None:
-    """Fill every parameter from the folder. Under ZeRO-3 only rank 0 reads the files."""
+def load_weights(model: nn.Module, folders: Sequence[Source], options: ModelOptions) -> None:
+    """Fill every parameter from the folders. Under ZeRO-3 only rank 0 reads the files."""
     parameters = dict(model.named_parameters(remove_duplicate=True))
     every_name = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     wanted = {name: full_shape(parameter) for name, parameter in parameters.items()}
-    sources = _sources(folder, rename)
     tied = every_name - set(parameters)
-    sources = {name: source for name, source in sources.items() if name not in tied}
-    _refuse_mismatch(folder, sources, wanted, tied)
+    found = {name: where for name, where in _found(folders).items() if name not in tied}
+    fresh = _misfits(folders[0][0], found, wanted, options)
     sharded = any(is_sharded(parameter) for parameter in parameters.values())
     reads = not sharded or is_main()
-    by_file = sorted(parameters, key=lambda name: (str(sources[name][0]), name))
+    stored = sorted(set(parameters) - set(fresh), key=lambda name: (str(found[name].path), name))
     with returning_freed_memory(sharded), ExitStack() as stack:
         readers: dict[Path, Any] = {}
-        for name in by_file:
-            path, stored_name, _ = sources[name]
-            if reads and path not in readers:
-                readers[path] = stack.enter_context(open_weights(path))
-            value = readers[path].get_tensor(stored_name) if reads else None
+        for name in stored:
+            where = found[name]
+            if reads and where.path not in readers:
+                readers[where.path] = stack.enter_context(open_weights(where.path))
+            value = readers[where.path].get_tensor(where.name) if reads else None
             write_parameter(parameters[name], value)
+    initialise_weights({name: parameters[name] for name in fresh}, options.seed)
 
 
-def initialise_weights(model: nn.Module, seed: int, std: float = 0.02) -> None:
+def initialise_weights(
+    parameters: Mapping[str, nn.Parameter], seed: int, std: float = 0.02
+) -> None:
     """Random weights keyed by (seed, name): the same under every ZeRO stage and world size."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         shape = full_shape(parameter)
         if name.endswith("bias"):
             value = torch.zeros(shape)

@@ -33,7 +33,16 @@ def select(
     regexes = [family.sublayers[component][sub][role] for sub in wanted for role in wanted[sub]]
     played = {name for regex in regexes for name in names if re.fullmatch(regex, name)}
     selected = tuple(name for name in names if name in played and layer_of[name] in layers)
-    empty = [sublayer for sublayer in block.sublayers or () if not wanted.get(sublayer)]
+    # A sublayer asked for by name must exist in this very model: T5's do not in Vicuna.
+    empty = [
+        sublayer
+        for sublayer in block.sublayers or ()
+        if not any(
+            re.fullmatch(family.sublayers[component][sublayer][role], name)
+            for role in wanted.get(sublayer, ())
+            for name in selected
+        )
+    ]
     if empty or not selected:
         place = f"components.{component}.sublayers"
         asked = f"'{block.method}' on {', '.join(empty or wanted) or 'every sublayer'}"
@@ -78,9 +87,9 @@ def chosen_roles(family: Family, component: str, block: ComponentConfig) -> Role
     exists = family.sublayers[component]
     if isinstance(block.sublayers, Mapping):
         return {sublayer: tuple(roles) for sublayer, roles in block.sublayers.items()}
-    usual = family.default_roles.get(str(block.method), {}).get(component)
+    usual = family.default_roles.get(str(block.method), {}).get(component, {})
     chosen = {
-        sublayer: tuple(role for role in exists[sublayer] if usual is None or role in usual)
+        sublayer: tuple(role for role in exists[sublayer] if role in usual.get(sublayer, (role,)))
         for sublayer in (block.sublayers if block.sublayers is not None else exists)
     }
     return {sublayer: roles for sublayer, roles in chosen.items() if roles}

@@ -201,7 +201,8 @@ def _start(
 
 
 def _input_digests(config: RunConfig, train: Source, val: Source | None) -> dict[str, str]:
-    digests = {"base": base_digest(config.model.checkpoint), "data.train": train.shards.digest}
+    base = base_digest(config.model.checkpoint, config.model.vision_tower)
+    digests = {"base": base, "data.train": train.shards.digest}
     if val is not None:
         digests["data.val"] = val.shards.digest
     return digests

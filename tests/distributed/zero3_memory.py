@@ -52,7 +52,8 @@ def resident_bytes() -> int:
 
 def load(folder: Path, how: str, zero3: dict) -> torch.nn.Module:
     """The model alone: tokenizer and processor play no part here."""
-    config = llava.FAMILY.model_config(ModelOptions(str(folder), None, dtype="bf16"))
+    options = ModelOptions(str(folder), None, dtype="bf16")
+    config = llava.FAMILY.model_config(options)
     model = building.build_empty(llava.FAMILY.skeleton, config, "bf16", zero3)
     everything = {}
     if how == "everyone":
@@ -60,7 +61,7 @@ def load(folder: Path, how: str, zero3: dict) -> torch.nn.Module:
 
         stored = load_file(folder / "model.safetensors")
         everything = {name: tensor.clone() for name, tensor in stored.items()}
-    building.load_weights(model, folder, llava.rename)
+    building.load_weights(model, [(folder, llava.rename)], options)
     del everything
     return model
 

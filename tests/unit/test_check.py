@@ -217,7 +217,7 @@ class TwoSublayers:
             "cross": {"q": r"b\.(?P<layer>\d+)\.cross_q"},
         },
     }
-    default_roles = {"ia3": {"llm": ("k", "v")}}
+    default_roles = {"ia3": {"llm": {"attn": ("k", "v"), "cross": ()}}}
 
 
 FAMILY: Any = TwoSublayers()

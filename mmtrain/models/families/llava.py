@@ -14,6 +14,7 @@ from mmtrain.errors import CheckpointError
 from mmtrain.models.interface import (
     AttentionShape,
     Batch,
+    DefaultRoles,
     Example,
     ForwardResult,
     LoadedModel,
@@ -73,7 +74,6 @@ def _preset(text: dict, vision: dict, image_token: int = 32000) -> dict[str, Any
     )
 
 
-_DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 _TINY_VISION = dict(
     model_type="clip_vision_model",
     hidden_size=64,
@@ -114,6 +114,8 @@ class Llava:
         "llava-1.5-13b": _preset(_vicuna(5120, 13824, 40, 40), _CLIP_L_336),
         "tiny": _preset(_vicuna(96, 256, 4, 4, vocabulary=512), _TINY_VISION, image_token=4),
     }
+    model_types = ("llava",)
+    default_max_length = 2048
     components: Mapping[str, tuple[str, ...]] = {
         "vision": (r"model\.vision_tower\..*",),
         "connector": (r"model\.multi_modal_projector\..*",),
@@ -130,35 +132,24 @@ class Llava:
             "mlp": {"up": rf"{_CLIP_LAYER}\.mlp\.fc1", "down": rf"{_CLIP_LAYER}\.mlp\.fc2"},
         },
     }
-    default_roles: Mapping[str, Mapping[str, tuple[str, ...]]] = {}
+    default_roles: DefaultRoles = {}
 
     def model_config(self, options: ModelOptions) -> Any:
         """The configuration of a checkpoint folder or of a preset."""
         from transformers import LlavaConfig
 
-        from mmtrain.models.weights import read_json
+        from mmtrain.models import configuration
 
         if options.checkpoint is None:
             config = LlavaConfig(**dict(self.presets[str(options.preset)]))
         else:
             folder = Path(options.checkpoint)
-            if not folder.is_dir():
-                raise CheckpointError(
-                    f"model.checkpoint: {folder} is no folder.",
-                    "Download the model there, or correct the path.",
-                )
-            stored = read_json(folder / "config.json")
-            if stored.get("model_type") != "llava":
-                raise CheckpointError(
-                    f"{folder}: is a '{stored.get('model_type')}' checkpoint, not 'llava'.",
-                    "Correct model.family or model.checkpoint.",
-                )
-            config = _parsed(stored, folder)
-        # Parts obey their own stored dtype before any default: it must be the run's.
-        text, vision = _part(config, "text"), _part(config, "vision")
-        for part in (config, text, vision):
-            part.dtype = _DTYPE_NAMES[options.dtype]
-        config._attn_implementation = options.attention
+            stored = configuration.stored_config(folder, self.model_types)
+            config = configuration.parsed(LlavaConfig, stored, folder)
+        text, vision = config.text_config, config.vision_config
+        parts = {"llm": text, "vision": vision}
+        configuration.set_working_precision(config, parts, options)
+        configuration.apply_overrides(parts, options)
         if options.base_dropout == 0:
             text.attention_dropout = 0.0
             vision.attention_dropout = 0.0
@@ -187,7 +178,7 @@ class Llava:
         model = building.build_empty(self.skeleton, config, options.dtype, zero3_config)
         processor = None
         if options.checkpoint is None:
-            building.initialise_weights(model, options.seed)
+            building.initialise_weights(dict(model.named_parameters()), options.seed)
         else:
             folder = Path(options.checkpoint)
             processor = building.load_processor(folder, IMAGE_TOKEN, config.image_token_id)
@@ -195,7 +186,7 @@ class Llava:
             processor.tokens_per_image = tokens_per_image(config)
             cue = processor.tokenizer(ANSWER_CUE, add_special_tokens=False)
             processor.num_cue_tokens = len(cue["input_ids"])
-            building.load_weights(model, folder, rename)
+            building.load_weights(model, [(folder, rename)], options)
         return LoadedModel(model, processor, config)
 
     def attention(self, config: Any, component: str) -> AttentionShape:
@@ -205,6 +196,12 @@ class Llava:
         kv_heads = getattr(part, "num_key_value_heads", None) or heads
         layers, hidden = part.num_hidden_layers, part.hidden_size
         return AttentionShape(layers, heads, kv_heads, hidden // heads, hidden)
+
+    def picture_tokens(self, config: Any, component: str) -> int:
+        """The class token is one more in the tower."""
+        vision = config.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2
+        return patches + 1 if component == "vision" else tokens_per_image(config)
 
     def encode(
         self,
@@ -303,11 +300,13 @@ class Llava:
             model, processor.tokenizer, embeds, attention_mask.to(device), settings
         )
 
-    def write_tiny(self, folder: Path, texts: Sequence[str], seed: int) -> None:
+    def write_tiny(
+        self, folder: Path, texts: Sequence[str], seed: int, preset: str = "tiny"
+    ) -> None:
         """A tiny checkpoint: real classes, a tokenizer trained on `texts`, a real processor."""
         from mmtrain.models import tiny
 
-        config = self.model_config(ModelOptions(None, preset="tiny", dtype="fp32"))
+        config = self.model_config(ModelOptions(None, preset=preset, dtype="fp32"))
         tokenizer = tiny.train_tokenizer([SYSTEM, " USER: ASSISTANT:", *texts], IMAGE_TOKEN)
         config.text_config.vocab_size = len(tokenizer)
         config.image_token_index = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -317,33 +316,14 @@ class Llava:
     def save(
         self,
         model: nn.Module,
-        options: ModelOptions,
+        processor: Any,
         state: Mapping[str, torch.Tensor],
         folder: Path,
     ) -> None:
         """A standard Hugging Face folder with these tensors."""
         from mmtrain.models import building
 
-        building.save_folder(model, options, state, folder)
-
-
-def _parsed(stored: dict[str, Any], folder: Path) -> Any:
-    """config.json as transformers understands it."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import LlavaConfig
-
-    try:
-        return LlavaConfig(**stored)
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        fault = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{folder}/config.json: not a LLaVA configuration ({fault}).", "Copy it again."
-        ) from error
-
-
-def _part(config: Any, name: str) -> Any:
-    """The configuration of the text or the vision part."""
-    return getattr(config, f"{name}_config")
+        building.save_folder(model, processor, state, folder)
 
 
 def tokens_per_image(config: Any) -> int:
