@@ -72,9 +72,11 @@ def build_source(
     task = plugins.load("task", data.task)
     template = task.templates[data.template or next(iter(task.templates))]
 
+    max_length = data.max_length or assembled.family.default_max_length
+
     def encode(sample_id: str, rendered: Any, images: Any) -> Any:
         return assembled.family.encode(
-            assembled.processor, sample_id, rendered, images, data.max_length, data.truncation_side
+            assembled.processor, sample_id, rendered, images, max_length, data.truncation_side
         )
 
     return Source(ShardFolder.open(Path(folder)), template, encode, limit, blank_images)

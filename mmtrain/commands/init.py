@@ -40,7 +40,7 @@ data:
   train: shards/{task}/{train_split}
   val: shards/{task}/{val_split}
   # tokens per sample, those of pictures included
-  max_length: 2048
+  max_length: {max_length}
 
 optim:
   # Components may set their own.
@@ -115,6 +115,7 @@ def run_file(
         base=base,
         components=_components(family),
         template=templates[0],
+        max_length=family.default_max_length,
         other_prompts=_others(templates),
         train_split=task.splits[0],
         val_split=_validation(task.splits),

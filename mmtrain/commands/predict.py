@@ -38,12 +38,13 @@ def run(args: argparse.Namespace) -> int:
     ready = ready_from_argument(args.run, ["parallel.deepspeed=zero1"], args.base)
     rendered = Rendered((Turn("user", args.question),), target="")
     data = ready.config.data
-    example = ready.assembled.family.encode(
+    family = ready.assembled.family
+    example = family.encode(
         ready.assembled.processor,
         "question",
         rendered,
         pictures,
-        data.max_length if data else ready.assembled.family.default_max_length,
+        (data.max_length if data else None) or family.default_max_length,
         data.truncation_side if data else "left",
     )
     print(ready.engine.generate([example], ready.config.generation)[0])

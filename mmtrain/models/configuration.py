@@ -19,7 +19,6 @@ _OVERRIDES = {
     "intermediate_size": ("intermediate_size", "d_ff"),
     "activation": ("hidden_act", "hidden_activation", "feed_forward_proj"),
 }
-OVERRIDE_KEYS = tuple(_OVERRIDES)
 
 
 def stored_config(folder: Path, model_types: tuple[str, ...]) -> dict[str, Any]:
@@ -70,27 +69,39 @@ def set_working_precision(config: Any, parts: Mapping[str, Any], options: ModelO
 
 
 def apply_overrides(parts: Mapping[str, Any], options: ModelOptions) -> None:
-    """Change the shapes of components, in place, as `model.overrides` says."""
+    """Change the shapes of components, in place, as `model.overrides` says; all faults at once."""
     problems = []
     for component, changes in options.overrides.items():
         place = f"model.overrides.{component}"
         if component not in parts:
-            problems.append(f"{place}: has no shape of its own; {nearest(component, parts)}")
+            problems.append(f"{place}: has no shape to change; {nearest(component, parts)}")
             continue
-        for key, value in changes.items():
-            known = [name for name in _OVERRIDES.get(key, ()) if hasattr(parts[component], name)]
-            if not known:
-                offered = [one for one in _OVERRIDES if _has_any(parts[component], _OVERRIDES[one])]
-                problems.append(f"{place}.{key}: cannot be changed; {nearest(key, offered)}")
-                continue
-            setattr(parts[component], known[0], value)
-            # Vicuna keeps its key-value heads apart; T5 its decoder's depth.
-            twin = {"heads": "num_key_value_heads", "layers": "num_decoder_layers"}.get(key)
-            if twin and getattr(parts[component], twin, None) is not None:
-                setattr(parts[component], twin, value)
+        problems += _change(parts[component], changes, place)
     if problems:
         raise ConfigError(problems)
 
 
-def _has_any(part: Any, names: tuple[str, ...]) -> bool:
-    return any(hasattr(part, name) for name in names)
+def _change(part: Any, changes: Mapping[str, Any], place: str) -> list[str]:
+    names = {
+        key: next((n for n in _OVERRIDES[key] if hasattr(part, n)), None) for key in _OVERRIDES
+    }
+    unknown = [key for key in changes if names[key] is None]
+    if unknown:
+        offered = [key for key, name in names.items() if name]
+        return [f"{place}.{key}: cannot be changed; {nearest(key, offered)}" for key in unknown]
+    heads_before = getattr(part, str(names["heads"]))
+    follows = getattr(part, str(names["hidden_size"])) // heads_before
+    for key, value in changes.items():
+        setattr(part, str(names[key]), value)
+    width, heads = (getattr(part, str(names[key])) for key in ("hidden_size", "heads"))
+    if width % heads:
+        return [f"{place}: hidden_size {width} is no multiple of {heads} heads; change one of them"]
+    # What other keys say a second time, where it was the same before.
+    if getattr(part, "num_key_value_heads", None) == heads_before:
+        part.num_key_value_heads = heads
+    for name in ("head_dim", "d_kv"):
+        if getattr(part, name, None) == follows:
+            setattr(part, name, width // heads)
+    if "layers" in changes and getattr(part, "num_decoder_layers", None) is not None:
+        part.num_decoder_layers = changes["layers"]
+    return []

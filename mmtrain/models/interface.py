@@ -1,8 +1,9 @@
 """What a model family is.
 
 A family is one file in `mmtrain/models/families/` (or a folder, where it needs modules of its own)
-that exports `FAMILY`; its name is the file's name. Families never name a method and methods never name a family: they meet in the sublayer map.
-Heavy imports (torch, transformers) stay inside functions, so that listing families is instant.
+that exports `FAMILY`; its name is the file's name. Families never name a method and methods never
+name a family: they meet in the sublayer map. Heavy imports (torch, transformers) stay inside
+functions, so that listing families is instant.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ class Family(Protocol):
         """The attention shape of a component."""
 
     def picture_tokens(self, config: Any, component: str) -> int:
-        """Tokens that one picture of the usual size makes in a component: what memory depends on."""
+        """Tokens that a picture of the usual size makes in a component: memory depends on it."""
 
     def encode(
         self,

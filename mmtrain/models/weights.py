@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -88,7 +88,7 @@ class BinFile:
     def __enter__(self) -> BinFile:
         try:
             found = torch.load(self._path, map_location="cpu", mmap=True, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        except (UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
             fault = " ".join(str(error).split())[:200]
             raise CheckpointError(
                 f"{self._path}: damaged, or holds more than tensors ({fault}).",

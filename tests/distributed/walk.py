@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from mmtrain.build import resolve
 from mmtrain.training.run import run_training
@@ -18,21 +19,24 @@ class Interrupted(Exception):
     """Stands for whatever ends a run between two checkpoints."""
 
 
+def train(job: dict[str, Any]) -> None:
+    """Train one job, as far as it says."""
+    stop_step = job.get("stop_at_validation")
+
+    def on_validation(step: int, metrics: dict[str, float]) -> None:
+        if step == stop_step:
+            raise Interrupted
+
+    try:
+        run_training(resolve(job["run"]), on_validation)
+    except Interrupted:
+        pass
+
+
 def main(jobs_file: Path) -> None:
     """Train every job in order."""
     for job in json.loads(jobs_file.read_text()):
-        stop_step = job.get("stop_at_validation")
-
-        def on_validation(
-            step: int, metrics: dict[str, float], stop: int | None = stop_step
-        ) -> None:
-            if step == stop:
-                raise Interrupted
-
-        try:
-            run_training(resolve(job["run"]), on_validation)
-        except Interrupted:
-            pass
+        train(job)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,215 @@
+"""Every family on two ranks: it trains, looks at the picture, resumes, and answers the same.
+
+One process group walks every tiny twin of every family; the tests below only compare what it
+wrote. A family is found by listing the folder: a new one is walked without an edit here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_shards.writer import ShardWriter
+from mmtrain import plugins
+from mmtrain.data.shards import ShardFolder
+from tests import tiny
+from tests.distributed.test_invariants import FILES, SPLIT_TOLERANCE, close
+
+TWINS = [
+    (family, preset)
+    for family in plugins.names("family")
+    for preset in plugins.load("family", family).presets
+    if preset.startswith("tiny")
+]
+IDS = [f"{family}-{preset}" for family, preset in TWINS]
+TEXTS = [*tiny.DIGITS_TEXTS, "Which colour is number 0? red green blue Colours are light. (a)"]
+NUM_MEMORISED = 16
+NUM_COPIES = 25  # an epoch ends in a checkpoint: one of 16 samples would be all saving
+LOOKS = ("own", "shuffled")
+TURN = 5  # how far `shuffled` moves the pictures along the samples
+# One digit in ten is right by chance; one of the 16 has a neighbour that shows the same digit.
+CHANCE = 0.3
+
+
+class FamilyWalk:
+    """The runs of one tiny twin."""
+
+    def __init__(self, root: Path, family: str, preset: str) -> None:
+        self.root = root / f"{family}-{preset}"
+        self.family, self.preset = family, preset
+        self.checkpoint = self.root / "checkpoint"
+
+    def run(self, name: str, **sections: Any) -> dict[str, Any]:
+        """A run file's data."""
+        model = {"family": self.family, "checkpoint": str(self.checkpoint), "dtype": "fp32"}
+        return {
+            "name": name,
+            "output_dir": str(self.root / name),
+            "seed": 7,
+            "model": model,
+            "tracking": {"uri": "none"},
+            **sections,
+        }
+
+    def mixed(self, name: str, stage: str, shards: str, stop: int | None = None) -> dict[str, Any]:
+        """LoRA wherever it fits, all else in full, on samples with and without a picture."""
+        family = plugins.load("family", self.family)
+        lora = {"mode": "peft", "method": "lora", "r": 4, "alpha": 8, "dropout": 0.1}
+        components = {
+            name: lora if name in family.sublayers else {"mode": "full"}
+            for name in family.components
+        }
+        run = self.run(
+            name,
+            components=components,
+            data={
+                "task": "scienceqa",
+                "train": shards,
+                "val": shards,
+                "val_limit": 6,
+                "workers": 1,
+            },
+            optim={"lr": 2e-3, "global_batch": 8, "micro_batch": 2, "max_steps": 4},
+            parallel={"deepspeed": FILES[stage], "threads": 1},
+            validate={"every": 2},
+            checkpoint={"every_steps": 1},
+            generation={"max_new_tokens": 6, "batch_size": 3},
+        )
+        return {"run": run, "stop_at_validation": stop}
+
+    def memorised(self, material: Path) -> dict[str, Any]:
+        """Everything in full on 16 pictures."""
+        family = plugins.load("family", self.family)
+        run = self.run(
+            "memorised",
+            components={name: {"mode": "full"} for name in family.components},
+            data={
+                "task": "digits",
+                "train": str(material / "copies"),
+                "val": str(material / "own"),
+                "workers": 1,
+            },
+            optim={
+                "lr": 1e-3,
+                "global_batch": NUM_MEMORISED,
+                "micro_batch": NUM_MEMORISED // 2,
+                "max_steps": 100,
+                "warmup_steps": 5,
+            },
+            parallel={"deepspeed": FILES["zero2"], "threads": 1},
+            validate={"every": 100},
+            generation={"max_new_tokens": 3, "batch_size": 8},
+        )
+        return {"run": run}
+
+    def jobs(self, material: Path) -> list[dict[str, Any]]:
+        """All of it, in order."""
+        scienceqa = str(material / "scienceqa" / "train")
+        jobs = [self.mixed(stage, stage, scienceqa) for stage in ("zero0", "zero2", "zero3")]
+        for stage in ("zero2", "zero3"):
+            jobs.append(self.mixed(f"cut-{stage}", stage, scienceqa, stop=2))
+            jobs.append(self.mixed(f"cut-{stage}", stage, scienceqa))
+        jobs.append(self.memorised(material))
+        looks = {name: {"folder": str(material / name), "batch_size": 8} for name in LOOKS}
+        jobs.append(self._evaluation([], looks))
+        # Prompts of many lengths, for the model that has learnt to say something.
+        template = next(iter(plugins.load("task", "scienceqa").templates))
+        asked = ["data.task=scienceqa", f"data.template={template}"]
+        for stage in ("zero0", "zero3"):
+            batches = {
+                f"{stage}-by-{size}": {"folder": scienceqa, "batch_size": size} for size in (1, 3)
+            }
+            jobs.append(self._evaluation([f"parallel.deepspeed={FILES[stage]}", *asked], batches))
+        return jobs
+
+    def _evaluation(self, overrides: list[str], passes: dict[str, Any]) -> dict[str, Any]:
+        run = str(self.root / "memorised")
+        return {"evaluate": run, "overrides": overrides, "passes": passes}
+
+    def losses(self, name: str) -> list[float]:
+        """The training losses of a run."""
+        return tiny.read_metrics(self.root / name, "train/loss")
+
+    def found(self, name: str) -> dict[str, Any]:
+        """What an evaluation pass wrote."""
+        return json.loads((self.root / "memorised" / f"{name}.json").read_text())
+
+    def digest(self, name: str) -> str:
+        """sha256 over everything the run trained."""
+        files = sorted(
+            path for part in ("adapter", "full") for path in (self.root / name / part).rglob("*.s*")
+        )
+        assert files
+        return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def write_material(root: Path, digits: Path) -> None:
+    """Shards: 16 digits, many copies of them, the same with moved pictures, and mixed questions."""
+    folder = ShardFolder.open(digits)
+    samples = [folder.read(index) for index in range(NUM_MEMORISED)]
+    moved = [*samples[TURN:], *samples[:TURN]]
+    shuffled = [replace(one, images=o.images) for one, o in zip(samples, moved, strict=True)]
+    copies = [replace(one, id=f"{one.id}-{n}") for n in range(NUM_COPIES) for one in samples]
+    for name, content in (("own", samples), ("shuffled", shuffled), ("copies", copies)):
+        (root / name).mkdir()
+        writer = ShardWriter(root / name)
+        for sample in content:
+            writer.add(sample)
+        writer.finish("digits", name, 0, None, {})
+    raw = tiny.write_scienceqa_raw(root / "raw")
+    out = root / "scienceqa"
+    tiny.run_cli(
+        "shards", "build", "scienceqa", "--raw", str(raw), "--out", str(out), "--split", "train"
+    )
+
+
+@pytest.fixture(scope="module")
+def walks(
+    tmp_path_factory: pytest.TempPathFactory, digit_shards: Path
+) -> dict[tuple[str, str], FamilyWalk]:
+    root = tmp_path_factory.mktemp("families")
+    write_material(root, digit_shards / "train")
+    walks = {twin: FamilyWalk(root, *twin) for twin in TWINS}
+    jobs: list[dict[str, Any]] = []
+    for walk in walks.values():
+        family = plugins.load("family", walk.family)
+        family.write_tiny(walk.checkpoint, TEXTS, seed=0, preset=walk.preset)
+        jobs += walk.jobs(root)
+    path = root / "jobs.json"
+    path.write_text(json.dumps(jobs))
+    ranks = tiny.start_ranks(["tests.distributed.family_walk", str(path)], 2)
+    tiny.wait_ranks(ranks, timeout_s=1200)
+    return walks
+
+
+@pytest.fixture(params=TWINS, ids=IDS)
+def walk(walks: dict[tuple[str, str], FamilyWalk], request: pytest.FixtureRequest) -> FamilyWalk:
+    return walks[request.param]
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_same_losses_with_and_without_pictures(walk: FamilyWalk, stage: str) -> None:
+    assert close(walk.losses(stage), walk.losses("zero0"), SPLIT_TOLERANCE)
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_resume_is_bit_equal(walk: FamilyWalk, stage: str) -> None:
+    assert walk.losses(f"cut-{stage}") == walk.losses(stage)
+    assert walk.digest(f"cut-{stage}") == walk.digest(stage)
+
+
+def test_same_answers_batched_or_not_sharded_or_not(walk: FamilyWalk) -> None:
+    answers = walk.found("zero0-by-1")["answers"]
+    assert len(answers) > 6 and len(set(answers)) > 1, answers
+    for name in ("zero0-by-3", "zero3-by-1", "zero3-by-3"):
+        assert walk.found(name)["answers"] == answers, name
+
+
+def test_it_learns_by_looking_at_the_picture(walk: FamilyWalk) -> None:
+    assert walk.found("own")["accuracy"] >= 0.95, walk.losses("memorised")[::10]
+    assert walk.found("shuffled")["accuracy"] <= CHANCE
