@@ -132,7 +132,8 @@ def _components(family: Any) -> str:
   llm:
     mode: peft
     method: lora
-    sublayers: [{sublayers}]
+    # Some of: {sublayers}. Without this line: all that the model has.
+    # sublayers: [{next(iter(family.sublayers["llm"]))}]
     r: 128
     alpha: 256
     dropout: 0.05""")
