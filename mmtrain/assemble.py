@@ -31,6 +31,7 @@ class Assembled:
     model: nn.Module
     processor: Any
     trainable: Trainable
+    standard_folder: bool  # transformers reads the base's folder
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """What trains, by name, in the model's order."""
@@ -45,7 +46,7 @@ def build_model(config: RunConfig, zero3_config: Mapping[str, Any] | None) -> As
     trainable = make_trainable(loaded.model, family, config.components, config.seed)
     if config.parallel.activation_checkpointing:
         loaded.model.activation_checkpointing_enable({"use_reentrant": False})
-    return Assembled(family, loaded.model, loaded.processor, trainable)
+    return Assembled(family, loaded.model, loaded.processor, trainable, loaded.standard_folder)
 
 
 def data_section(config: RunConfig) -> DataConfig:

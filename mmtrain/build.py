@@ -63,6 +63,7 @@ def model_options(config: RunConfig) -> ModelOptions:
             for component, change in model.overrides.items()
         },
         allow_reinit=model.allow_reinit,
+        max_pixels=model.max_pixels,
     )
 
 
@@ -95,6 +96,7 @@ def _model_problems(model: Mapping[str, Any], components: Mapping[str, Any]) -> 
     if family and isinstance(preset, str) and preset not in family.presets:
         hint = nearest(preset, family.presets)
         problems.append(f"model.preset: '{model['family']}' has no preset '{preset}'; {hint}")
+    problems += _own_option_problems(family, model) if family else []
     for name, block in components.items():
         if family and name not in family.components:
             problems.append(
@@ -102,6 +104,21 @@ def _model_problems(model: Mapping[str, Any], components: Mapping[str, Any]) -> 
             )
         elif isinstance(block, Mapping):
             problems += _block_problems(family, name, block)
+    return problems
+
+
+def _own_option_problems(family: Family, model: Mapping[str, Any]) -> list[str]:
+    """Keys that only some families read: ignoring one would be silent."""
+    families = {name: plugins.load("family", name) for name in plugins.names("family")}
+    special = {key for each in families.values() for key in each.own_options}
+    problems = []
+    for key in sorted(special - set(family.own_options)):
+        if model.get(key) is not None:
+            readers = [name for name, each in families.items() if key in each.own_options]
+            problems.append(
+                f"model.{key}: '{model['family']}' does not read it (only {', '.join(readers)});"
+                " remove it"
+            )
     return problems
 
 

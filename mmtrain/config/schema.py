@@ -60,6 +60,10 @@ class ModelConfig(Section):
         False, description="initialise afresh what does not fit model.overrides; else an error"
     )
 
+    max_pixels: int | None = Field(
+        None, ge=1, description="largest picture, in families that keep its size; default: folder's"
+    )
+
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
         if (self.checkpoint is None) == (self.preset is None):

@@ -11,17 +11,21 @@ from mmtrain.models.interface import Example, ForwardResult
 from mmtrain.models.text import IGNORED
 
 
-def answer_targets(examples: Sequence[Example], width: int) -> dict[str, torch.Tensor]:
+def answer_targets(
+    examples: Sequence[Example], width: int, shift: int = 1
+) -> dict[str, torch.Tensor]:
     """Flat positions whose hidden state predicts an answer token, the token, and its row.
 
+    A decoder-only model predicts the next token (`shift` 1); where labels are a decoder's own,
+    whose inputs are shifted already, each position predicts its label (`shift` 0).
     At least one position is returned, with an ignored target, so that the head runs on every
     rank at every micro-step.
     """
     positions, targets, rows = [], [], []
     for row, example in enumerate(examples):
         for index, label in enumerate(example.labels):
-            if label != IGNORED and index > 0 and example.weight > 0:
-                positions.append(row * width + index - 1)
+            if label != IGNORED and index >= shift and example.weight > 0:
+                positions.append(row * width + index - shift)
                 targets.append(label)
                 rows.append(row)
     if not positions:

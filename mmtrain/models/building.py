@@ -19,6 +19,7 @@ from mmtrain.models.weights import DTYPES, initialise_weights, load_weights
 __all__ = [
     "build_empty",
     "generate_from_embeddings",
+    "generation_config",
     "initialise_weights",
     "load_processor",
     "load_weights",
@@ -70,8 +71,8 @@ def _restore_buffers(model: nn.Module, skeleton: Callable[[Any], nn.Module], con
         model.get_submodule(owner_name)._buffers[leaf] = buffer
 
 
-def load_processor(folder: Path, image_token: str, image_token_id: int) -> Any:
-    """The folder's processor, checked against the model's configuration."""
+def load_processor(folder: Path, image_token: str, image_token_id: int | None) -> Any:
+    """The folder's processor, checked against the model's configuration, if that names the id."""
     from transformers import AutoProcessor
 
     try:
@@ -82,13 +83,13 @@ def load_processor(folder: Path, image_token: str, image_token_id: int) -> Any:
             "Copy tokenizer and preprocessor files from the published checkpoint.",
         ) from error
     found = processor.tokenizer.convert_tokens_to_ids(image_token)
-    if found != image_token_id:
+    if image_token_id is not None and found != image_token_id:
         raise CheckpointError(
             f"{folder}: the tokenizer gives {image_token} the id {found}, config.json says"
             f" {image_token_id}.",
             "Use tokenizer and config.json of the same checkpoint.",
         )
-    processor.image_token_id = image_token_id
+    processor.image_token_id = found
     return processor
 
 
@@ -104,6 +105,21 @@ def pad_ids(rows: Sequence[Sequence[int]], side: str) -> tuple[torch.Tensor, tor
     return ids, mask
 
 
+def generation_config(settings: Any, **token_ids: Any) -> Any:
+    """Greedy or beam search, as the run file says."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        max_new_tokens=settings.max_new_tokens,
+        num_beams=settings.num_beams,
+        length_penalty=settings.length_penalty if settings.num_beams > 1 else None,
+        repetition_penalty=settings.repetition_penalty,
+        do_sample=False,
+        use_cache=True,
+        **token_ids,
+    )
+
+
 def generate_from_embeddings(
     model: Any,
     tokenizer: Any,
@@ -112,15 +128,8 @@ def generate_from_embeddings(
     settings: Any,
 ) -> list[str]:
     """Greedy or beam search from embedded prompts; ranks stay in step while any is unfinished."""
-    from transformers import GenerationConfig
-
-    generation = GenerationConfig(
-        max_new_tokens=settings.max_new_tokens,
-        num_beams=settings.num_beams,
-        length_penalty=settings.length_penalty if settings.num_beams > 1 else None,
-        repetition_penalty=settings.repetition_penalty,
-        do_sample=False,
-        use_cache=True,
+    generation = generation_config(
+        settings,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id or 0,
@@ -136,11 +145,11 @@ def generate_from_embeddings(
 
 
 def save_folder(
-    model: Any, processor: Any, state: Mapping[str, torch.Tensor], folder: Path
+    config: Any, processor: Any, state: Mapping[str, torch.Tensor], folder: Path
 ) -> None:
     """Write config, processor files and sharded safetensors under today's module names."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.config.save_pretrained(str(folder))
+    config.save_pretrained(str(folder))
     if processor is not None:
         processor.save_pretrained(str(folder))
     weight_map: dict[str, str] = {}

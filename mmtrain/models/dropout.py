@@ -44,20 +44,34 @@ class DropoutScope:
         self.seed = seed
         self.step = 0
         self._row_keys: dict[str, torch.Tensor] = {}
+        self._packed: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def set_rows(self, component: str, row_keys: torch.Tensor) -> None:
         """Say which sample (or picture) each row of a component's activations belongs to."""
         self._row_keys[component] = row_keys
 
+    def set_packed_rows(
+        self, component: str, row_keys: torch.Tensor, token_index: torch.Tensor
+    ) -> None:
+        """Say the same of activations [tokens, channels]: each token's row and index in its row."""
+        self._packed[component] = (row_keys, token_index)
+
     def token_keys(self, component: str, module_key: int, num_tokens: int) -> torch.Tensor:
         """int32 [rows, tokens]: one key per row and (unpadded, right-padded) token index."""
-        rows = self._row_keys[component]
+        row_hash = self._row_hash(self._row_keys[component], module_key)
+        tokens = torch.arange(num_tokens, dtype=torch.int32, device=row_hash.device)
+        return _mix(row_hash[:, None] ^ (tokens * _GOLDEN)[None, :])
+
+    def packed_keys(self, component: str, module_key: int) -> torch.Tensor:
+        """int32 [tokens]: the keys of packed rows, equal to those of the same rows padded."""
+        rows, token_index = self._packed[component]
+        return _mix(self._row_hash(rows, module_key) ^ (token_index.to(torch.int32) * _GOLDEN))
+
+    def _row_hash(self, rows: torch.Tensor, module_key: int) -> torch.Tensor:
         low, high = rows & 0xFFFFFFFF, (rows >> 32) & 0x7FFFFFFF
         row_hash = _mix(low.to(torch.int64).to(torch.int32) ^ _to_int32(module_key))
         row_hash = _mix(row_hash ^ high.to(torch.int32) ^ _to_int32(module_key >> 32))
-        row_hash = _mix(row_hash ^ _to_int32(stable_hash(self.seed, self.step)))
-        tokens = torch.arange(num_tokens, dtype=torch.int32, device=rows.device)
-        return _mix(row_hash[:, None] ^ (tokens * _GOLDEN)[None, :])
+        return _mix(row_hash ^ _to_int32(stable_hash(self.seed, self.step)))
 
 
 def scope_of(model: nn.Module) -> DropoutScope:
@@ -69,7 +83,10 @@ def scope_of(model: nn.Module) -> DropoutScope:
 
 
 class KeyedDropout(nn.Module):
-    """Inverted dropout with a keyed mask on activations [rows, tokens, channels]."""
+    """Inverted dropout with a keyed mask on activations [rows, tokens, channels].
+
+    Where rows are packed one after another, these are [tokens, channels].
+    """
 
     def __init__(self, probability: float, module_name: str, component: str, scope: DropoutScope):
         super().__init__()
@@ -82,10 +99,41 @@ class KeyedDropout(nn.Module):
         """Drop while training; identity otherwise."""
         if not self.training or self.p == 0.0:
             return x
-        rows, tokens, channels = x.shape
-        keys = self._scope[0].token_keys(self.component, self.module_key, tokens)
-        assert keys.shape == (rows, tokens), (keys.shape, x.shape)
-        channel = torch.arange(channels, dtype=torch.int32, device=x.device) * _MIX_1
-        bits = _mix(keys[:, :, None] ^ channel)
-        threshold = _to_int32(int(self.p * 2**32) - 2**31)
-        return torch.where(bits >= threshold, x / (1.0 - self.p), torch.zeros((), dtype=x.dtype))
+        scope = self._scope[0]
+        if x.dim() == 2:
+            keys = scope.packed_keys(self.component, self.module_key)
+        else:
+            keys = scope.token_keys(self.component, self.module_key, x.shape[1])
+        assert keys.shape == x.shape[:-1], (keys.shape, x.shape)
+        return _drop(x, keys, self.p)
+
+
+class KeyedAttentionDropout(nn.Module):
+    """The same on attention probabilities [rows, heads, queries, keys].
+
+    Its channels are the positions attended to; padding on the right changes no mask.
+    """
+
+    def __init__(self, probability: float, module_name: str, component: str, scope: DropoutScope):
+        super().__init__()
+        self.p = probability
+        self.component = component
+        self.module_key = stable_hash("attention dropout", module_name)
+        self._scope = [scope]
+
+    def forward(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """Drop while training; identity otherwise."""
+        if not self.training or self.p == 0.0:
+            return probabilities
+        _, heads, queries, _ = probabilities.shape
+        keys = self._scope[0].token_keys(self.component, self.module_key, queries)
+        head = torch.arange(heads, dtype=torch.int32, device=keys.device) * _MIX_2
+        return _drop(probabilities, _mix(keys[:, None, :] ^ head[None, :, None]), self.p)
+
+
+def _drop(x: torch.Tensor, keys: torch.Tensor, probability: float) -> torch.Tensor:
+    """Drop elements of the last dimension by (key, index); what stays is scaled up."""
+    channel = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device) * _MIX_1
+    bits = _mix(keys[..., None] ^ channel)
+    threshold = _to_int32(int(probability * 2**32) - 2**31)
+    return torch.where(bits >= threshold, x / (1.0 - probability), torch.zeros((), dtype=x.dtype))

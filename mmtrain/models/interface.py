@@ -39,6 +39,7 @@ class ModelOptions:
     # component -> {hidden_size, layers, heads, intermediate_size, activation}
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     allow_reinit: bool = False
+    max_pixels: int | None = None  # cap on a picture's size, in families that keep its own
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class LoadedModel:
     model: torch.nn.Module
     processor: Any
     config: Any
+    standard_folder: bool = True  # False where transformers' from_pretrained cannot read the folder
 
 
 class Family(Protocol):
@@ -108,6 +110,7 @@ class Family(Protocol):
     # `tiny…` presets are tiny twins of the real classes, which `write_tiny` gives a tokenizer.
     presets: Mapping[str, Mapping[str, Any]]
     model_types: tuple[str, ...]  # `model_type` in the config.json of its checkpoints
+    own_options: tuple[str, ...]  # keys of `model` that this family reads and most do not
     default_max_length: int  # of data.max_length
     components: Mapping[str, tuple[str, ...]]  # regexes that partition every parameter
     sublayers: SublayerMap

@@ -6,7 +6,7 @@ answer can never be tokenised differently in training and generation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,10 +75,13 @@ def truncate(
     side: str,
     sample_id: str,
     cue_tokens: int = 0,
+    also_kept: Container[int] = frozenset(),
+    remedy: str = "Raise data.max_length or leave the sample out.",
 ) -> tuple[list[int], list[int]]:
     """Cut prompt text to `max_length` tokens; picture tokens, answers and the first token stay.
 
-    So do the `cue_tokens` before each answer: they tell the model whose turn it is.
+    So do the `cue_tokens` before each answer, which tell the model whose turn it is, and the
+    tokens `also_kept`, which carry the form of a conversation.
     """
     surplus = len(ids) - max_length
     if surplus <= 0:
@@ -87,6 +90,7 @@ def truncate(
         position
         for position in range(1, len(ids))
         if ids[position] != kept_token_id
+        and ids[position] not in also_kept
         and all(label == IGNORED for label in labels[position : position + cue_tokens + 1])
     ]
     if surplus > len(cuttable):
@@ -94,7 +98,7 @@ def truncate(
         raise DataError(
             f"sample {sample_id}: its picture and answer alone take {fixed} tokens,"
             f" data.max_length is {max_length}.",
-            "Raise data.max_length or leave the sample out.",
+            remedy,
         )
     cut = set(cuttable[:surplus] if side == "left" else cuttable[-surplus:])
     kept = [position for position in range(len(ids)) if position not in cut]

@@ -22,9 +22,12 @@ from mmtrain.training.tensor_file import TensorFileWriter
 
 
 def export_trained(
-    checkpoint: Path, run_dir: Path, config: RunConfig, trainable: Trainable, base_class: str
+    checkpoint: Path, run_dir: Path, config: RunConfig, trainable: Trainable, base_class: str | None
 ) -> list[Path]:
-    """adapter/ (one folder per component when several are adapted) and full/*.safetensors."""
+    """adapter/ (one folder per component when several are adapted) and full/*.safetensors.
+
+    `base_class` is transformers' class that reads the base's folder, None where none does.
+    """
     written = []
     several = len(trainable.attachments) > 1
     for attachment in trainable.attachments:
@@ -91,22 +94,17 @@ def base_name(config: RunConfig) -> str:
     return str(Path(config.model.checkpoint).resolve())
 
 
-def loading_snippet(config: RunConfig, trainable: Trainable, base_class: str, several: bool) -> str:
-    """Python that rebuilds the trained model with transformers, peft and safetensors only."""
-    base = base_name(config)
-    dtype = {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[config.model.dtype]
-    lines = ["import torch", f"from transformers import AutoProcessor, {base_class}"]
+def loading_snippet(
+    config: RunConfig, trainable: Trainable, base_class: str | None, several: bool
+) -> str:
+    """Python that rebuilds the trained model, without mmtrain where transformers reads the base."""
+    imports, loading = _base_lines(config, base_class)
+    lines = list(imports)
     if trainable.attachments:
         lines.append("from peft import PeftModel")
     if trainable.full_components:
         lines.append("from safetensors.torch import load_file")
-    lines += [
-        "",
-        f"base = {base!r}",
-        "run = '.'  # the run folder",
-        f"model = {base_class}.from_pretrained(base, dtype={dtype})",
-        "processor = AutoProcessor.from_pretrained(base)",
-    ]
+    lines += ["", f"base = {base_name(config)!r}", "run = '.'  # the run folder", *loading]
     for component in trainable.full_components:
         lines += [
             f"trained = load_file(f'{{run}}/full/{component}.safetensors')",
@@ -125,11 +123,31 @@ def loading_snippet(config: RunConfig, trainable: Trainable, base_class: str, se
     return "\n".join([*lines, "model = model.eval()"])
 
 
+def _base_lines(config: RunConfig, base_class: str | None) -> tuple[list[str], list[str]]:
+    """What to import for the base, and how to load it."""
+    if base_class is None:
+        tower = config.model.vision_tower
+        more = f", vision_tower={tower!r}" if tower else ""
+        return [
+            "from mmtrain import plugins",
+            "from mmtrain.models.interface import ModelOptions",
+        ], [
+            f"options = ModelOptions(base, None, dtype={config.model.dtype!r}{more})",
+            f"loaded = plugins.load('family', {config.model.family!r}).load(options, None)",
+            "model, processor = loaded.model, loaded.processor",
+        ]
+    dtype = {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[config.model.dtype]
+    return ["import torch", f"from transformers import AutoProcessor, {base_class}"], [
+        f"model = {base_class}.from_pretrained(base, dtype={dtype})",
+        "processor = AutoProcessor.from_pretrained(base)",
+    ]
+
+
 def model_card(
     config: RunConfig,
     trainable: Trainable,
     attachment: Attachment,
-    base_class: str,
+    base_class: str | None,
     several: bool,
 ) -> str:
     """README.md of an adapter folder."""

@@ -370,7 +370,7 @@ def _finish(
         if damage is not None:
             log.warning("best checkpoint step-%d is not exported, the last is: %s", best, damage)
         chosen = best if best > 0 and damage is None else loop.state.step
-        base_class = type(assembled.model).__name__
+        base_class = type(assembled.model).__name__ if assembled.standard_folder else None
         written = export_trained(
             folder.path(chosen), run_dir, config, assembled.trainable, base_class
         )

@@ -187,11 +187,17 @@ def test_torch_load_names_weights_only() -> None:
     assert _violations(SHIPPED, check) == {}
 
 
+def _plugins(folder: str) -> list[Path]:
+    """The file of every plug-in: its own, or the `__init__.py` of its folder."""
+    modules = (path for path in (ROOT / folder).glob("*.py") if path.name != "__init__.py")
+    return sorted([*modules, *(ROOT / folder).glob("*/__init__.py")])
+
+
 @pytest.mark.parametrize("folder", PLUGIN_FOLDERS)
 def test_one_file_rule(folder: str) -> None:
-    """A plug-in is one file with one constant, and nothing outside the folder names it."""
+    """A plug-in is one file or folder with one constant, and nothing outside of it names it."""
     constant = PLUGIN_FOLDERS[folder]
-    plugins = [path for path in _sources(folder) if path.name != "__init__.py"]
+    plugins = _plugins(folder)
     assert plugins, f"{folder} holds no plug-in"
     for path in plugins:
         exported = {
@@ -205,11 +211,11 @@ def test_one_file_rule(folder: str) -> None:
     registry = ROOT / folder / "__init__.py"
     assert not _tree(registry).body[1:], f"{_name(registry)} is more than a docstring"
 
-    package = folder.replace("/", ".")
-
     def check(path: Path, tree: ast.Module) -> Iterator[str]:
+        inside = path.relative_to(ROOT / folder).parts if path.is_relative_to(ROOT / folder) else ()
+        own = ".".join([*folder.split("/"), *inside[:1]]) if len(inside) > 1 else None
         for line, name in _names_used(tree):
-            if name.startswith(package + "."):
+            if name.startswith(folder.replace("/", ".") + ".") and not (own and _within(name, own)):
                 yield f"line {line}: {name}"
 
     assert _violations(SHIPPED, check) == {}

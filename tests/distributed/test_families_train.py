@@ -98,11 +98,11 @@ class FamilyWalk:
                 "lr": 1e-3,
                 "global_batch": NUM_MEMORISED,
                 "micro_batch": NUM_MEMORISED // 2,
-                "max_steps": 100,
+                "max_steps": 150,
                 "warmup_steps": 5,
             },
             parallel={"deepspeed": FILES["zero2"], "threads": 1},
-            validate={"every": 100},
+            validate={"every": 150},
             generation={"max_new_tokens": 3, "batch_size": 8},
         )
         return {"run": run}

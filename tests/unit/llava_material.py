@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors import safe_open
 
 from mmtrain import plugins
 from mmtrain.models.interface import Example, LoadedModel, ModelOptions
+from mmtrain.models.text import IGNORED
 from mmtrain.tasks.interface import Rendered, Turn
 from tests import tiny
 
@@ -101,3 +103,25 @@ def logits_of(model: Any, batch: Any) -> torch.Tensor:
         inputs_embeds=embeds, attention_mask=tensors["attention_mask"], use_cache=False
     ).last_hidden_state
     return model.lm_head(hidden)
+
+
+def decoded(processor: Any, ids: Sequence[int]) -> str:
+    """The text of tokens, picture tokens counted."""
+    parts = []
+    for is_picture, group in groupby(ids, lambda one: one == processor.image_token_id):
+        run = list(group)
+        text = f"<image>*{len(run)}" if is_picture else processor.tokenizer.decode(run)
+        parts.append(text)
+    return "".join(parts)
+
+
+def readable(processor: Any, one: Example) -> str:
+    """Stretches without loss behind a dot, stretches with loss behind an arrow."""
+    lines = [f"=== {one.id}: {len(one.pixels)} picture(s)"]
+    pairs = zip(one.input_ids, one.labels, strict=True)
+    for has_loss, group in groupby(pairs, lambda pair: pair[1] != IGNORED):
+        run = list(group)
+        assert all(label in (IGNORED, token) for token, label in run)
+        text = decoded(processor, [token for token, _ in run]).replace("\n", "\\n")
+        lines.append(f"{'loss >' if has_loss else '     .'}{text}|")
+    return "\n".join(lines) + "\n"

@@ -25,6 +25,12 @@ def problems(data: dict[str, Any], world_size: int | None = None) -> set[str]:
     return set(caught.value.problems)
 
 
+def test_a_key_that_the_family_does_not_read_is_an_error() -> None:
+    assert problems({"model": MODEL | {"max_pixels": 1000, "vision_tower": "/data/clip"}}) == {
+        "model.max_pixels: 'llava' does not read it (only qwen2_vl); remove it"
+    }
+
+
 def test_schema_and_plugins_in_one_report() -> None:
     data = {
         "model": MODEL | {"preset": "llava-1.5-7"},

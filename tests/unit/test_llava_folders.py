@@ -222,7 +222,7 @@ FAULTS = {
     "config cut": (_config_cut, "config.json: not readable"),
     "missing shard": (_missing_shard, "missing: model-00002-of-00002.safetensors"),
     "index without map": (_index_without_map, "model.safetensors.index.json"),
-    "no weights": (_no_weights, "no model.safetensors"),
+    "no weights": (_no_weights, "no weights there"),
     "missing keys": (
         _missing_keys,
         "1 missing: model.language_model.layers.2.mlp.up_proj.weight",

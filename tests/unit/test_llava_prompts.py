@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 from mmtrain.errors import DataError
 from mmtrain.models.interface import Example
 from mmtrain.models.text import IGNORED, prompt_ids
-from tests.unit.llava_material import example, load, mixed, picture
+from tests.unit.llava_material import decoded, example, load, mixed, picture, readable
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llava"
 PICTURE_TOKENS = 16  # (32 / 8) squared
@@ -21,28 +20,6 @@ PICTURE_TOKENS = 16  # (32 / 8) squared
 @pytest.fixture(scope="module")
 def processor(tiny_checkpoint: Path) -> Any:
     return load(tiny_checkpoint).processor
-
-
-def decoded(processor: Any, ids: Sequence[int]) -> str:
-    """The text of tokens, picture tokens counted."""
-    parts = []
-    for is_picture, group in groupby(ids, lambda one: one == processor.image_token_id):
-        run = list(group)
-        text = f"<image>*{len(run)}" if is_picture else processor.tokenizer.decode(run)
-        parts.append(text)
-    return "".join(parts)
-
-
-def readable(processor: Any, one: Example) -> str:
-    """Stretches without loss behind a dot, stretches with loss behind an arrow."""
-    lines = [f"=== {one.id}: {len(one.pixels)} picture(s)"]
-    pairs = zip(one.input_ids, one.labels, strict=True)
-    for has_loss, group in groupby(pairs, lambda pair: pair[1] != IGNORED):
-        run = list(group)
-        assert all(label in (IGNORED, token) for token, label in run)
-        text = decoded(processor, [token for token, _ in run]).replace("\n", "\\n")
-        lines.append(f"{'loss >' if has_loss else '     .'}{text}|")
-    return "\n".join(lines) + "\n"
 
 
 def test_prompts_are_the_published_form(processor: Any) -> None:

@@ -1,16 +1,19 @@
-"""LLaVA-1.5: CLIP ViT-L/14-336, a two-layer projector, Vicuna.
+"""LLaVA-1.5 and ShareGPT4V: CLIP ViT-L/14-336, a two-layer projector, Vicuna.
 
-The conversation is vicuna_v1, as the published models were trained.
+The conversation is vicuna_v1 and pictures are padded to squares, as the published models were
+trained. Folders are those of transformers, or of LLaVA's own code.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmtrain.errors import CheckpointError
+from mmtrain.models.families.llava.features import embed, tokens_per_image, vision_features
+from mmtrain.models.families.llava.layouts import rename
+from mmtrain.models.families.llava.shapes import PRESETS
 from mmtrain.models.interface import (
     AttentionShape,
     Batch,
@@ -26,8 +29,18 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import nn
 
+    from mmtrain.models.weights import Source
     from mmtrain.tasks.interface import Rendered
 
+__all__ = [
+    "FAMILY",
+    "IMAGE_TOKEN",
+    "SYSTEM",
+    "embed",
+    "rename",
+    "tokens_per_image",
+    "vision_features",
+]
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -35,86 +48,16 @@ SYSTEM = (
 IMAGE_TOKEN = "<image>"
 ANSWER_CUE = " ASSISTANT:"
 
-_CLIP_L_336 = dict(
-    model_type="clip_vision_model",
-    hidden_size=1024,
-    intermediate_size=4096,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    image_size=336,
-    patch_size=14,
-    projection_dim=768,
-)
-
-
-def _vicuna(
-    hidden: int, intermediate: int, layers: int, heads: int, vocabulary: int = 32000
-) -> dict:
-    return dict(
-        model_type="llama",
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        vocab_size=vocabulary,
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-5,
-    )
-
-
-def _preset(text: dict, vision: dict, image_token: int = 32000) -> dict[str, Any]:
-    return dict(
-        text_config=text,
-        vision_config=vision,
-        image_token_index=image_token,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        projector_hidden_act="gelu",
-    )
-
-
-_TINY_VISION = dict(
-    model_type="clip_vision_model",
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    image_size=32,
-    patch_size=8,
-    projection_dim=64,
-)
 _LLM_LAYER = r"model\.language_model\.layers\.(?P<layer>\d+)"
 _CLIP_LAYER = r"model\.vision_tower\.encoder\.layers\.(?P<layer>\d+)"
-# Key layouts of Hugging Face LLaVA folders, oldest first; the current one needs no renaming.
-_RENAMES = (
-    (r"^language_model\.lm_head\.", "lm_head."),
-    (r"^language_model\.model\.", "model.language_model."),
-    (r"^multi_modal_projector\.", "model.multi_modal_projector."),
-    (r"^vision_tower\.", "model.vision_tower."),
-    (r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),
-)
-_NOT_WEIGHTS = re.compile(r"\.(position_ids|inv_freq)$")
-
-
-def rename(stored: str) -> str | None:
-    """A stored tensor's name in today's module tree; None for what is no weight."""
-    if _NOT_WEIGHTS.search(stored):
-        return None
-    for pattern, replacement in _RENAMES:
-        stored = re.sub(pattern, replacement, stored)
-    return stored
 
 
 class Llava:
     """The family plug-in."""
 
-    presets: Mapping[str, Mapping[str, Any]] = {
-        "llava-1.5-7b": _preset(_vicuna(4096, 11008, 32, 32), _CLIP_L_336),
-        "llava-1.5-13b": _preset(_vicuna(5120, 13824, 40, 40), _CLIP_L_336),
-        "tiny": _preset(_vicuna(96, 256, 4, 4, vocabulary=512), _TINY_VISION, image_token=4),
-    }
-    model_types = ("llava",)
+    presets = PRESETS
+    model_types = ("llava", "llava_llama", "share4v")
+    own_options: tuple[str, ...] = ("vision_tower",)
     default_max_length = 2048
     components: Mapping[str, tuple[str, ...]] = {
         "vision": (r"model\.vision_tower\..*",),
@@ -139,13 +82,19 @@ class Llava:
         from transformers import LlavaConfig
 
         from mmtrain.models import configuration
+        from mmtrain.models.families.llava import original
 
+        config: Any
         if options.checkpoint is None:
             config = LlavaConfig(**dict(self.presets[str(options.preset)]))
         else:
             folder = Path(options.checkpoint)
             stored = configuration.stored_config(folder, self.model_types)
-            config = configuration.parsed(LlavaConfig, stored, folder)
+            refuse_tiled_pictures(folder, stored)
+            if original.is_original(stored):
+                config = original.original_config(stored, options)
+            else:
+                config = configuration.parsed(LlavaConfig, stored, folder)
         text, vision = config.text_config, config.vision_config
         parts = {"llm": text, "vision": vision}
         configuration.set_working_precision(config, parts, options)
@@ -175,19 +124,14 @@ class Llava:
         from mmtrain.models import building
 
         config = self.model_config(options)
-        model = building.build_empty(self.skeleton, config, options.dtype, zero3_config)
-        processor = None
         if options.checkpoint is None:
+            model = building.build_empty(self.skeleton, config, options.dtype, zero3_config)
             building.initialise_weights(dict(model.named_parameters()), options.seed)
-        else:
-            folder = Path(options.checkpoint)
-            processor = building.load_processor(folder, IMAGE_TOKEN, config.image_token_id)
-            refuse_other_picture_size(folder, processor, config)
-            processor.tokens_per_image = tokens_per_image(config)
-            cue = processor.tokenizer(ANSWER_CUE, add_special_tokens=False)
-            processor.num_cue_tokens = len(cue["input_ids"])
-            building.load_weights(model, [(folder, rename)], options)
-        return LoadedModel(model, processor, config)
+            return LoadedModel(model, None, config)
+        processor, sources = opened(options, config, self.model_types)
+        model = building.build_empty(self.skeleton, config, options.dtype, zero3_config)
+        building.load_weights(model, sources, options)
+        return LoadedModel(model, processor, config, standard_folder=sources[0][1] is rename)
 
     def attention(self, config: Any, component: str) -> AttentionShape:
         """The attention shape of `llm` or `vision`."""
@@ -215,12 +159,13 @@ class Llava:
         """Tokenise in the vicuna_v1 form, pictures before the first question."""
         from mmtrain.models import text
         from mmtrain.models.dropout import stable_hash
+        from mmtrain.models.families.llava.pictures import pixel_values
 
-        pieces = [text.Piece(SYSTEM)]
+        pieces = [text.Piece(f"{SYSTEM} ")]
         for number, turn in enumerate(rendered.turns):
             pictures = f"{IMAGE_TOKEN}\n" * len(images) if number == 0 else ""
             if turn.role == "user":
-                pieces.append(text.Piece(f" USER: {pictures}{turn.text}{ANSWER_CUE}"))
+                pieces.append(text.Piece(f"USER: {pictures}{turn.text}{ANSWER_CUE}"))
             else:
                 pieces.append(text.Piece(f" {turn.text}</s>", is_answer=True))
         pieces.append(text.Piece(f" {rendered.target}</s>", is_answer=True))
@@ -231,10 +176,7 @@ class Llava:
         ids, labels = text.truncate(
             ids, labels, token_id, max_length, truncation_side, sample_id, processor.num_cue_tokens
         )
-        pixels = [
-            processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
-            for image in images
-        ]
+        pixels = pixel_values(processor.image_processor, images)
         return Example(sample_id, stable_hash(sample_id), ids, labels, pixels)
 
     def collate(self, examples: Sequence[Example], processor: Any) -> Batch:
@@ -320,17 +262,43 @@ class Llava:
         state: Mapping[str, torch.Tensor],
         folder: Path,
     ) -> None:
-        """A standard Hugging Face folder with these tensors."""
+        """A standard Hugging Face folder, its vocabulary padded if it lacks the picture token."""
         from mmtrain.models import building
+        from mmtrain.models.families.llava.vocabulary import with_picture_token
 
-        building.save_folder(model, processor, state, folder)
+        config, state = with_picture_token(model.config, state)
+        building.save_folder(config, processor, state, folder)
 
 
-def tokens_per_image(config: Any) -> int:
-    """Features one picture contributes to the sequence: patches, and the class token if kept."""
-    vision = config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2
-    return patches + (config.vision_feature_select_strategy != "default")
+def opened(
+    options: ModelOptions, config: Any, model_types: tuple[str, ...]
+) -> tuple[Any, Sequence[Source]]:
+    """The processor of a checkpoint, and the folders of its weights with their key layouts."""
+    from mmtrain.models import building, configuration
+    from mmtrain.models.families.llava import original
+
+    folder = Path(str(options.checkpoint))
+    stored = configuration.stored_config(folder, model_types)
+    sources: Sequence[Source] = [(folder, rename)]
+    if original.is_original(stored):
+        sources = original.sources(stored, options)
+        processor = original.original_processor(stored, options, config, IMAGE_TOKEN)
+    else:
+        processor = building.load_processor(folder, IMAGE_TOKEN, config.image_token_id)
+    refuse_other_picture_size(folder, processor, config)
+    processor.tokens_per_image = tokens_per_image(config)
+    cue = processor.tokenizer(ANSWER_CUE, add_special_tokens=False)
+    processor.num_cue_tokens = len(cue["input_ids"])
+    return processor, sources
+
+
+def refuse_tiled_pictures(folder: Path, stored: Mapping[str, Any]) -> None:
+    """LLaVA-1.6 cuts pictures into tiles; its other settings are those of LLaVA-1.5."""
+    if stored.get("image_aspect_ratio") == "anyres":
+        raise CheckpointError(
+            f"{folder}/config.json: image_aspect_ratio is 'anyres', as in LLaVA-1.6.",
+            "Use a checkpoint of the LLaVA-1.5 or ShareGPT4V generation.",
+        )
 
 
 def refuse_other_picture_size(folder: Path, processor: Any, config: Any) -> None:
@@ -342,31 +310,6 @@ def refuse_other_picture_size(folder: Path, processor: Any, config: Any) -> None
             f" config.json says {wanted} x {wanted}.",
             "Use preprocessor files and config.json of the same checkpoint.",
         )
-
-
-def embed(model: Any, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Token embeddings with projected picture features in the places of picture tokens."""
-    inner = model.model
-    is_image = input_ids == model.config.image_token_id
-    # The picture token may lie outside an unpadded vocabulary: it is never looked up.
-    embeds = inner.language_model.embed_tokens(input_ids.masked_fill(is_image, 0))
-    features = inner.multi_modal_projector(vision_features(model, pixel_values))
-    features = features.reshape(-1, features.shape[-1]).to(embeds.dtype)
-    return embeds.masked_scatter(is_image.unsqueeze(-1), features)
-
-
-def vision_features(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
-    """The tower's output at the feature layer; blocks above it would compute nothing used."""
-    tower, config = model.model.vision_tower, model.config
-    layers = tower.encoder.layers
-    depth = config.vision_feature_layer
-    if depth < 0:
-        depth = len(layers) + 1 + depth
-    hidden = tower.embeddings(pixel_values.to(tower.embeddings.patch_embedding.weight.dtype))
-    hidden = tower.pre_layrnorm(hidden)
-    for layer in layers[:depth]:
-        hidden = layer(hidden, attention_mask=None)
-    return hidden[:, 1:] if config.vision_feature_select_strategy == "default" else hidden
 
 
 FAMILY = Llava()

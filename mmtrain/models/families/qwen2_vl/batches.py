@@ -1,0 +1,101 @@
+"""From examples to padded tensors: texts, packed patches, and positions in three dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mmtrain.models import answers
+from mmtrain.models.building import pad_ids
+from mmtrain.models.dropout import stable_hash
+from mmtrain.models.families.qwen2_vl.encoding import num_tokens
+from mmtrain.models.families.qwen2_vl.processing import Processor
+from mmtrain.models.interface import Batch, Example
+from mmtrain.models.text import IGNORED
+
+COLOURS = 3
+
+
+def collate(examples: Sequence[Example], processor: Processor) -> Batch:
+    """Right-padded texts; the patches of all pictures one after another."""
+    rows = [example.input_ids for example in examples]
+    input_ids, attention_mask = pad_ids(rows, "right")
+    targets = answers.answer_targets(examples, input_ids.shape[1])
+    tensors = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": padded_positions(examples, rows, processor, attention_mask),
+        "row_keys": torch.tensor([example.key for example in examples]),
+        **picture_tensors(examples, processor),
+        **targets,
+    }
+    num_answer_tokens = int((targets["answer_targets"] != IGNORED).sum())
+    total = sum(len(example.input_ids) for example in examples if example.weight > 0)
+    return Batch(tensors, [example.id for example in examples], num_answer_tokens, total)
+
+
+def picture_tensors(examples: Sequence[Example], processor: Processor) -> dict[str, torch.Tensor]:
+    """Patches, grids and dropout keys; without any picture, a blank one that nothing reads."""
+    pixels = [rows for example in examples for rows in example.pixels]
+    grids = [grid for example in examples for grid in example.extras["grid"]]
+    keys = [
+        stable_hash(example.key, number)
+        for example in examples
+        for number in range(len(example.pixels))
+    ]
+    num_read = sum(num_tokens(grid, processor.merge_size) for grid in grids)
+    if not pixels:
+        side = processor.merge_size
+        cutter = processor.image_processor
+        width = COLOURS * cutter.temporal_patch_size * cutter.patch_size**2
+        pixels, grids, keys = [torch.zeros(side * side, width)], [(1, side, side)], [0]
+    counts = torch.tensor([len(rows) for rows in pixels])
+    return {
+        "pixel_values": torch.cat(pixels),
+        "grid": torch.tensor(grids),
+        "patch_keys": torch.tensor(keys).repeat_interleave(counts),
+        "patch_index": torch.cat([torch.arange(count) for count in counts.tolist()]),
+        "feature_index": torch.arange(num_read),
+    }
+
+
+def padded_positions(
+    examples: Sequence[Example],
+    rows: Sequence[Sequence[int]],
+    processor: Processor,
+    attention_mask: torch.Tensor,
+) -> torch.Tensor:
+    """Positions [3, rows, tokens] (time, height, width), zero where there is padding."""
+    padded = torch.zeros(3, *attention_mask.shape, dtype=torch.long)
+    for number, (example, row) in enumerate(zip(examples, rows, strict=True)):
+        found = positions(row, example.extras["grid"], processor)
+        padded[:, number, attention_mask[number].bool()] = found
+    return padded
+
+
+def positions(
+    ids: Sequence[int], grids: Sequence[Sequence[int]], processor: Processor
+) -> torch.Tensor:
+    """Positions [3, tokens] of one unpadded row.
+
+    Text advances all three by one per token. A picture's tokens share their time and count height
+    and width from there; the text behind it goes on after the picture's longer side.
+    """
+    merge = processor.merge_size
+    parts, position, start = [], 0, 0
+    for _, height, width in grids:
+        first = list(ids).index(processor.image_token_id, start)
+        parts.append(_text_positions(position, first - start))
+        position += first - start
+        high, wide = torch.arange(height // merge), torch.arange(width // merge)
+        grid = torch.cartesian_prod(torch.zeros(1, dtype=torch.long), high, wide)
+        parts.append(grid.T + position)
+        position += max(height, width) // merge
+        start = first + len(grid)
+    parts.append(_text_positions(position, len(ids) - start))
+    return torch.cat(parts, dim=1)
+
+
+def _text_positions(first: int, count: int) -> torch.Tensor:
+    return (torch.arange(count) + first).expand(3, -1)

@@ -1,0 +1,121 @@
+"""From a conversation and its pictures to token ids, labels and patches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL.Image import Image
+
+from mmtrain.errors import DataError
+from mmtrain.models import text
+from mmtrain.models.dropout import stable_hash
+from mmtrain.models.families.qwen2_vl.processing import (
+    IMAGE_TOKEN,
+    TURN_END,
+    TURN_START,
+    VISION_END,
+    VISION_START,
+    Processor,
+)
+from mmtrain.models.interface import Example
+
+# A conversation: (role, text) of every turn.
+Turns = Sequence[tuple[str, str]]
+MAX_ASPECT_RATIO = 200  # of the published resizing
+TEXT_REMEDY = "Raise data.max_length or leave the sample out."
+PICTURE_REMEDY = "Lower model.max_pixels, raise data.max_length or leave the sample out."
+
+
+def encode(
+    processor: Processor,
+    sample_id: str,
+    turns: Turns,
+    images: Sequence[Image],
+    max_length: int,
+    truncation_side: str,
+) -> Example:
+    """One conversation whose last turn is the answer; pictures stand before the first question."""
+    _refuse_control_tokens(processor, sample_id, turns)
+    ids, labels = text.tokenise(processor.tokenizer, pieces(processor, turns, len(images)))
+    pixels, grids = [], []
+    for image in images:
+        _refuse_aspect_ratio(sample_id, image)
+        cut = processor.image_processor(image, return_tensors="pt")
+        pixels.append(cut["pixel_values"])
+        grids.append(tuple(cut["image_grid_thw"][0].tolist()))
+    ids, labels = _expand(ids, labels, processor, grids)
+    ids, labels = text.truncate(
+        ids,
+        labels,
+        processor.image_token_id,
+        max_length,
+        truncation_side,
+        sample_id,
+        processor.num_cue_tokens,
+        also_kept=processor.kept_ids,
+        remedy=PICTURE_REMEDY if images else TEXT_REMEDY,
+    )
+    return Example(sample_id, stable_hash(sample_id), ids, labels, pixels, extras={"grid": grids})
+
+
+def pieces(processor: Processor, turns: Turns, num_pictures: int) -> list[text.Piece]:
+    """The chat template of the published checkpoints, with the stretches that are answers.
+
+    An answer ends with its end-of-turn token. The newline behind it is no part of the answer:
+    generation stops before it, so it is never asked for.
+    """
+    found = []
+    if processor.system is not None:
+        found.append(text.Piece(f"{TURN_START}system\n{processor.system}{TURN_END}\n"))
+    pictures = f"{VISION_START}{IMAGE_TOKEN}{VISION_END}" * num_pictures
+    for role, said in turns:
+        if role == "user":
+            found.append(text.Piece(f"{TURN_START}user\n{pictures}{said}{TURN_END}\n"))
+            pictures = ""
+        else:
+            found.append(text.Piece(f"{TURN_START}assistant\n"))
+            found.append(text.Piece(f"{said}{TURN_END}", is_answer=True))
+            found.append(text.Piece("\n"))
+    return found
+
+
+def num_tokens(grid: Sequence[int], merge_size: int) -> int:
+    """Tokens that a picture of so many patches (time, height, width) makes."""
+    frames, height, width = grid
+    return frames * height * width // merge_size**2
+
+
+def _expand(
+    ids: Sequence[int], labels: Sequence[int], processor: Processor, grids: Sequence[Sequence[int]]
+) -> tuple[list[int], list[int]]:
+    """Repeat each picture token as often as its own picture has tokens."""
+    remaining = iter(grids)
+    out_ids: list[int] = []
+    out_labels: list[int] = []
+    for token, label in zip(ids, labels, strict=True):
+        is_picture = token == processor.image_token_id
+        count = num_tokens(next(remaining), processor.merge_size) if is_picture else 1
+        out_ids.extend([token] * count)
+        out_labels.extend([label] * count)
+    return out_ids, out_labels
+
+
+def _refuse_control_tokens(processor: Processor, sample_id: str, turns: Turns) -> None:
+    """Their spelling in a text would end a turn, or ask for a picture that is not there."""
+    for _, said in turns:
+        for token in processor.control_tokens:
+            if token in said:
+                raise DataError(
+                    f"sample {sample_id}: its text holds {token}, which the model reads as a"
+                    " control token.",
+                    "Take the token out of the text.",
+                )
+
+
+def _refuse_aspect_ratio(sample_id: str, image: Image) -> None:
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+        raise DataError(
+            f"sample {sample_id}: a picture of {image.width} x {image.height} pixels is more than"
+            f" {MAX_ASPECT_RATIO} times as long as wide.",
+            "Crop the picture or leave the sample out.",
+        )
