@@ -1,0 +1,127 @@
+"""From a conversation and its pictures to token ids and labels, and from those to a batch.
+
+The form is the published ChatML: a system turn, then the turns, each between `<|im_start|>` and
+`<|im_end|>` and followed by a newline. Pictures stand before the first question, numbered, as
+`Picture 1: <img>…</img>` and a newline. Between the two tags lie as many `<imgpad>` as a picture
+has features; the published code writes the picture's path there, which its features then cover
+just the same. As published, every stretch of text between special tokens, and the role before its
+newline, is tokenised by itself.
+
+The loss falls on an answer's text, its `<|im_end|>` and the newline behind it, as in the published
+fine-tuning code; that code also scores the special tokens and newlines of the other turns, which
+are no answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from PIL.Image import Image
+
+from mmtrain.models import answers, text
+from mmtrain.models.building import pad_ids
+from mmtrain.models.dropout import stable_hash
+from mmtrain.models.families.qwen_vl.processing import Processor, pixel_values
+from mmtrain.models.families.qwen_vl.tokenizer import (
+    IMAGE_END,
+    IMAGE_PAD,
+    IMAGE_START,
+    TURN_END,
+    TURN_START,
+    QwenTokenizer,
+)
+from mmtrain.models.interface import Batch, Example
+
+SYSTEM = "You are a helpful assistant."
+# A conversation: (role, text) of every turn.
+Turns = Sequence[tuple[str, str]]
+
+
+def encode(
+    processor: Processor,
+    sample_id: str,
+    turns: Turns,
+    images: Sequence[Image],
+    max_length: int,
+    truncation_side: str,
+) -> Example:
+    """One conversation whose last turn is the answer."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for part, is_answer in _parts(processor, turns, len(images)):
+        ids += part
+        labels += part if is_answer else [text.IGNORED] * len(part)
+    tokenizer = processor.tokenizer
+    cue = [*_end(tokenizer), *_opening(tokenizer, "assistant")]
+    ids, labels = text.truncate(
+        ids,
+        labels,
+        processor.image_token_id,
+        max_length,
+        truncation_side,
+        sample_id,
+        len(cue),
+        also_kept=processor.kept_ids,
+    )
+    pixels = [pixel_values(image, processor.image_size) for image in images]
+    return Example(sample_id, stable_hash(sample_id), ids, labels, pixels)
+
+
+def _parts(
+    processor: Processor, turns: Turns, num_pictures: int
+) -> Iterator[tuple[list[int], bool]]:
+    """Stretches of token ids, each with whether the loss falls on it."""
+    tokenizer = processor.tokenizer
+    for number, (role, said) in enumerate((("system", SYSTEM), *turns)):
+        yield _opening(tokenizer, role), False
+        if number == 1 and num_pictures:
+            yield _pictures(processor, num_pictures), False
+            said = f"\n{said}"
+        yield tokenizer.ids(said) + _end(tokenizer), role == "assistant"
+
+
+def _opening(tokenizer: QwenTokenizer, role: str) -> list[int]:
+    return [tokenizer.special[TURN_START], *tokenizer.ids(role), *tokenizer.ids("\n")]
+
+
+def _end(tokenizer: QwenTokenizer) -> list[int]:
+    return [tokenizer.special[TURN_END], *tokenizer.ids("\n")]
+
+
+def _pictures(processor: Processor, count: int) -> list[int]:
+    """All pictures, without the newline behind the last: it belongs to the text that follows."""
+    tokenizer = processor.tokenizer
+    start, pad, end = (tokenizer.special[t] for t in (IMAGE_START, IMAGE_PAD, IMAGE_END))
+    ids: list[int] = []
+    for number in range(1, count + 1):
+        newline = "\n" if number > 1 else ""
+        ids += tokenizer.ids(f"{newline}Picture {number}: ")
+        ids += [start, *[pad] * processor.tokens_per_image, end]
+    return ids
+
+
+def collate(examples: Sequence[Example], processor: Processor) -> Batch:
+    """Right-pad; a batch without any picture carries a blank one that nothing reads."""
+    input_ids, attention_mask = pad_ids([example.input_ids for example in examples], "right")
+    pixels = [picture for example in examples for picture in example.pixels]
+    keys = [
+        stable_hash(example.key, number)
+        for example in examples
+        for number in range(len(example.pixels))
+    ]
+    if not pixels:
+        pixels, keys = [torch.zeros(3, processor.image_size, processor.image_size)], [0]
+    targets = answers.answer_targets(examples, input_ids.shape[1])
+    tensors = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "is_image": input_ids == processor.image_token_id,
+        "pixel_values": torch.stack(pixels),
+        "row_keys": torch.tensor([example.key for example in examples]),
+        "picture_keys": torch.tensor(keys),
+        **targets,
+    }
+    num_answer_tokens = int((targets["answer_targets"] != text.IGNORED).sum())
+    num_tokens = sum(len(example.input_ids) for example in examples if example.weight > 0)
+    return Batch(tensors, [example.id for example in examples], num_answer_tokens, num_tokens)

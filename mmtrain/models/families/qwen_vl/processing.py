@@ -1,0 +1,84 @@
+"""Tokenizer and pictures of a checkpoint folder, checked against its configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL.Image import Image, Resampling
+
+from mmtrain.errors import CheckpointError
+from mmtrain.models.families.qwen_vl.configuration import QWenConfig, num_queries
+from mmtrain.models.families.qwen_vl.tokenizer import (
+    IMAGE_END,
+    IMAGE_PAD,
+    IMAGE_START,
+    TURN_END,
+    TURN_START,
+    QwenTokenizer,
+    load_tokenizer,
+)
+
+# What CLIP's pictures were normalised by.
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_SPREAD = (0.26862954, 0.26130258, 0.27577711)
+FORM_TOKENS = (IMAGE_START, IMAGE_END, IMAGE_PAD, TURN_START, TURN_END)
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What encoding needs of a checkpoint folder."""
+
+    tokenizer: QwenTokenizer
+    image_size: int
+    tokens_per_image: int
+
+    @property
+    def image_token_id(self) -> int:
+        """Of the token that holds a place for a feature, between the two that embrace a picture."""
+        return self.tokenizer.special[IMAGE_PAD]
+
+    @property
+    def kept_ids(self) -> frozenset[int]:
+        """Tokens of the form, which truncation never cuts."""
+        return frozenset(self.tokenizer.special[token] for token in FORM_TOKENS)
+
+    def save_pretrained(self, folder: str) -> None:
+        """The tokenizer's files; pictures are described in config.json."""
+        self.tokenizer.save_pretrained(folder)
+
+
+def make_processor(tokenizer: QwenTokenizer, config: QWenConfig) -> Processor:
+    """A processor for this configuration."""
+    assert config.visual is not None
+    return Processor(tokenizer, config.visual["image_size"], num_queries(config))
+
+
+def load_processor(folder: Path, config: QWenConfig) -> Processor:
+    """The folder's processor; a tokenizer that does not fit config.json is an error."""
+    tokenizer = load_tokenizer(folder)
+    assert config.visual is not None
+    found, wanted = tokenizer.special[IMAGE_START], config.visual["image_start_id"]
+    if found != wanted:
+        raise CheckpointError(
+            f"{folder}: the tokenizer gives {IMAGE_START} the id {found}, config.json says"
+            f" {wanted}.",
+            "Use tokenizer and config.json of the same checkpoint.",
+        )
+    if len(tokenizer) > config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, config.json"
+            f" {config.vocab_size} embeddings.",
+            "Use tokenizer and config.json of the same checkpoint.",
+        )
+    return make_processor(tokenizer, config)
+
+
+def pixel_values(image: Image, size: int) -> torch.Tensor:
+    """[3, size, size]: the whole picture, squeezed into a square, as the published code does."""
+    square = image.convert("RGB").resize((size, size), Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
+    mean, spread = (torch.tensor(values)[:, None, None] for values in (_MEAN, _SPREAD))
+    return (pixels - mean) / spread

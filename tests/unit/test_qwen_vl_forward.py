@@ -1,0 +1,193 @@
+"""Qwen-VL's forward against a plain recomputation, sample by sample, short and beyond length."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as functional
+
+from mmtrain.models.interface import Example, LoadedModel
+from tests.unit import qwen_vl_plain as plain
+from tests.unit.qwen_vl_material import (
+    FAMILY,
+    GREEDY,
+    TOLERANCE,
+    example,
+    load,
+    logits_of,
+    mixed,
+    picture,
+    stored_tensors,
+    write_lively,
+)
+
+# The samples have 40 to 90 tokens: some within, some beyond one, two and more times this length.
+SHORT_LENGTH = 24
+
+
+class Twin:
+    """A folder, loaded by the family and read plainly."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.loaded: LoadedModel = load(folder)
+        self.tensors = stored_tensors(folder)
+        self.config = json.loads((folder / "config.json").read_text())
+
+    def wanted(self, one: Example) -> torch.Tensor:
+        """The plain logits of one sample."""
+        return plain.logits(self.tensors, self.config, one.input_ids, one.pixels)
+
+
+@pytest.fixture(scope="module", params=[2048, SHORT_LENGTH], ids=["usual", "beyond"])
+def twin(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Twin:
+    return Twin(write_lively(tmp_path_factory.mktemp("qwen_vl"), seq_length=request.param))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_logits_of_a_mixed_batch_equal_the_plain_ones(twin: Twin, side: str) -> None:
+    examples = mixed(twin.loaded.processor)
+    for one, ours in zip(examples, logits_of(twin.loaded, examples, side), strict=True):
+        wanted = twin.wanted(one)
+        assert wanted.abs().max() > 0.5, "weights too small to tell anything"
+        difference = (ours - wanted).abs().max()
+        assert difference <= TOLERANCE * wanted.abs().max(), (one.id, float(difference))
+
+
+def test_lengths_beyond_training_change_the_logits(twin: Twin) -> None:
+    one = mixed(twin.loaded.processor)[0]
+    usual = plain.logits(
+        twin.tensors, {**twin.config, "seq_length": 2048}, one.input_ids, one.pixels
+    )
+    same = torch.allclose(twin.wanted(one), usual, atol=1e-3)
+    assert same == (twin.config["seq_length"] == 2048)
+
+
+def test_loss_is_the_sum_over_answer_tokens(twin: Twin) -> None:
+    examples = mixed(twin.loaded.processor)
+    batch = FAMILY.collate(examples, twin.loaded.processor)
+    with torch.no_grad():
+        result = FAMILY.forward(twin.loaded.model, batch)
+    wanted = []
+    for one in examples:
+        logits, labels = twin.wanted(one)[:-1], torch.tensor(one.labels[1:])
+        wanted.append(functional.cross_entropy(logits, labels, reduction="sum"))
+    assert torch.allclose(result.per_sample_loss, torch.stack(wanted), rtol=TOLERANCE)
+    assert float(result.answer_loss_sum) == pytest.approx(float(sum(wanted)), rel=TOLERANCE)
+    answers = sum(label != -100 for one in examples for label in one.labels)
+    assert result.num_answer_tokens == batch.num_answer_tokens == answers
+
+
+def test_training_sees_what_evaluation_sees(twin: Twin) -> None:
+    batch = FAMILY.collate(mixed(twin.loaded.processor), twin.loaded.processor)
+    model = twin.loaded.model
+    with torch.no_grad():
+        evaluated = FAMILY.forward(model.eval(), batch).per_sample_loss
+        trained = FAMILY.forward(model.train(), batch).per_sample_loss
+    model.eval()
+    assert torch.equal(trained, evaluated)
+
+
+def test_eager_attention_is_the_same(twin: Twin) -> None:
+    examples = mixed(twin.loaded.processor)
+    eager = load(twin.folder, attention="eager")
+    for side in ("left", "right"):
+        pairs = zip(logits_of(eager, examples, side), logits_of(twin.loaded, examples, side))
+        for found, wanted in pairs:
+            assert (found - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
+    answers = FAMILY.generate(eager.model, eager.processor, examples, GREEDY)
+    usual = twin.loaded
+    assert answers == FAMILY.generate(usual.model, usual.processor, examples, GREEDY)
+
+
+def test_pictures_count_each_in_its_place(twin: Twin) -> None:
+    processor = twin.loaded.processor
+
+    def loss(*numbers: int) -> float:
+        one = example(processor, "a", "Which?", "5", [picture(number) for number in numbers])
+        with torch.no_grad():
+            result = FAMILY.forward(twin.loaded.model, FAMILY.collate([one], processor))
+        return float(result.answer_loss_sum)
+
+    losses = [loss(1, 2), loss(2, 1), loss(1, 3)]
+    assert min(abs(a - b) for a in losses for b in losses if a is not b) > 1e-3
+
+
+def test_padding_samples_run_but_change_nothing(twin: Twin) -> None:
+    loaded = twin.loaded
+    examples = mixed(loaded.processor)
+    padded = [*examples, replace(examples[0], weight=0.0)]
+    batch = FAMILY.collate(padded, loaded.processor)
+    with torch.no_grad():
+        found = FAMILY.forward(loaded.model, batch)
+        wanted = FAMILY.forward(loaded.model, FAMILY.collate(examples, loaded.processor))
+    assert float(found.per_sample_loss[-1]) == 0.0
+    assert float(found.answer_loss_sum) == pytest.approx(float(wanted.answer_loss_sum), rel=1e-6)
+
+
+def test_recomputed_activations_give_the_same_gradients(twin: Twin) -> None:
+    batch = FAMILY.collate(mixed(twin.loaded.processor), twin.loaded.processor)
+
+    def gradients(recompute: bool) -> dict[str, torch.Tensor]:
+        model: Any = load(twin.folder).model.train()
+        if recompute:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+            assert model.transformer.h[0].gradient_checkpointing
+        FAMILY.forward(model, batch).answer_loss_sum.backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    plainly, recomputed = gradients(False), gradients(True)
+    # The resampler's fixed positions ask for no gradient.
+    assert [name for name, one in plainly.items() if one is None] == [
+        "transformer.visual.attn_pool.pos_embed"
+    ]
+    for name, one in plainly.items():
+        assert one is None or torch.equal(one, recomputed[name]), name
+        assert one is None or bool(one.any()), f"{name}: no gradient reaches it"
+
+
+@contextmanager
+def readable_only_while_called(model: torch.nn.Module) -> Iterator[None]:
+    """As under ZeRO-3: a module's own parameters are there while it runs, and only then."""
+    handles = []
+    for module in model.modules():
+        own = dict(module.named_parameters(recurse=False))
+        if not own:
+            continue
+        kept = {name: parameter.data for name, parameter in own.items()}
+
+        def put(*_: Any, own: Any = own, kept: Any = kept) -> None:
+            for name, parameter in own.items():
+                parameter.data = kept[name]
+
+        def take(*_: Any, own: Any = own) -> None:
+            for parameter in own.values():
+                parameter.data = torch.full_like(parameter.data, torch.nan)
+
+        take()
+        handles += [module.register_forward_pre_hook(put), module.register_forward_hook(take)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_parameters_are_read_only_while_their_module_runs(twin: Twin) -> None:
+    loaded = load(twin.folder)
+    examples = mixed(loaded.processor)
+    batch = FAMILY.collate(examples, loaded.processor)
+    usual = twin.loaded
+    with torch.no_grad(), readable_only_while_called(loaded.model):
+        found = FAMILY.forward(loaded.model, batch).per_sample_loss
+        answers = FAMILY.generate(loaded.model, loaded.processor, examples, GREEDY)
+    with torch.no_grad():
+        assert torch.equal(found, FAMILY.forward(usual.model, batch).per_sample_loss)
+    assert answers == FAMILY.generate(usual.model, usual.processor, examples, GREEDY)

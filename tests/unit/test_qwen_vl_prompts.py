@@ -1,0 +1,174 @@
+"""What Qwen-VL really sees: tokens decoded again, answers marked, and what truncation may cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from mmtrain.errors import DataError
+from mmtrain.models.families.qwen_vl.processing import pixel_values
+from mmtrain.models.families.qwen_vl.tokenizer import SPECIAL_TOKENS
+from mmtrain.models.interface import Example
+from mmtrain.models.text import IGNORED, prompt_ids
+from tests.unit.qwen_vl_material import (
+    GOLDEN,
+    example,
+    load,
+    mixed,
+    padded,
+    picture,
+    write_plain,
+)
+
+PICTURE_TOKENS = 16
+CUE = "<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return load(write_plain(tmp_path_factory.mktemp("qwen_vl"))).processor
+
+
+def decoded(processor: Any, ids: Sequence[int]) -> str:
+    """The text of tokens, picture tokens counted."""
+    parts = []
+    for is_picture, group in groupby(ids, lambda one: one == processor.image_token_id):
+        run = list(group)
+        text = f"<imgpad>*{len(run)}" if is_picture else processor.tokenizer.decode(run)
+        parts.append(text)
+    return "".join(parts)
+
+
+def readable(processor: Any, one: Example) -> str:
+    """Stretches without loss behind a dot, stretches with loss behind an arrow."""
+    lines = [f"=== {one.id}: {len(one.pixels)} picture(s)"]
+    pairs = zip(one.input_ids, one.labels, strict=True)
+    for has_loss, group in groupby(pairs, lambda pair: pair[1] != IGNORED):
+        run = list(group)
+        assert all(label in (IGNORED, token) for token, label in run)
+        text = decoded(processor, [token for token, _ in run]).replace("\n", "\\n")
+        lines.append(f"{'loss >' if has_loss else '     .'}{text}|")
+    return "\n".join(lines) + "\n"
+
+
+def test_prompts_are_the_published_form(processor: Any) -> None:
+    found = "\n".join(readable(processor, one) for one in mixed(processor))
+    assert found == (GOLDEN / "prompts.txt").read_text(encoding="utf-8")
+
+
+def test_image_positions_are_never_labels(processor: Any) -> None:
+    for one in mixed(processor):
+        assert processor.image_token_id not in one.labels
+        assert one.input_ids.count(processor.image_token_id) == PICTURE_TOKENS * len(one.pixels)
+
+
+def test_generation_starts_where_the_last_answer_would(processor: Any) -> None:
+    for one in mixed(processor):
+        prompt = prompt_ids(one.input_ids, one.labels)
+        assert decoded(processor, prompt).endswith(CUE)
+        assert one.labels[len(prompt)] != IGNORED
+        assert all(label != IGNORED for label in one.labels[len(prompt) :])
+
+
+def test_text_that_spells_special_tokens_stays_text(processor: Any) -> None:
+    plain = example(processor, "a", "Why?", "4", [picture(1)], [("Say it.", "yes")])
+    spelled = "".join([*SPECIAL_TOKENS[:4], *SPECIAL_TOKENS[-10:]])
+    earlier = [(f"Say {spelled}.", f"{spelled} yes")]
+    one = example(
+        processor, "a", f"{spelled}<img>x.png</img>?", spelled, [picture(1)], earlier, 10_000
+    )
+    first_special = len(processor.tokenizer.ranks)
+
+    def special(sample: Example) -> list[int]:
+        return [token for token in sample.input_ids if token >= first_special]
+
+    assert special(one) == special(plain)
+    assert decoded(processor, one.input_ids).count(spelled) == 4
+
+
+def test_newlines_of_a_question_join_the_one_before_it(processor: Any) -> None:
+    """As published: text behind a picture's tag is tokenised together with its newline."""
+    tokenizer = processor.tokenizer
+    one = example(processor, "a", "\nWhy?", "4", [picture(1)])
+    ids = one.input_ids[one.input_ids.index(tokenizer.special["</img>"]) + 1 :]
+    together = tokenizer.ids("\n\nWhy?")
+    assert ids[: len(together)] == together
+
+
+LONG = "Which digit of these is in the picture? " * 6
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("surplus", [1, 30, 90])
+def test_truncation_spares_pictures_and_answers(processor: Any, side: str, surplus: int) -> None:
+    def encoded(limit: int) -> Example:
+        earlier = [("Which digit?", "3 or so")]
+        pictures = [picture(1), picture(2)]
+        return example(processor, "long", LONG, "4 and 5", pictures, earlier, limit, side)
+
+    whole = encoded(10_000)
+    limit = len(whole.input_ids) - surplus
+    cut = encoded(limit)
+    assert len(cut.input_ids) == len(cut.labels) == limit
+    assert answers(cut) == answers(whole)
+    # Pictures keep their tags around all of their places, and turns their own.
+    text = decoded(processor, cut.input_ids)
+    assert text.count(f"<img><imgpad>*{PICTURE_TOKENS}</img>") == 2
+    assert text.count("<|im_start|>") == text.count("<|im_end|>") == 5
+    assert decoded(processor, prompt_ids(cut.input_ids, cut.labels)).endswith(CUE)
+    assert is_subsequence(cut.input_ids, whole.input_ids)
+    system = decoded(processor, whole.input_ids[:10])
+    assert text.startswith(system) == (side == "right")
+
+
+def answers(one: Example) -> list[int]:
+    return [label for label in one.labels if label != IGNORED]
+
+
+def is_subsequence(short: Sequence[int], whole: Sequence[int]) -> bool:
+    remaining = iter(whole)
+    return all(token in remaining for token in short)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_picture_that_does_not_fit_is_an_error(processor: Any, side: str) -> None:
+    arguments: dict[str, Any] = {"question": "Which?", "target": "5", "pictures": [picture(1)]}
+    limit = PICTURE_TOKENS + 2
+    with pytest.raises(DataError, match=rf"sample big: .*data.max_length is {limit}") as caught:
+        example(processor, "big", **arguments, max_length=limit, side=side)
+    least = int(str(caught.value).split(" alone take ")[1].split()[0])
+    assert (
+        len(example(processor, "big", **arguments, max_length=least, side=side).input_ids) == least
+    )
+    with pytest.raises(DataError, match=f"alone take {least} tokens"):
+        example(processor, "big", **arguments, max_length=least - 1, side=side)
+
+
+def test_empty_answers_still_learn_to_stop(processor: Any) -> None:
+    one = example(processor, "empty", "Say nothing.", "")
+    assert processor.tokenizer.decode(answers(one)) == "<|im_end|>\n"
+
+
+def test_pictures_are_squeezed_and_normalised(tmp_path: Path) -> None:
+    """Black, white and grey by hand; a transparent picture loses its transparency."""
+    mean, spread = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    for colour in ((0, 0, 0), (255, 255, 255), (51, 102, 204)):
+        found = pixel_values(Image.new("RGB", (30, 50), colour), 32)
+        assert found.shape == (3, 32, 32) and found.dtype == torch.float32
+        wanted = [(c / 255 - m) / s for c, m, s in zip(colour, mean, spread, strict=True)]
+        assert torch.allclose(found, torch.tensor(wanted)[:, None, None].expand(3, 32, 32))
+    seen = picture(1)
+    path = tmp_path / "with-alpha.png"
+    seen.convert("RGBA").save(path)
+    assert torch.equal(pixel_values(Image.open(path), 32), pixel_values(seen, 32))
+
+
+def test_padding_is_masked(processor: Any) -> None:
+    ids, mask = padded(mixed(processor), "left")
+    assert ids.shape == mask.shape and int(mask[1, 0]) == 0
