@@ -243,7 +243,10 @@ def load_weights(model: nn.Module, folders: Sequence[Source], options: ModelOpti
     tied = every_name - set(parameters)
     found = {name: where for name, where in _found(folders).items() if name not in tied}
     fresh = _misfits(folders[0][0], found, wanted, options)
-    sharded = any(is_sharded(parameter) for parameter in parameters.values())
+    whole = [name for name, parameter in parameters.items() if not is_sharded(parameter)]
+    sharded = len(whole) < len(parameters)
+    # Only rank 0 reads for sharded ones: a whole one among them would stay unset elsewhere.
+    assert not (sharded and whole), f"made outside sharded construction: {whole[:3]}"
     reads = not sharded or is_main()
     stored = sorted(set(parameters) - set(fresh), key=lambda name: (str(found[name].path), name))
     with returning_freed_memory(sharded), ExitStack() as stack:

@@ -1,0 +1,90 @@
+"""One rendered sample -> token ids: pictures first, then the prompt, then the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mmtrain.errors import DataError
+from mmtrain.models.dropout import stable_hash
+from mmtrain.models.interface import Example
+from mmtrain.models.text import IGNORED, refuse_picture_tokens_in_text
+from mmtrain.tasks.interface import Rendered, Turn
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+IMAGE_TOKEN = "<image>"
+_EARLIER = {"user": "Question", "assistant": "Answer"}
+
+
+def prompt_text(turns: Sequence[Turn]) -> str:
+    """The last question; earlier turns, which the published models never saw, stand before it."""
+    earlier = [f"{_EARLIER[turn.role]}: {turn.text}" for turn in turns[:-1]]
+    return " ".join([*earlier, turns[-1].text])
+
+
+def encode(
+    processor: Any,
+    sample_id: str,
+    rendered: Rendered,
+    images: Sequence[Image],
+    max_length: int,
+    truncation_side: str,
+) -> Example:
+    """Tokenise one sample. `max_length` bounds pictures and prompt; answers are never cut."""
+    tokenizer, image_id = processor.tokenizer, processor.image_token_id
+    prompt = prompt_text(rendered.turns)
+    num_picture_tokens = processor.num_query_tokens * len(images)
+    room = max_length - num_picture_tokens
+    text = _within(tokenizer, prompt, room, truncation_side)
+    if text is None:
+        fixed = num_picture_tokens + len(_frame(tokenizer))
+        raise DataError(
+            f"sample {sample_id}: its picture alone takes {fixed} tokens,"
+            f" data.max_length is {max_length}.",
+            "Raise data.max_length or leave the sample out.",
+        )
+    # The end is taught in training and found in generation, so every answer has one.
+    answer = tokenizer(rendered.target, add_special_tokens=False)["input_ids"]
+    answer = [*answer, tokenizer.eos_token_id]
+    written = [image_id] * len(images) + text + answer
+    refuse_picture_tokens_in_text(written, image_id, len(images), IMAGE_TOKEN, sample_id)
+    input_ids, labels = [image_id] * num_picture_tokens + text, answer
+    if processor.decoder_start_token_id is None:
+        labels = [IGNORED] * len(input_ids) + answer
+        input_ids = input_ids + answer
+    pixels = [
+        processor.image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+        for image in images
+    ]
+    room = min(max_length - processor.num_query_tokens, processor.instruction_positions)
+    instruction = rendered.instruction if rendered.instruction is not None else prompt
+    instruction_ids = _within(processor.qformer_tokenizer, instruction, room, truncation_side)
+    return Example(
+        sample_id,
+        stable_hash(sample_id),
+        input_ids,
+        labels,
+        pixels,
+        # Without any room the Q-Former reads the bare frame of a text.
+        extras={"instruction_ids": instruction_ids or _frame(processor.qformer_tokenizer)},
+    )
+
+
+def _within(tokenizer: Any, text: str, room: int, side: str) -> list[int] | None:
+    """The text's tokens, cut on one side to `room`; the tokenizer's own frame around it stays."""
+    encoded = tokenizer(text, return_special_tokens_mask=True, verbose=False)
+    ids, is_frame = list(encoded["input_ids"]), encoded["special_tokens_mask"]
+    surplus = len(ids) - room
+    if surplus <= 0:
+        return ids
+    cuttable = [position for position, framing in enumerate(is_frame) if not framing]
+    if surplus > len(cuttable):
+        return None
+    cut = set(cuttable[:surplus] if side == "left" else cuttable[-surplus:])
+    return [token for position, token in enumerate(ids) if position not in cut]
+
+
+def _frame(tokenizer: Any) -> list[int]:
+    return list(tokenizer("")["input_ids"])

@@ -1,0 +1,133 @@
+"""Configurations, and the module trees built from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration
+from transformers.initialization import no_init_weights
+
+from mmtrain.errors import CheckpointError
+from mmtrain.models import configuration
+from mmtrain.models.families.instructblip import dropping
+from mmtrain.models.interface import AttentionShape, ModelOptions
+from mmtrain.models.weights import weight_files
+
+HEAD = "language_model.lm_head.weight"
+_LANGUAGE_MODELS = ("t5", "llama")
+
+
+def read_config(
+    options: ModelOptions, presets: Mapping[str, Mapping[str, Any]], model_types: tuple[str, ...]
+) -> Any:
+    """The configuration of a checkpoint folder or of a preset."""
+    if options.checkpoint is None:
+        config: Any = InstructBlipConfig(**deepcopy(dict(presets[str(options.preset)])))
+    else:
+        folder = Path(options.checkpoint)
+        stored = configuration.stored_config(folder, model_types)
+        config = configuration.parsed(InstructBlipConfig, stored, folder)
+        _refuse_other_language_model(folder, config)
+    vision, qformer, text = config.vision_config, config.qformer_config, config.text_config
+    parts = {"vision": vision, "qformer": qformer, "llm": text}
+    configuration.set_working_precision(config, parts, options)
+    configuration.apply_overrides(parts, options)
+    qformer.encoder_hidden_size = vision.hidden_size
+    if text.model_type == "t5":
+        _follow_activation(text)
+        text.tie_word_embeddings = not _has_own_head(options, text)
+    _set_base_dropout(config, options)
+    return config
+
+
+def _refuse_other_language_model(folder: Path, config: Any) -> None:
+    found = config.text_config.model_type
+    if found not in _LANGUAGE_MODELS:
+        raise CheckpointError(
+            f"{folder}: its language model is '{found}', not {' or '.join(_LANGUAGE_MODELS)}.",
+            "Use a Flan-T5 or Vicuna checkpoint of InstructBLIP.",
+        )
+
+
+def _follow_activation(text: Any) -> None:
+    """What T5's configuration reads out of `feed_forward_proj`, after an override changed it."""
+    gate, _, activation = text.feed_forward_proj.rpartition("-")
+    text.is_gated_act = gate == "gated"
+    text.dense_act_fn = "gelu_new" if text.feed_forward_proj == "gated-gelu" else activation
+
+
+def _has_own_head(options: ModelOptions, text: Any) -> bool:
+    """Whether T5's head has its own weights, as Flan-T5's does.
+
+    transformers ties it in every configuration, and unties it when a folder stores it.
+    """
+    if options.checkpoint is None:
+        return not text.scale_decoder_outputs
+    return HEAD in weight_files(Path(options.checkpoint))
+
+
+def _set_base_dropout(config: Any, options: ModelOptions) -> None:
+    vision, qformer, text = config.vision_config, config.qformer_config, config.text_config
+    if options.base_dropout == 0:
+        qformer.hidden_dropout_prob = qformer.attention_probs_dropout_prob = 0.0
+        vision.attention_dropout = 0.0
+        setattr(text, "dropout_rate" if text.model_type == "t5" else "attention_dropout", 0.0)
+    elif vision.attention_dropout or getattr(text, "attention_dropout", 0.0):
+        # It falls inside fused kernels, which draw from a generator.
+        raise CheckpointError(
+            "model.base_dropout: the attention dropout of this checkpoint's vision tower or"
+            " Vicuna cannot be keyed by sample, so a resume would not be exact.",
+            "Set model.base_dropout: 0.",
+        )
+
+
+def skeleton(config: Any) -> nn.Module:
+    """The module tree on the current default device, weights unset."""
+    with no_init_weights():
+        model = InstructBlipForConditionalGeneration(config)
+        _make_biases_members(model)
+    if config.text_config.model_type == "t5":
+        _share_embeddings(model.language_model, config.text_config.tie_word_embeddings)
+    dropping.install(model)
+    return model
+
+
+def _share_embeddings(llm: Any, with_head: bool) -> None:
+    """One embedding for both stacks; without initialisation transformers ties nothing."""
+    llm.set_input_embeddings(llm.shared)
+    if with_head:
+        llm.lm_head.weight = llm.shared.weight
+
+
+def _make_biases_members(model: Any) -> None:
+    """Make the tower's fused projections anew, with their bias from the start.
+
+    transformers adds it after the layer is made: sharded construction would overlook it, and only
+    rank 0 would ever read it from a file.
+    """
+    for layer in model.vision_model.encoder.layers:
+        fused = layer.self_attn.qkv
+        if fused.bias is not None:
+            layer.self_attn.qkv = nn.Linear(fused.in_features, fused.out_features, bias=True)
+
+
+def attention_shape(config: Any, component: str) -> AttentionShape:
+    """The attention shape of `vision`, `qformer` or `llm`; T5's stacks are numbered alike."""
+    names = {"vision": "vision_config", "qformer": "qformer_config", "llm": "text_config"}
+    part = getattr(config, names[component])
+    layers, heads, hidden = part.num_hidden_layers, part.num_attention_heads, part.hidden_size
+    layers = max(layers, getattr(part, "num_decoder_layers", None) or 0)
+    kv_heads = getattr(part, "num_key_value_heads", None) or heads
+    head_dim = getattr(part, "head_dim", None) or hidden // heads
+    return AttentionShape(layers, heads, kv_heads, head_dim, hidden)
+
+
+def picture_tokens(config: Any, component: str) -> int:
+    """Patches and the class token in the tower; behind it the queries."""
+    vision = config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    return patches + 1 if component in ("vision", "vision_norm") else config.num_query_tokens

@@ -1,0 +1,119 @@
+"""Published sizes of InstructBLIP, to the unit, on the meta device."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from mmtrain import plugins
+from mmtrain.config.schema import ComponentConfig
+from mmtrain.errors import ConfigError
+from mmtrain.models.interface import ModelOptions
+from mmtrain.peft.placement import component_of, select
+from tests.unit.instructblip_material import FAMILY
+
+T5_XL, VICUNA = "instructblip-flan-t5-xl", "instructblip-vicuna-7b"
+
+
+@cache
+def meta_model(preset: str) -> Any:
+    config = FAMILY.model_config(ModelOptions(None, preset))
+    with torch.device("meta"):
+        return FAMILY.skeleton(config)
+
+
+# preset, component, sublayers -> parameters per unit of rank
+PER_RANK = [
+    (T5_XL, "qformer", ["self_attn"], 36_864),
+    (T5_XL, "qformer", ["cross_attn"], 44_544),
+    (T5_XL, "qformer", ["ffn"], 184_320),
+    (T5_XL, "qformer", ["self_attn", "cross_attn", "ffn"], 265_728),
+    (T5_XL, "llm", ["attn"], 589_824),
+    (T5_XL, "llm", ["encoder_attn", "decoder_attn", "cross_attn"], 589_824),
+    (T5_XL, "llm", ["ffn"], 1_032_192),
+    (T5_XL, "llm", ["encoder_ffn", "decoder_ffn"], 1_032_192),
+    (T5_XL, "llm", ["attn", "ffn"], 1_622_016),
+    (VICUNA, "llm", ["attn"], 524_288),
+    (VICUNA, "llm", ["ffn"], 1_449_984),
+    (VICUNA, "llm", ["attn", "ffn"], 1_974_272),
+]
+
+
+@pytest.mark.parametrize(("preset", "component", "sublayers", "wanted"), PER_RANK)
+@pytest.mark.parametrize("rank", [1, 8])
+def test_lora_counts(
+    preset: str, component: str, sublayers: list[str], wanted: int, rank: int
+) -> None:
+    method = plugins.load("method", "lora")
+    model = meta_model(preset)
+    block = ComponentConfig(mode="peft", method="lora", sublayers=sublayers)
+    placement = select(FAMILY, component, block, [name for name, _ in model.named_modules()])
+    shapes = {
+        name: tuple(model.get_submodule(name).weight.shape) for name in placement.module_names
+    }
+    assert method.count(shapes, method.options(r=rank)) == wanted * rank
+
+
+def test_keys_and_outputs_can_be_selected() -> None:
+    names = [name for name, _ in meta_model(T5_XL).named_modules()]
+    block = ComponentConfig(
+        mode="peft", method="lora", sublayers={"self_attn": ["k", "o"], "cross_attn": ["k"]}
+    )
+    chosen = select(FAMILY, "qformer", block, names).module_names
+    assert Counter(name.rsplit(".", 1)[1] for name in chosen) == {"key": 12 + 6, "dense": 12}
+
+
+def test_parts_of_t5_are_no_parts_of_vicuna() -> None:
+    names = [name for name, _ in meta_model(VICUNA).named_modules()]
+    block = ComponentConfig(mode="peft", method="lora", sublayers=["attn", "cross_attn"])
+    with pytest.raises(ConfigError, match="cross_attn selects no module"):
+        select(FAMILY, "llm", block, names)
+
+
+SIZES = {
+    T5_XL: {
+        "vision": 985_949_440,
+        "vision_norm": 2_816,
+        "query_tokens": 24_576,
+        "qformer": 185_660_160,
+        "projection": 1_574_912,
+        "llm": 2_849_757_184,  # Flan-T5-XL as published, its head untied
+    },
+    VICUNA: {"projection": 3_149_824, "llm": 6_738_423_808},
+    "instructblip-flan-t5-xxl": {"projection": 3_149_824, "llm": 11_135_332_352},
+    "instructblip-vicuna-13b": {"llm": 13_015_874_560},
+}
+
+
+@pytest.mark.parametrize("preset", SIZES)
+def test_component_sizes(preset: str) -> None:
+    sizes: Counter[str] = Counter()
+    for name, parameter in meta_model(preset).named_parameters():
+        sizes[component_of(FAMILY, name)] += parameter.numel()
+    assert {component: sizes[component] for component in SIZES[preset]} == SIZES[preset]
+
+
+def test_pictures_in_tokens() -> None:
+    config = FAMILY.model_config(ModelOptions(None, T5_XL))
+    found = {name: FAMILY.picture_tokens(config, name) for name in ("vision", "qformer", "llm")}
+    assert found == {"vision": 257, "qformer": 32, "llm": 32}
+
+
+def test_overrides_reach_what_follows_from_them() -> None:
+    changes: dict[str, dict[str, Any]] = {
+        "vision": {"hidden_size": 704, "heads": 8},
+        "llm": {"layers": 4, "heads": 16, "activation": "gated-silu"},
+    }
+    config = FAMILY.model_config(ModelOptions(None, T5_XL, overrides=changes))
+    assert config.qformer_config.encoder_hidden_size == 704
+    text = config.text_config
+    assert (text.num_decoder_layers, text.d_kv, text.dense_act_fn) == (4, 128, "silu")
+    with torch.device("meta"):
+        model = FAMILY.skeleton(config)
+    crossing = model.qformer.encoder.layer[0].crossattention.attention
+    assert crossing.key.in_features == 704
+    assert len(model.language_model.decoder.block) == 4

@@ -1,0 +1,176 @@
+"""What InstructBLIP really sees: tokens decoded again, answers marked, and what may be cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmtrain.errors import DataError
+from mmtrain.models.interface import Example
+from tests.unit.instructblip_material import (
+    FAMILY,
+    TEXTS,
+    TWINS,
+    example,
+    load,
+    mixed,
+    picture,
+    text_and_answer,
+)
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "instructblip"
+QUERIES = 8
+SIDES = ("left", "right")
+Processors = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def processors(tmp_path_factory: pytest.TempPathFactory) -> Processors:
+    folder = tmp_path_factory.mktemp("instructblip")
+    for preset in TWINS:
+        FAMILY.write_tiny(folder / preset, TEXTS, 0, preset)
+    return {preset: load(folder / preset).processor for preset in TWINS}
+
+
+@pytest.fixture(params=TWINS)
+def processor(request: pytest.FixtureRequest, processors: Processors) -> Any:
+    return processors[request.param]
+
+
+def decoded(processor: Any, ids: Sequence[int]) -> str:
+    """The text of tokens, picture tokens counted."""
+    parts = []
+    for is_picture, group in groupby(ids, lambda one: one == processor.image_token_id):
+        run = list(group)
+        text = f"<image>*{len(run)}" if is_picture else processor.tokenizer.decode(run)
+        parts.append(text)
+    return "".join(parts)
+
+
+def readable(processor: Any, one: Example) -> str:
+    """The prompt behind a dot, what has loss behind an arrow, the Q-Former's text behind a Q."""
+    prompt, answer = text_and_answer(one)
+    reads = processor.qformer_tokenizer.decode(one.extras["instruction_ids"])
+    lines = [
+        f"=== {one.id}: {len(one.pixels)} picture(s)",
+        f"Q-Former . {reads}|",
+        f"     LLM . {decoded(processor, prompt)}|",
+        f"    loss > {decoded(processor, answer)}|",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def test_prompts_are_the_published_form(processors: Processors) -> None:
+    parts = []
+    for preset, processor in processors.items():
+        parts.append(f"##### {preset}\n")
+        parts += [readable(processor, one) for one in mixed(processor)]
+    assert "\n".join(parts) == (GOLDEN / "prompts.txt").read_text(encoding="utf-8")
+
+
+def test_labels_are_the_answer_alone(processors: Processors) -> None:
+    for preset, processor in processors.items():
+        for one in mixed(processor):
+            prompt, answer = text_and_answer(one)
+            assert answer[-1] == processor.tokenizer.eos_token_id
+            if preset == "tiny":
+                assert (one.input_ids, one.labels) == (prompt, answer)
+            else:
+                assert one.input_ids == prompt + answer
+                assert one.labels == [-100] * len(prompt) + answer
+
+
+def test_several_pictures_stand_first(processor: Any) -> None:
+    one = example(processor, "two", "Which digit?", "no", [picture(1), picture(2)])
+    assert len(one.pixels) == 2
+    assert decoded(processor, one.input_ids).startswith(f"<image>*{2 * QUERIES}")
+    assert processor.image_token_id not in one.input_ids[2 * QUERIES :]
+
+
+def test_the_frame_of_each_tokenizer(processors: Processors) -> None:
+    for preset, framed in (("tiny", (False, True)), ("tiny-vicuna", (True, False))):
+        processor = processors[preset]
+        one = example(processor, "a", "Which digit?", "5", [picture(1)])
+        text = text_and_answer(one)[0][QUERIES:]
+        tokenizer = processor.tokenizer
+        assert (text[0] == tokenizer.bos_token_id, text[-1] == tokenizer.eos_token_id) == framed
+
+
+LONG = "Which digit of these is in the picture? " * 4
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("num_pictures", [0, 1])
+@pytest.mark.parametrize("surplus", [1, 20])
+def test_truncation_spares_pictures_frames_and_answers(
+    processor: Any, side: str, num_pictures: int, surplus: int
+) -> None:
+    def encoded(limit: int) -> Example:
+        pictures = [picture(number) for number in range(num_pictures)]
+        return example(
+            processor, "long", LONG, "7 and then 8", pictures, max_length=limit, side=side
+        )
+
+    whole, answer = text_and_answer(encoded(10_000))
+    limit = len(whole) - surplus
+    cut, same = text_and_answer(encoded(limit))
+    assert same == answer and len(cut) == limit
+    pictures = QUERIES * num_pictures
+    assert cut[:pictures] == whole[:pictures] == [processor.image_token_id] * pictures
+    # Begin and end tokens stay; the text loses its beginning or its end.
+    framed = processor.tokenizer("Which", return_special_tokens_mask=True)["special_tokens_mask"]
+    head, tail = pictures + framed[0], framed[-1]
+    assert cut[:head] == whole[:head] and cut[limit - tail :] == whole[len(whole) - tail :]
+    body, kept = whole[head : len(whole) - tail], cut[head : limit - tail]
+    assert kept == (body[surplus:] if side == "left" else body[:-surplus])
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_the_instruction_is_cut_on_the_same_side(processor: Any, side: str) -> None:
+    def instruction(limit: int) -> list[int]:
+        one = example(
+            processor, "a", "Which?", "5", [picture(1)], (), LONG, max_length=limit, side=side
+        )
+        return one.extras["instruction_ids"]
+
+    whole = instruction(10_000)
+    limit = len(whole) + QUERIES - 5
+    body, kept = whole[1:-1], instruction(limit)[1:-1]
+    assert kept == (body[5:] if side == "left" else body[:-5])
+    assert (instruction(limit)[0], instruction(limit)[-1]) == (whole[0], whole[-1])
+
+
+def test_the_instruction_never_outgrows_its_positions(processor: Any) -> None:
+    one = example(
+        processor, "a", "Which?", "5", [picture(1)], instruction=LONG * 9, max_length=9999
+    )
+    assert len(one.extras["instruction_ids"]) == processor.instruction_positions
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_picture_that_does_not_fit_is_an_error(processor: Any, side: str) -> None:
+    arguments: dict[str, Any] = {"question": "Which?", "target": "5", "pictures": [picture(1)]}
+    # One token more than the picture: the tokenizer's own begin or end.
+    fits = example(processor, "big", **arguments, max_length=QUERIES + 1, side=side)
+    assert len(text_and_answer(fits)[0]) == QUERIES + 1
+    with pytest.raises(DataError, match=f"sample big: .* {QUERIES + 1} tokens, .* is {QUERIES}"):
+        example(processor, "big", **arguments, max_length=QUERIES, side=side)
+
+
+def test_a_picture_token_in_the_text_is_an_error_naming_the_sample(processor: Any) -> None:
+    for question, target in (("What does <image> mean?", "5"), ("Which?", "<image>")):
+        with pytest.raises(DataError, match="sample odd.*<image>"):
+            example(processor, "odd", question, target, [picture(1)])
+
+
+def test_empty_answers_still_learn_to_stop(processor: Any) -> None:
+    one = example(processor, "empty", "Say nothing.", "")
+    assert text_and_answer(one)[1] == [processor.tokenizer.eos_token_id]
+
+
+def test_published_limits() -> None:
+    assert FAMILY.default_max_length == 32 + 128
