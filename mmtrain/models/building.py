@@ -1,9 +1,9 @@
-"""What every family does the same way: build empty, pad, generate, save."""
+"""What every family does the same way: build empty, generate, save."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ __all__ = [
     "initialise_weights",
     "load_processor",
     "load_weights",
-    "pad_ids",
     "save_folder",
 ]
 _SHARD_BYTES = 5 * 10**9
@@ -91,18 +90,6 @@ def load_processor(folder: Path, image_token: str, image_token_id: int | None) -
         )
     processor.image_token_id = found
     return processor
-
-
-def pad_ids(rows: Sequence[Sequence[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Padded ids (pad id 0: it is masked, its value is never seen) and the attention mask."""
-    width = max(len(row) for row in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for number, row in enumerate(rows):
-        where = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        ids[number, where] = torch.tensor(row, dtype=torch.long)
-        mask[number, where] = 1
-    return ids, mask
 
 
 def generation_config(settings: Any, **token_ids: Any) -> Any:

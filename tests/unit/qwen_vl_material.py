@@ -108,7 +108,7 @@ def mixed(processor: Any) -> list[Example]:
 
 def padded(examples: Sequence[Example], side: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask of whole samples, padded on either side."""
-    from mmtrain.models.building import pad_ids
+    from mmtrain.models.batching import pad_ids
 
     return pad_ids([one.input_ids for one in examples], side)
 

@@ -107,7 +107,7 @@ def test_loss_is_the_sum_over_answer_tokens(pair: Pair) -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_positions_are_the_models_own(pair: Pair, side: str) -> None:
-    from mmtrain.models.building import pad_ids
+    from mmtrain.models.batching import pad_ids
 
     examples = mixed(pair.processor)
     rows = [one.input_ids for one in examples]

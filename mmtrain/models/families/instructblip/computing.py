@@ -9,7 +9,8 @@ import torch
 
 from mmtrain.distributed import gathered
 from mmtrain.models.answers import answer_loss
-from mmtrain.models.building import generate_from_embeddings, pad_ids
+from mmtrain.models.batching import pad_ids
+from mmtrain.models.building import generate_from_embeddings
 from mmtrain.models.dropout import scope_of
 from mmtrain.models.families.instructblip.batches import collate
 from mmtrain.models.interface import Batch, Example, ForwardResult

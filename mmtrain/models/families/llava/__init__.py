@@ -181,34 +181,14 @@ class Llava:
 
     def collate(self, examples: Sequence[Example], processor: Any) -> Batch:
         """Right-pad; a batch without any picture carries a blank one that nothing reads."""
-        import torch
+        from mmtrain.models import batching
+        from mmtrain.models.answers import answer_targets
 
-        from mmtrain.models import answers
-        from mmtrain.models.building import pad_ids
-        from mmtrain.models.dropout import stable_hash
-
-        input_ids, attention_mask = pad_ids([example.input_ids for example in examples], "right")
-        pixels = [picture for example in examples for picture in example.pixels]
-        picture_keys = [
-            stable_hash(example.key, number)
-            for example in examples
-            for number in range(len(example.pixels))
-        ]
-        if not pixels:
-            size = processor.image_processor.crop_size
-            pixels, picture_keys = [torch.zeros(3, size["height"], size["width"])], [0]
-        targets = answers.answer_targets(examples, input_ids.shape[1])
-        tensors = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "pixel_values": torch.stack(list(pixels)),
-            "row_keys": torch.tensor([example.key for example in examples]),
-            "picture_keys": torch.tensor(picture_keys),
-            **targets,
-        }
-        num_answer_tokens = int((targets["answer_targets"] != -100).sum())
-        num_tokens = sum(len(example.input_ids) for example in examples if example.weight > 0)
-        return Batch(tensors, [example.id for example in examples], num_answer_tokens, num_tokens)
+        size = processor.image_processor.crop_size
+        tensors = batching.text_tensors(examples)
+        tensors |= batching.picture_tensors(examples, size["height"], size["width"])
+        targets = answer_targets(examples, tensors["input_ids"].shape[1])
+        return batching.make_batch(examples, tensors, targets)
 
     def forward(self, model: Any, batch: Batch) -> ForwardResult:
         """Tower, projector and LLM once each, whatever the batch holds."""
@@ -230,7 +210,8 @@ class Llava:
         self, model: nn.Module, processor: Any, examples: Sequence[Example], settings: Any
     ) -> list[str]:
         """Answers, all prompts in one left-padded batch with a KV cache."""
-        from mmtrain.models.building import generate_from_embeddings, pad_ids
+        from mmtrain.models.batching import pad_ids
+        from mmtrain.models.building import generate_from_embeddings
         from mmtrain.models.text import prompt_ids
 
         prompts = [prompt_ids(example.input_ids, example.labels) for example in examples]

@@ -6,13 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from mmtrain.models import answers
-from mmtrain.models.building import pad_ids
-from mmtrain.models.dropout import stable_hash
+from mmtrain.models import answers, batching
 from mmtrain.models.families.qwen2_vl.encoding import num_tokens
 from mmtrain.models.families.qwen2_vl.processing import Processor
 from mmtrain.models.interface import Batch, Example
-from mmtrain.models.text import IGNORED
 
 COLOURS = 3
 
@@ -20,30 +17,19 @@ COLOURS = 3
 def collate(examples: Sequence[Example], processor: Processor) -> Batch:
     """Right-padded texts; the patches of all pictures one after another."""
     rows = [example.input_ids for example in examples]
-    input_ids, attention_mask = pad_ids(rows, "right")
-    targets = answers.answer_targets(examples, input_ids.shape[1])
-    tensors = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "position_ids": padded_positions(examples, rows, processor, attention_mask),
-        "row_keys": torch.tensor([example.key for example in examples]),
-        **picture_tensors(examples, processor),
-        **targets,
-    }
-    num_answer_tokens = int((targets["answer_targets"] != IGNORED).sum())
-    total = sum(len(example.input_ids) for example in examples if example.weight > 0)
-    return Batch(tensors, [example.id for example in examples], num_answer_tokens, total)
+    tensors = batching.text_tensors(examples)
+    mask = tensors["attention_mask"]
+    tensors["position_ids"] = padded_positions(examples, rows, processor, mask)
+    tensors |= picture_tensors(examples, processor)
+    targets = answers.answer_targets(examples, mask.shape[1])
+    return batching.make_batch(examples, tensors, targets)
 
 
 def picture_tensors(examples: Sequence[Example], processor: Processor) -> dict[str, torch.Tensor]:
     """Patches, grids and dropout keys; without any picture, a blank one that nothing reads."""
     pixels = [rows for example in examples for rows in example.pixels]
     grids = [grid for example in examples for grid in example.extras["grid"]]
-    keys = [
-        stable_hash(example.key, number)
-        for example in examples
-        for number in range(len(example.pixels))
-    ]
+    keys = batching.picture_keys(examples)
     num_read = sum(num_tokens(grid, processor.merge_size) for grid in grids)
     if not pixels:
         side = processor.merge_size

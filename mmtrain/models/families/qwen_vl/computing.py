@@ -9,7 +9,8 @@ import torch
 
 from mmtrain.distributed import spans_ranks
 from mmtrain.models.answers import answer_loss
-from mmtrain.models.building import generation_config, pad_ids
+from mmtrain.models.batching import pad_ids
+from mmtrain.models.building import generation_config
 from mmtrain.models.dropout import scope_of
 from mmtrain.models.families.qwen_vl.encoding import collate
 from mmtrain.models.families.qwen_vl.processing import Processor

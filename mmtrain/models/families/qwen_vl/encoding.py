@@ -16,11 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from PIL.Image import Image
 
-from mmtrain.models import answers, text
-from mmtrain.models.building import pad_ids
+from mmtrain.models import answers, batching, text
 from mmtrain.models.dropout import stable_hash
 from mmtrain.models.families.qwen_vl.processing import Processor, pixel_values
 from mmtrain.models.families.qwen_vl.tokenizer import (
@@ -103,25 +101,9 @@ def _pictures(processor: Processor, count: int) -> list[int]:
 
 def collate(examples: Sequence[Example], processor: Processor) -> Batch:
     """Right-pad; a batch without any picture carries a blank one that nothing reads."""
-    input_ids, attention_mask = pad_ids([example.input_ids for example in examples], "right")
-    pixels = [picture for example in examples for picture in example.pixels]
-    keys = [
-        stable_hash(example.key, number)
-        for example in examples
-        for number in range(len(example.pixels))
-    ]
-    if not pixels:
-        pixels, keys = [torch.zeros(3, processor.image_size, processor.image_size)], [0]
-    targets = answers.answer_targets(examples, input_ids.shape[1])
-    tensors = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "is_image": input_ids == processor.image_token_id,
-        "pixel_values": torch.stack(pixels),
-        "row_keys": torch.tensor([example.key for example in examples]),
-        "picture_keys": torch.tensor(keys),
-        **targets,
-    }
-    num_answer_tokens = int((targets["answer_targets"] != text.IGNORED).sum())
-    num_tokens = sum(len(example.input_ids) for example in examples if example.weight > 0)
-    return Batch(tensors, [example.id for example in examples], num_answer_tokens, num_tokens)
+    tensors = batching.text_tensors(examples)
+    tensors["is_image"] = tensors["input_ids"] == processor.image_token_id
+    side = processor.image_size
+    tensors |= batching.picture_tensors(examples, side, side)
+    targets = answers.answer_targets(examples, tensors["input_ids"].shape[1])
+    return batching.make_batch(examples, tensors, targets)

@@ -1,0 +1,63 @@
+"""From examples to padded tensors: what the batches of all families have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from mmtrain.models.dropout import stable_hash
+from mmtrain.models.interface import Batch, Example
+from mmtrain.models.text import IGNORED
+
+
+def pad_ids(rows: Sequence[Sequence[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Padded ids (pad id 0: it is masked, its value is never seen) and the attention mask."""
+    width = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for number, row in enumerate(rows):
+        where = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[number, where] = torch.tensor(row, dtype=torch.long)
+        mask[number, where] = 1
+    return ids, mask
+
+
+def text_tensors(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    """Right-padded ids with their mask, and the key of each row's dropout."""
+    input_ids, attention_mask = pad_ids([example.input_ids for example in examples], "right")
+    row_keys = torch.tensor([example.key for example in examples])
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "row_keys": row_keys}
+
+
+def picture_keys(examples: Sequence[Example]) -> list[int]:
+    """The dropout key of every picture, by its sample and its place there."""
+    return [
+        stable_hash(example.key, number)
+        for example in examples
+        for number in range(len(example.pixels))
+    ]
+
+
+def picture_tensors(
+    examples: Sequence[Example], height: int, width: int
+) -> dict[str, torch.Tensor]:
+    """All pictures of one size; without any, a blank one that nothing reads."""
+    pixels = [picture for example in examples for picture in example.pixels]
+    keys = picture_keys(examples)
+    if not pixels:
+        pixels, keys = [torch.zeros(3, height, width)], [0]
+    return {"pixel_values": torch.stack(pixels), "picture_keys": torch.tensor(keys)}
+
+
+def make_batch(
+    examples: Sequence[Example],
+    tensors: Mapping[str, torch.Tensor],
+    targets: Mapping[str, torch.Tensor],
+    num_decoder_tokens: int = 0,
+) -> Batch:
+    """The batch with its counts; samples of weight zero are in it, but not counted."""
+    num_answer_tokens = int((targets["answer_targets"] != IGNORED).sum())
+    num_tokens = sum(len(example.input_ids) for example in examples if example.weight > 0)
+    ids = [example.id for example in examples]
+    return Batch({**tensors, **targets}, ids, num_answer_tokens, num_tokens + num_decoder_tokens)
