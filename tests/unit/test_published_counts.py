@@ -1,0 +1,89 @@
+"""`mmtrain check` against the counts that the papers and checkpoints give, to the unit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mmtrain.build import resolve
+from mmtrain.commands import check
+
+FLAN_T5_XL = ("instructblip", "instructblip-flan-t5-xl")
+VICUNA_7B = ("instructblip", "instructblip-vicuna-7b")
+QWEN = ("qwen_vl", "qwen-vl-chat")
+FULL = {"mode": "full"}
+PRESETS = {
+    ("llava", "llava-1.5-7b"): 7_062_902_784,
+    ("llava", "llava-1.5-13b"): 13_350_839_296,
+    ("llava", "sharegpt4v-7b"): 7_062_902_784,
+    ("qwen2_vl", "qwen2-vl-7b"): 8_291_375_616,
+    ("qwen2_vl", "qwen2.5-vl-7b"): 8_292_166_656,
+    ("qwen2_vl", "qwen3-vl-8b"): 8_767_123_696,
+    QWEN: 9_656_935_168,
+}
+
+
+def lora(rank: int, *sublayers: str, **roles: list[str]) -> dict[str, Any]:
+    chosen = roles or list(sublayers)
+    return {"mode": "peft", "method": "lora", "r": rank, "sublayers": chosen}
+
+
+# (family, preset), component, block -> what trains; per unit of rank where the papers say so
+TRAINED = {
+    "T5 Q-Former self": (FLAN_T5_XL, "qformer", lora(1, "self_attn"), 36_864),
+    "T5 Q-Former cross": (FLAN_T5_XL, "qformer", lora(1, "cross_attn"), 44_544),
+    "T5 Q-Former ffn": (FLAN_T5_XL, "qformer", lora(1, "ffn"), 184_320),
+    "T5 Q-Former all": (FLAN_T5_XL, "qformer", lora(1, "self_attn", "cross_attn", "ffn"), 265_728),
+    "T5 attn": (FLAN_T5_XL, "llm", lora(1, "attn"), 589_824),
+    "T5 ffn": (FLAN_T5_XL, "llm", lora(1, "ffn"), 1_032_192),
+    "T5 all": (FLAN_T5_XL, "llm", lora(1, "attn", "ffn"), 1_622_016),
+    "T5 groups": (
+        FLAN_T5_XL,
+        "llm",
+        lora(1, "encoder_attn", "decoder_attn", "cross_attn", "encoder_ffn", "decoder_ffn"),
+        1_622_016,
+    ),
+    "T5 twice named": (FLAN_T5_XL, "llm", lora(1, "attn", "cross_attn"), 589_824),
+    "T5 at rank 8": (FLAN_T5_XL, "llm", lora(8, "attn"), 8 * 589_824),
+    "T5 norm": (FLAN_T5_XL, "vision_norm", FULL, 2_816),
+    "T5 query tokens": (FLAN_T5_XL, "query_tokens", FULL, 24_576),
+    "T5 projection": (FLAN_T5_XL, "projection", FULL, 1_574_912),
+    "Vicuna projection": (VICUNA_7B, "projection", FULL, 3_149_824),
+    "Vicuna attn": (VICUNA_7B, "llm", lora(1, "attn"), 524_288),
+    "Vicuna ffn": (VICUNA_7B, "llm", lora(1, "ffn"), 1_449_984),
+    "Vicuna all": (VICUNA_7B, "llm", lora(1, "attn", "ffn"), 1_974_272),
+    "Qwen LoRA": (QWEN, "llm", lora(128, "attn", "mlp"), 224_395_264),
+    "Qwen LoRA by role": (
+        QWEN,
+        "llm",
+        lora(128, attn=["qkv", "o"], mlp=["up", "gate"]),
+        224_395_264,
+    ),
+    "ShareGPT4V LoRA": (("llava", "sharegpt4v-7b"), "llm", lora(128, "attn", "mlp"), 319_815_680),
+    "ShareGPT4V connector": (("llava", "sharegpt4v-7b"), "connector", FULL, 20_979_712),
+}
+
+
+def examined(base: tuple[str, str], components: dict[str, Any]) -> dict[str, Any]:
+    family, preset = base
+    run = {"model": {"family": family, "preset": preset}, "components": components}
+    return check.examine(resolve(run), 8, None)
+
+
+@pytest.mark.parametrize("base", PRESETS, ids=[preset for _, preset in PRESETS])
+def test_presets_have_the_published_size(base: tuple[str, str]) -> None:
+    assert examined(base, {})["base_params"] == PRESETS[base]
+
+
+@pytest.mark.parametrize("row", TRAINED)
+def test_what_trains_has_the_published_size(row: str) -> None:
+    base, component, block, wanted = TRAINED[row]
+    report = examined(base, {component: block})
+    assert report["trainable_params"] == wanted
+    assert report["components"][component]["trainable_params"] == wanted
+
+
+def test_qwens_released_connector_is_embeddings_and_head() -> None:
+    report = examined(QWEN, {"embeddings": FULL, "head": FULL})
+    assert report["trainable_params"] == 1_244_659_712
