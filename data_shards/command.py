@@ -16,6 +16,7 @@ from rich.table import Table
 from data_shards.build import Recipe, build_split
 from data_shards.writer import DEFAULT_SAMPLES_PER_SHARD, exclusive
 from mmtrain import plugins
+from mmtrain.commands.arguments import positive
 from mmtrain.data.manifest import INDEX_NAME, MANIFEST_NAME, SHARD_GLOB, read_manifest
 from mmtrain.data.verify import verify_folder
 from mmtrain.errors import ConfigError, DataError, nearest
@@ -45,13 +46,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     build.add_argument(
         "--samples-per-shard",
-        type=_positive,
+        type=positive,
         default=DEFAULT_SAMPLES_PER_SHARD,
         metavar="N",
         help="default %(default)s",
     )
     build.add_argument(
-        "--limit", type=_positive, metavar="N", help="keep N samples drawn at random by --seed"
+        "--limit", type=positive, metavar="N", help="keep N samples drawn at random by --seed"
     )
     build.add_argument(
         "--seed", type=int, default=0, metavar="N", help="keys --limit; default %(default)s"
@@ -68,16 +69,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run `mmtrain shards build` or `mmtrain shards verify`."""
     return {"build": _build, "verify": _verify}[args.shards_action](args)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return number
-
-
-# --- build --------------------------------------------------------------------------------------
 
 
 def _build(args: argparse.Namespace) -> int:

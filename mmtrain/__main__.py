@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 import traceback
@@ -54,6 +55,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             message = " ".join(message.split())
         print(f"error: {message}", file=sys.stderr)
         return error.exit_code if isinstance(error, MmtrainError) else FAULT
+
+
+def entry() -> None:
+    """The console command. Threads of a process group can abort Python as it ends: it is left out.
+
+    By then everything is written; after an error of ours Python ends as usual.
+    """
+    code = main()
+    distributed = sys.modules.get("mmtrain.distributed")
+    if distributed is None or not distributed.was_initialised():
+        sys.exit(code)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def without_local_rank(argv: Sequence[str]) -> list[str]:
@@ -121,4 +137,4 @@ def _overview(commands: dict[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Assembled:
     model: nn.Module
     processor: Any
     trainable: Trainable
+    base_files: tuple[Path, ...]
     standard_folder: bool  # transformers reads the base's folder
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
@@ -39,14 +40,38 @@ class Assembled:
         return {name: named[name] for name in self.trainable.owner}
 
 
-def build_model(config: RunConfig, zero3_config: Mapping[str, Any] | None) -> Assembled:
-    """Load the base, then attach and freeze (never the other way round)."""
+def build_model(
+    config: RunConfig, zero3_config: Mapping[str, Any] | None, trains: bool = True
+) -> Assembled:
+    """Load the base, then attach and freeze (never the other way round).
+
+    Where nothing trains, the base's configuration keeps the dropout that its folder states.
+    """
     family = plugins.load("family", config.model.family)
-    loaded = family.load(model_options(config), zero3_config)
+    options = model_options(config)
+    if not trains:
+        options = replace(options, base_dropout="stored")
+    loaded = family.load(options, zero3_config)
     trainable = make_trainable(loaded.model, family, config.components, config.seed)
     if config.parallel.activation_checkpointing:
         loaded.model.activation_checkpointing_enable({"use_reentrant": False})
-    return Assembled(family, loaded.model, loaded.processor, trainable, loaded.standard_folder)
+    return Assembled(
+        family=family,
+        model=loaded.model,
+        processor=loaded.processor,
+        trainable=trainable,
+        base_files=loaded.weight_files,
+        standard_folder=loaded.standard_folder,
+    )
+
+
+def refuse_preset(config: RunConfig) -> None:
+    """Before minutes of building random weights that no sample can be tokenised for."""
+    if config.model.checkpoint is None:
+        raise CheckpointError(
+            f"model.preset '{config.model.preset}' has random weights and no tokenizer.",
+            "Give model.checkpoint to train, evaluate or predict.",
+        )
 
 
 def data_section(config: RunConfig) -> DataConfig:
@@ -65,11 +90,6 @@ def build_source(
 ) -> Source:
     """The samples of one shard folder, encoded for the run's family."""
     data = data_section(config)
-    if assembled.processor is None:
-        raise CheckpointError(
-            f"model.preset '{config.model.preset}' has random weights and no tokenizer.",
-            "Give model.checkpoint to train or evaluate on shards.",
-        )
     task = plugins.load("task", data.task)
     template = task.templates[data.template or next(iter(task.templates))]
 
@@ -83,16 +103,10 @@ def build_source(
     return Source(ShardFolder.open(Path(folder)), template, encode, limit, blank_images)
 
 
-def base_digest(*folders: str | None) -> str:
-    """One sha256 over the base folders' weight files, cached by (path, size, mtime)."""
-    given = [Path(folder) for folder in folders if folder is not None]
-    if not given:
+def base_digest(files: Sequence[Path]) -> str:
+    """One sha256 over the base's weight files, cached by (path, size, mtime)."""
+    if not files:
         return "preset"
-    files = [
-        path
-        for folder in given
-        for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    ]
     cache_path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mmtrain"
     cache_file = cache_path / "base-digests.json"
     try:

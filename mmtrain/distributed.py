@@ -20,6 +20,8 @@ import torch.distributed as dist
 from mmtrain import network
 from mmtrain.errors import LaunchError
 
+_joined = False
+
 
 @dataclass(frozen=True)
 class World:
@@ -46,6 +48,8 @@ def quieten_libraries() -> None:
     """Keep what libraries say about themselves out of the user's log."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\..*")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Both: transformers sets its logger's level when it is imported, from this.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
@@ -63,7 +67,9 @@ def initialise(timeout_minutes: float = 10.0) -> World:
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not dist.is_initialized():
+        global _joined
         _initialise_group(rank, size, cuda, timeout_minutes)
+        _joined = True
     return World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, device)
 
 
@@ -93,8 +99,13 @@ def _initialise_group(rank: int, size: int, cuda: bool, timeout_minutes: float) 
         ) from error
 
 
+def was_initialised() -> bool:
+    """Whether this process ever joined a group; some of its threads outlive `shut_down`."""
+    return _joined
+
+
 def shut_down() -> None:
-    """Leave the process group; its threads would else outlive the interpreter and abort it."""
+    """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -148,6 +159,10 @@ def prepare_deepspeed() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Without this it believes in one rank when it checks the batch sizes.
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    # It prints 18 lines about memory at every start, whatever the log level.
+    from deepspeed.runtime import bf16_optimizer
+
+    setattr(bf16_optimizer, "see_memory_usage", lambda *_, **__: None)
 
 
 @contextmanager

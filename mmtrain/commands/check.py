@@ -146,8 +146,10 @@ def _component_table(report: dict[str, Any], title: str) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table("component", "mode", "method", title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     table.collapse_padding = True
+    for heading in ("component", "mode", "method"):
+        table.add_column(heading, overflow="fold")
     for heading in ("modules", "parameters", "added", "trainable"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, part in report["components"].items():

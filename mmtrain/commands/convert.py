@@ -70,7 +70,13 @@ def run(args: argparse.Namespace) -> int:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise MmtrainError(f"DST {target} is not empty.", "Choose another folder, or empty it.")
     name, family = _family_of(source, args.family)
-    options = ModelOptions(str(source), None, dtype=args.dtype, vision_tower=args.vision_tower)
+    options = ModelOptions(
+        str(source),
+        None,
+        dtype=args.dtype,
+        base_dropout="stored",
+        vision_tower=args.vision_tower,
+    )
     refuse_full_disk(_bytes_to_write(family, options), target)
     with _put_in_place(target) as folder:
         print(f"reading {source} as {name} in {args.dtype}", flush=True)
@@ -78,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
         print("written; reading it back", flush=True)
         difference = prove(family, wanted, folder, model_class, args.dtype)
     print(f"largest difference of logits, with and without a picture: {difference:.3g}")
+    if not _is_of_transformers(model_class):
+        print(f"transformers has no {model_class.__name__}: the folder is for mmtrain")
     print(f"wrote {target}")
     return 0
 
@@ -85,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
 def _family_of(source: Path, chosen: str | None) -> tuple[str, Family]:
     """The family that reads such folders."""
     from mmtrain import plugins
+    from mmtrain.models.configuration import readers
     from mmtrain.models.weights import read_json
 
     if chosen is not None:
@@ -92,9 +101,7 @@ def _family_of(source: Path, chosen: str | None) -> tuple[str, Family]:
     if not source.is_dir():
         raise CheckpointError(f"SRC {source} is no folder.", "Correct the path.")
     found = read_json(source / "config.json").get("model_type")
-    known: dict[str, str] = {}
-    for name in plugins.names("family"):
-        known |= dict.fromkeys(plugins.load("family", name).model_types, name)
+    known = readers()
     if found not in known:
         raise CheckpointError(
             f"{source}: no family reads a '{found}' checkpoint; {nearest(str(found), known)}",
@@ -160,13 +167,17 @@ def prove(family: Family, wanted: Evidence, folder: Path, model_class: type, dty
     found = _evidence(family, again.model, again.processor)
     _refuse_other_samples(wanted, found)
     differences = [_checked_difference(wanted, found, dtype)]
-    if model_class.__module__.startswith("transformers."):
+    if _is_of_transformers(model_class):
         processor = again.processor
         del again  # one model at a time
         model = _by_transformers(model_class, folder, dtype)
         found = _evidence(family, model, processor)
         differences.append(_checked_difference(wanted, found, dtype))
     return max(differences)
+
+
+def _is_of_transformers(model_class: type) -> bool:
+    return model_class.__module__.startswith("transformers.")
 
 
 def _evidence(family: Family, model: Any, processor: Any) -> Evidence:
@@ -176,8 +187,7 @@ def _evidence(family: Family, model: Any, processor: Any) -> Evidence:
     from mmtrain.tasks.interface import Rendered, Turn
 
     device = next(model.parameters()).device
-    own = hasattr(model, "get_output_embeddings")
-    head = model.get_output_embeddings() if own else model.get_submodule("lm_head")
+    head = model.get_output_embeddings()
     caught: list[torch.Tensor] = []
     handle = head.register_forward_hook(lambda *call: caught.append(call[-1].float().cpu()))
     rendered = Rendered((Turn("user", "What is to be seen here?"),), "A red field, then a blue one")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mmtrain.commands.arguments import positive
+
 HELP = "score a run (or its base) on a shard folder"
 _EXAMPLES = """examples:
   mmtrain evaluate runs/r64 --data shards/scienceqa/test
@@ -21,7 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="shard folder; default: the run's data.val")
     parser.add_argument("--base", action="store_true", help="the base model, nothing trained")
     parser.add_argument("--blank-images", action="store_true", help="replace pictures by grey ones")
-    parser.add_argument("--limit", type=int, help="only the first N samples")
+    parser.add_argument("--limit", type=positive, help="only the first N samples")
     parser.add_argument(
         "--out", help="folder of the result; default: evaluation/ in the run folder"
     )
@@ -31,11 +33,14 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate and print the metrics."""
     from mmtrain import distributed, plugins
     from mmtrain.assemble import build_source, data_section
+    from mmtrain.data.shards import ShardFolder
     from mmtrain.errors import ConfigError
     from mmtrain.evaluation.evaluate import evaluate, write_evaluation
     from mmtrain.training.inference import ready_from_argument
     from mmtrain.training.progress import Progress
 
+    if args.data:
+        ShardFolder.open(Path(args.data))  # a missing folder is known before minutes of loading
     ready = ready_from_argument(args.run, args.overrides, args.base)
     data = data_section(ready.config)
     folder = args.data or data.val

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from mmtrain.commands.arguments import positive
 from mmtrain.config.load import load_run_file
 from mmtrain.config.schema import RunConfig
 from mmtrain.errors import ConfigError, MmtrainError
@@ -38,19 +39,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
     quick = parser.add_mutually_exclusive_group()
     quick.add_argument(
-        "--max-steps", type=_positive, metavar="N", help="stop after N optimizer steps"
+        "--max-steps", type=positive, metavar="N", help="stop after N optimizer steps"
     )
     quick.add_argument(
-        "--overfit", type=_positive, metavar="N", help="train and validate on N samples"
+        "--overfit", type=positive, metavar="N", help="train and validate on N samples"
     )
-
-
-def _positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"got '{text}'; give a whole number of at least 1")
-    return number
 
 
 def run(args: argparse.Namespace) -> int:

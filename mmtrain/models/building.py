@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,19 @@ from torch import nn
 from mmtrain.distributed import sharded_construction, spans_ranks
 from mmtrain.errors import CheckpointError
 from mmtrain.models.host_memory import returning_freed_memory
-from mmtrain.models.weights import DTYPES, initialise_weights, load_weights
+from mmtrain.models.interface import ModelOptions
+from mmtrain.models.weights import DTYPES, Source, initialise_weights, load_weights
 
 __all__ = [
     "build_empty",
+    "fill",
     "generate_from_embeddings",
     "generation_config",
     "initialise_weights",
     "load_processor",
     "load_weights",
+    "refuse_larger_tokenizer",
+    "refuse_other_picture_size",
     "save_folder",
 ]
 _SHARD_BYTES = 5 * 10**9
@@ -72,10 +76,15 @@ def _restore_buffers(model: nn.Module, skeleton: Callable[[Any], nn.Module], con
 
 def load_processor(folder: Path, image_token: str, image_token_id: int | None) -> Any:
     """The folder's processor, checked against the model's configuration, if that names the id."""
-    from transformers import AutoProcessor
+    from transformers import AutoImageProcessor, AutoProcessor
 
+    # Left open, the second is asked of whoever sits at the terminal.
+    safe = {"local_files_only": True, "trust_remote_code": False}
     try:
-        processor = AutoProcessor.from_pretrained(str(folder), local_files_only=True)
+        processor = AutoProcessor.from_pretrained(str(folder), **safe)
+        # As in training, and the same whether torchvision is installed or not.
+        pictures = AutoImageProcessor.from_pretrained(str(folder), backend="pil", **safe)
+        processor.image_processor = pictures
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{folder}: no usable processor there ({str(error).splitlines()[0]}).",
@@ -90,6 +99,35 @@ def load_processor(folder: Path, image_token: str, image_token_id: int | None) -
         )
     processor.image_token_id = found
     return processor
+
+
+def fill(model: nn.Module, sources: Sequence[Source], options: ModelOptions) -> tuple[Path, ...]:
+    """Weights from the folders, or keyed random ones where there is none; the files read."""
+    if not sources:
+        initialise_weights(dict(model.named_parameters()), options.seed)
+        return ()
+    return load_weights(model, sources, options)
+
+
+def refuse_other_picture_size(
+    folder: Path, found: tuple[int | None, int | None], wanted: int
+) -> None:
+    """The processor must cut pictures to the size the tower was built for."""
+    if found != (wanted, wanted):
+        raise CheckpointError(
+            f"{folder}: its processor makes pictures of {found[0]} x {found[1]},"
+            f" config.json says {wanted} x {wanted}.",
+            "Use preprocessor files and config.json of the same checkpoint.",
+        )
+
+
+def refuse_larger_tokenizer(folder: Path, num_tokens: int, num_rows: int) -> None:
+    """Every token needs a row of the embeddings; there may be more rows."""
+    if num_tokens > num_rows:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {num_tokens} tokens, config.json {num_rows} embeddings.",
+            "Use tokenizer and config.json of the same checkpoint.",
+        )
 
 
 def generation_config(settings: Any, **token_ids: Any) -> Any:
@@ -113,8 +151,12 @@ def generate_from_embeddings(
     embeds: torch.Tensor,
     attention_mask: torch.Tensor,
     settings: Any,
+    **more: Any,
 ) -> list[str]:
-    """Greedy or beam search from embedded prompts; ranks stay in step while any is unfinished."""
+    """Greedy or beam search from embedded prompts; ranks stay in step while any is unfinished.
+
+    What the model itself wants to know beside them is `more`.
+    """
     generation = generation_config(
         settings,
         bos_token_id=tokenizer.bos_token_id,
@@ -127,6 +169,7 @@ def generate_from_embeddings(
             attention_mask=attention_mask,
             generation_config=generation,
             synced_gpus=spans_ranks(next(model.parameters())),
+            **more,
         )
     return [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,15 @@ _OVERRIDES = {
 }
 
 
+def readers() -> dict[Any, str]:
+    """`model_type` in config.json -> the family that reads such checkpoints."""
+    return {
+        model_type: name
+        for name in plugins.names("family")
+        for model_type in plugins.load("family", name).model_types
+    }
+
+
 def stored_config(folder: Path, model_types: tuple[str, ...]) -> dict[str, Any]:
     """config.json of a checkpoint of this family; another family's is an error that names it."""
     from mmtrain.models.weights import read_json
@@ -34,12 +43,8 @@ def stored_config(folder: Path, model_types: tuple[str, ...]) -> dict[str, Any]:
     found = stored.get("model_type")
     if found not in model_types:
         wanted = " or ".join(f"'{name}'" for name in model_types)
-        readers = [
-            name
-            for name in plugins.names("family")
-            if found in plugins.load("family", name).model_types
-        ]
-        remedy = f"Set model.family: {readers[0]}" if readers else "Correct model.family"
+        reader = readers().get(found)
+        remedy = f"Set model.family: {reader}" if reader else "Correct model.family"
         raise CheckpointError(
             f"{folder}: is a '{found}' checkpoint, not {wanted}.",
             f"{remedy}, or correct model.checkpoint.",
@@ -68,6 +73,21 @@ def set_working_precision(config: Any, parts: Mapping[str, Any], options: ModelO
     config._attn_implementation = options.attention
 
 
+def settle_attention_dropout(parts: Iterable[Any], options: ModelOptions) -> None:
+    """Turn the attention dropout of these parts off, or refuse to train with it."""
+    for part in parts:
+        dropped = getattr(part, "attention_dropout", 0.0)
+        if options.base_dropout == 0:
+            part.attention_dropout = 0.0
+        elif options.base_dropout == "checkpoint" and dropped:
+            # It falls on attention weights inside fused kernels, which draw from a generator.
+            raise CheckpointError(
+                f"model.base_dropout: the attention dropout {dropped} of '{part.model_type}' in"
+                " this checkpoint cannot be keyed by sample, so a resume would not be exact.",
+                "Set model.base_dropout: 0.",
+            )
+
+
 def apply_overrides(parts: Mapping[str, Any], options: ModelOptions) -> None:
     """Change the shapes of components, in place, as `model.overrides` says; all faults at once."""
     problems = []
@@ -89,6 +109,8 @@ def _change(part: Any, changes: Mapping[str, Any], place: str) -> list[str]:
     if unknown:
         offered = [key for key, name in names.items() if name]
         return [f"{place}.{key}: cannot be changed; {nearest(key, offered)}" for key in unknown]
+    if problem := _activation_problem(changes.get("activation")):
+        return [f"{place}.activation: {problem}"]
     heads_before = getattr(part, str(names["heads"]))
     follows = getattr(part, str(names["hidden_size"])) // heads_before
     for key, value in changes.items():
@@ -97,11 +119,19 @@ def _change(part: Any, changes: Mapping[str, Any], place: str) -> list[str]:
     if width % heads:
         return [f"{place}: hidden_size {width} is no multiple of {heads} heads; change one of them"]
     # What other keys say a second time, where it was the same before.
-    if getattr(part, "num_key_value_heads", None) == heads_before:
-        part.num_key_value_heads = heads
-    for name in ("head_dim", "d_kv"):
-        if getattr(part, name, None) == follows:
-            setattr(part, name, width // heads)
+    repeated = {"num_key_value_heads": (heads_before, heads)}
+    repeated |= dict.fromkeys(("head_dim", "d_kv"), (follows, width // heads))
+    for name, (before, after) in repeated.items():
+        if getattr(part, name, None) == before:
+            setattr(part, name, after)
     if "layers" in changes and getattr(part, "num_decoder_layers", None) is not None:
         part.num_decoder_layers = changes["layers"]
     return []
+
+
+def _activation_problem(name: str | None) -> str | None:
+    """What is wrong with an activation; T5 writes `gated-` in front of one."""
+    from transformers.activations import ACT2FN
+
+    plain = (name or "gelu").removeprefix("gated-")
+    return None if plain in ACT2FN else f"no activation '{name}'; {nearest(plain, ACT2FN)}"

@@ -9,7 +9,7 @@ functions, so that listing families is instant.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -33,6 +33,7 @@ class ModelOptions:
     preset: str | None
     dtype: str = "bf16"
     attention: str = "sdpa"
+    # 0, "checkpoint", or "stored" where nothing trains: the configuration stays as it is
     base_dropout: int | str = 0
     seed: int = 42
     vision_tower: str | None = None  # folder, for checkpoints that keep their tower apart
@@ -77,11 +78,12 @@ class Batch:
     ids: list[str]
     num_answer_tokens: int
     num_tokens: int
+    host: dict[str, Any] = field(default_factory=dict)  # what stays on the host
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
+        """The same batch on another device; what is on the host stays there."""
         moved = {name: tensor.to(device) for name, tensor in self.tensors.items()}
-        return Batch(moved, self.ids, self.num_answer_tokens, self.num_tokens)
+        return replace(self, tensors=moved)
 
 
 @dataclass
@@ -101,6 +103,7 @@ class LoadedModel:
     model: torch.nn.Module
     processor: Any
     config: Any
+    weight_files: tuple[Path, ...] = ()  # what the base was read from
     standard_folder: bool = True  # False where transformers' from_pretrained cannot read the folder
 
 

@@ -6,13 +6,18 @@ answer can never be tokenised differently in training and generation.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmtrain.errors import DataError
 
+if TYPE_CHECKING:
+    from mmtrain.tasks.interface import Rendered
+
 IGNORED = -100
+# A conversation: (role, text) of every turn.
+Turns = Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,12 @@ class Piece:
 
     text: str
     is_answer: bool = False
+
+
+def conversation(rendered: Rendered) -> Turns:
+    """The turns of a rendered sample, with its answer as the last."""
+    turns = [(turn.role, turn.text) for turn in rendered.turns]
+    return [*turns, ("assistant", rendered.target)]
 
 
 def tokenise(tokenizer: Any, pieces: Sequence[Piece]) -> tuple[list[int], list[int]]:
@@ -41,17 +52,18 @@ def tokenise(tokenizer: Any, pieces: Sequence[Piece]) -> tuple[list[int], list[i
     return ids, labels
 
 
-def refuse_picture_tokens_in_text(
-    ids: Sequence[int], token_id: int, num_pictures: int, token: str, sample_id: str
+def refuse_control_tokens(
+    control_tokens: Sequence[str], sample_id: str, texts: Iterable[str]
 ) -> None:
-    """A picture token without a picture would take the features of the next sample's."""
-    found = sum(one == token_id for one in ids)
-    if found != num_pictures:
-        raise DataError(
-            f"sample {sample_id}: its text holds {found - num_pictures} {token} of its own,"
-            f" beside {num_pictures} picture(s).",
-            "Take the token out of the text.",
-        )
+    """Their spelling in a text would end a turn, or ask for a picture that is not there."""
+    for said in texts:
+        for token in control_tokens:
+            if token in said:
+                raise DataError(
+                    f"sample {sample_id}: its text holds {token}, which the model reads as a"
+                    " control token.",
+                    "Take the token out of the text.",
+                )
 
 
 def expand(

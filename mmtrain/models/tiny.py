@@ -42,12 +42,12 @@ def train_tokenizer(texts: Sequence[str], image_token: str, vocabulary: int = 51
 def write_llava_folder(family: Any, config: Any, tokenizer: Any, folder: Path, seed: int) -> None:
     """Weights, configuration, tokenizer and processor of a LLaVA-shaped model."""
     import torch
-    from transformers import CLIPImageProcessor, LlavaProcessor
+    from transformers import CLIPImageProcessorPil, LlavaProcessor
 
     from mmtrain.models.weights import initialise_weights
 
     size = config.vision_config.image_size
-    image_processor = CLIPImageProcessor(
+    image_processor = CLIPImageProcessorPil(
         size={"shortest_edge": size}, crop_size={"height": size, "width": size}
     )
     processor = LlavaProcessor(

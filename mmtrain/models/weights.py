@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from mmtrain.models.dropout import stable_hash
 from mmtrain.models.host_memory import returning_freed_memory
 from mmtrain.models.interface import ModelOptions
 
+# Set on parameters that a checkpoint did not give: left frozen, they stay random.
+FRESH = "freshly_initialised"
 log = logging.getLogger("mmtrain")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -69,6 +72,12 @@ def _indexed(folder: Path, index: Path) -> dict[str, Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index}: holds no 'weight_map'.", "Copy it again.")
+    for name, file in weight_map.items():
+        # A name that leads elsewhere would read files that nobody meant to give.
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError(
+                f"{index}: puts {name} in {file!r}, which is no file name.", "Copy it again."
+            )
     files = {name: folder / file for name, file in weight_map.items()}
     missing = sorted({str(path.name) for path in files.values() if not path.exists()})
     if missing:
@@ -87,7 +96,9 @@ class BinFile:
 
     def __enter__(self) -> BinFile:
         try:
-            found = torch.load(self._path, map_location="cpu", mmap=True, weights_only=True)
+            # Files older than torch 1.6 are no archives, and cannot be mapped.
+            mapped = zipfile.is_zipfile(self._path)
+            found = torch.load(self._path, map_location="cpu", mmap=mapped, weights_only=True)
         except (UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
             fault = " ".join(str(error).split())[:200]
             raise CheckpointError(
@@ -235,8 +246,13 @@ def _misfits(
     return fresh
 
 
-def load_weights(model: nn.Module, folders: Sequence[Source], options: ModelOptions) -> None:
-    """Fill every parameter from the folders. Under ZeRO-3 only rank 0 reads the files."""
+def load_weights(
+    model: nn.Module, folders: Sequence[Source], options: ModelOptions
+) -> tuple[Path, ...]:
+    """Fill every parameter from the folders; the files they came from.
+
+    Under ZeRO-3 only rank 0 reads the files.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=True))
     every_name = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     wanted = {name: full_shape(parameter) for name, parameter in parameters.items()}
@@ -258,6 +274,9 @@ def load_weights(model: nn.Module, folders: Sequence[Source], options: ModelOpti
             value = readers[where.path].get_tensor(where.name) if reads else None
             write_parameter(parameters[name], value)
     initialise_weights({name: parameters[name] for name in fresh}, options.seed)
+    for name in fresh:
+        setattr(parameters[name], FRESH, True)
+    return tuple(sorted({found[name].path for name in stored}))
 
 
 def initialise_weights(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 from mmtrain import plugins
 from mmtrain.config.schema import ComponentConfig
 from mmtrain.models.interface import Family
+from mmtrain.models.weights import FRESH
 from mmtrain.peft.interface import Placement
 from mmtrain.peft.placement import select, select_parameters
 
 if TYPE_CHECKING:
     from torch import nn
+
+log = logging.getLogger("mmtrain")
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ def make_trainable(
             owner[name] = owners[0] if owners else declared[name]
         parameter.requires_grad_(name in owner)
     _prove_complete(model, set(base_names), set(declared), set(owner))
+    _warn_of_frozen_noise(model)
     full = tuple(c for c, block in components.items() if block.mode == "full")
     return Trainable(owner, attachments, full)
 
@@ -90,3 +95,19 @@ def _prove_complete(
     names = {name for name, _ in model.named_parameters()}
     added = {name for name in names - base if ".base_layer." not in name}
     assert added <= trained, f"added but frozen: {sorted(added - trained)[:5]}"
+
+
+def _warn_of_frozen_noise(model: nn.Module) -> None:
+    """Weights that `allow_reinit` drew at random and that nothing trains."""
+    frozen = [
+        name
+        for name, parameter in model.named_parameters()
+        if getattr(parameter, FRESH, False) and not parameter.requires_grad
+    ]
+    if frozen:
+        log.warning(
+            "%d tensors were initialised afresh and stay frozen, as %s: random weights that nothing"
+            " trains; give their component mode 'full'",
+            len(frozen),
+            frozen[0],
+        )

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -125,14 +126,14 @@ def loading_snippet(
 
 def _base_lines(config: RunConfig, base_class: str | None) -> tuple[list[str], list[str]]:
     """What to import for the base, and how to load it."""
-    if base_class is None:
-        tower = config.model.vision_tower
-        more = f", vision_tower={tower!r}" if tower else ""
+    options = _own_options(config)
+    if base_class is None or options:
+        given = "".join(f", {key}={value!r}" for key, value in options.items())
         return [
             "from mmtrain import plugins",
             "from mmtrain.models.interface import ModelOptions",
         ], [
-            f"options = ModelOptions(base, None, dtype={config.model.dtype!r}{more})",
+            f"options = ModelOptions(base, None, dtype={config.model.dtype!r}{given})",
             f"loaded = plugins.load('family', {config.model.family!r}).load(options, None)",
             "model, processor = loaded.model, loaded.processor",
         ]
@@ -141,6 +142,23 @@ def _base_lines(config: RunConfig, base_class: str | None) -> tuple[list[str], l
         f"model = {base_class}.from_pretrained(base, dtype={dtype})",
         "processor = AutoProcessor.from_pretrained(base)",
     ]
+
+
+def _own_options(config: RunConfig) -> dict[str, Any]:
+    """What the base was loaded with that transformers knows nothing of."""
+    model = config.model
+    tower = str(Path(model.vision_tower).resolve()) if model.vision_tower else None
+    shapes = {name: one.model_dump(exclude_none=True) for name, one in model.overrides.items()}
+    options = {
+        "vision_tower": tower,
+        "max_pixels": model.max_pixels,
+        "overrides": shapes,
+        "allow_reinit": model.allow_reinit,
+        # Tensors that were initialised afresh are drawn by it.
+        "seed": config.seed if model.allow_reinit else None,
+    }
+    # A seed of 0 counts.
+    return {key: value for key, value in options.items() if value or type(value) is int}
 
 
 def model_card(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmtrain import distributed
-from mmtrain.assemble import Assembled, build_model, pin_numerics
+from mmtrain.assemble import Assembled, build_model, pin_numerics, refuse_preset
 from mmtrain.config.deepspeed import find_deepspeed_config
 from mmtrain.config.load import load_run_file
 from mmtrain.config.schema import RunConfig
@@ -55,13 +55,15 @@ def chosen_checkpoint(run_dir: Path) -> Path:
     newest = folder.newest_good()
     if newest is None:
         raise CheckpointError(
-            f"{run_dir}: no intact checkpoint.", "Train it first, or pass --base for the base."
+            f"{run_dir}: no intact checkpoint.",
+            "Train it first; evaluate and predict take --base for the base.",
         )
     return newest
 
 
 def build_ready(config: RunConfig, checkpoint: Path | None, run_dir: Path | None) -> Ready:
     """Build the model on this rank and load trained weights into it."""
+    refuse_preset(config)
     world: World = distributed.initialise()
     pin_numerics(config, world.local_size)
     settings = complete_config(
@@ -70,7 +72,7 @@ def build_ready(config: RunConfig, checkpoint: Path | None, run_dir: Path | None
     zero3 = settings if settings["zero_optimization"]["stage"] == 3 else None
     if checkpoint is None:
         config = config.model_copy(update={"components": {}})
-    assembled = build_model(config, zero3)
+    assembled = build_model(config, zero3, trains=False)
     if checkpoint is not None:
         checkpoints.load_weights_into_model(checkpoint, assembled.trained_parameters())
     for parameter in assembled.model.parameters():

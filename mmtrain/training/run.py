@@ -24,6 +24,7 @@ from mmtrain.assemble import (
     build_source,
     data_section,
     pin_numerics,
+    refuse_preset,
 )
 from mmtrain.config.deepspeed import find_deepspeed_config
 from mmtrain.config.load import flatten_run
@@ -149,6 +150,7 @@ def _train(
     recorder: Recorder | None,
     on_validation: OnValidation | None,
 ) -> dict[str, float]:
+    refuse_preset(config)
     threads = pin_numerics(config, world.local_size)
     data, optim = data_section(config), config.optim
     if data.train is None:
@@ -170,7 +172,7 @@ def _train(
         raise ConfigError(["components: nothing trains; give a component mode 'full' or 'peft'"])
     train = build_source(config, assembled, data.train, data.limit)
     val = build_source(config, assembled, data.val, data.val_limit) if data.val else None
-    inputs = _on_main(lambda: _input_digests(config, train, val))
+    inputs = _on_main(lambda: _input_digests(assembled, train, val))
     checkpoint_folder = CheckpointFolder(run_dir, config.checkpoint.keep)
     resume = _find_resume(checkpoint_folder, inputs)
     engine, parameters = _build_engine(config, world, assembled, settings, resume)
@@ -200,9 +202,8 @@ def _start(
     recorder.start(flatten_run(config), inputs, step)
 
 
-def _input_digests(config: RunConfig, train: Source, val: Source | None) -> dict[str, str]:
-    base = base_digest(config.model.checkpoint, config.model.vision_tower)
-    digests = {"base": base, "data.train": train.shards.digest}
+def _input_digests(assembled: Assembled, train: Source, val: Source | None) -> dict[str, str]:
+    digests = {"base": base_digest(assembled.base_files), "data.train": train.shards.digest}
     if val is not None:
         digests["data.val"] = val.shards.digest
     return digests
@@ -353,6 +354,13 @@ def _save(
     folder.save(engine, parameters, state, loop.stopping.best_step)
 
 
+def _class_for_others(assembled: Assembled) -> str | None:
+    """transformers' class that reads the base's folder; None where mmtrain is needed for it."""
+    parts = (assembled.model, assembled.processor)
+    known = all(type(part).__module__.startswith("transformers.") for part in parts)
+    return type(assembled.model).__name__ if known and assembled.standard_folder else None
+
+
 def _finish(
     config: RunConfig,
     world: World,
@@ -370,7 +378,7 @@ def _finish(
         if damage is not None:
             log.warning("best checkpoint step-%d is not exported, the last is: %s", best, damage)
         chosen = best if best > 0 and damage is None else loop.state.step
-        base_class = type(assembled.model).__name__ if assembled.standard_folder else None
+        base_class = _class_for_others(assembled)
         written = export_trained(
             folder.path(chosen), run_dir, config, assembled.trainable, base_class
         )

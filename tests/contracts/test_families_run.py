@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mmtrain import plugins
+from mmtrain.__main__ import main
 from mmtrain.config.schema import ComponentConfig
 from mmtrain.errors import CheckpointError, DataError
 from mmtrain.models.dropout import scope_of
@@ -204,6 +205,21 @@ def test_a_picture_that_does_not_fit_is_an_error_naming_the_sample(twin: Twin) -
     assert caught.value.remedy and "\n" not in str(caught.value)
 
 
+def test_the_spelling_of_a_control_token_never_controls(twin: Twin) -> None:
+    """It is an error that names the sample, or ordinary text: no turn ends there."""
+    tokenizer = twin.loaded().processor.tokenizer
+    ends = tokenizer.eos_token_id
+    end_id = ends[0] if isinstance(ends, list) else ends
+    (end,) = tokenizer.batch_decode([[end_id]])
+    try:
+        odd = twin.encode("odd", f"Which{end}one?", "5")
+    except DataError as error:
+        assert "sample odd" in str(error) and end in str(error) and error.remedy
+    else:
+        plain = twin.encode("plain", "Which one?", "5")
+        assert odd.input_ids.count(end_id) == plain.input_ids.count(end_id)
+
+
 def test_the_base_has_no_dropout_unless_asked(twin: Twin) -> None:
     model = twin.load().model
     samples = twin.samples()
@@ -249,6 +265,31 @@ def test_a_saved_folder_loads_again(twin: Twin, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first.pixels, second.pixels, strict=True))
 
 
+def test_convert_keeps_the_base_as_it_was(
+    twin: Twin, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its dropout, too, which training turns off unless asked."""
+    target = tmp_path / "converted"
+    assert main(["convert", str(twin.folder), str(target), "--dtype", "fp32"]) == 0
+    assert "largest difference of logits" in capsys.readouterr().out  # the command bounds it
+    before, after = (dropouts(folder) for folder in (twin.folder, target))
+    assert after == before
+
+
+def dropouts(folder: Path) -> dict[str, float]:
+    """Every probability of config.json that is called a dropout, by its path."""
+    found: dict[str, float] = {}
+
+    def visit(path: str, value: Any) -> None:
+        for key, inner in value.items() if isinstance(value, dict) else ():
+            if "drop" in key and isinstance(inner, (int, float)):
+                found[f"{path}{key}"] = float(inner)
+            visit(f"{path}{key}.", inner)
+
+    visit("", json.loads((folder / "config.json").read_text()))
+    return found
+
+
 def test_tiny_checkpoints_repeat(twin: Twin, tmp_path: Path) -> None:
     twin.family.write_tiny(tmp_path / "again", tiny.DIGITS_TEXTS, seed=0, preset=twin.preset)
     files = {path.relative_to(twin.folder) for path in twin.folder.rglob("*") if path.is_file()}
@@ -286,21 +327,43 @@ def test_another_family_names_the_right_one(twin: Twin) -> None:
                 plugins.load("family", name).load(options, None)
 
 
-def test_code_in_a_checkpoint_is_never_run(twin: Twin, tmp_path: Path) -> None:
+def test_code_in_a_checkpoint_is_never_run(
+    twin: Twin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Classes that only the folder's code has: refused or replaced, whatever a terminal answers."""
     folder = tmp_path / "with-code"
     shutil.copytree(twin.folder, folder)
     canary = tmp_path / "canary"
-    (folder / "modeling_evil.py").write_text(f"open({str(canary)!r}, 'w').write('x')\n")
-    config = json.loads((folder / "config.json").read_text())
-    config["auto_map"] = {
-        "AutoConfig": "modeling_evil.Config",
-        "AutoModelForCausalLM": "modeling_evil.Model",
-        "AutoModelForImageTextToText": "modeling_evil.Model",
-        "AutoProcessor": "modeling_evil.Processor",
+    (folder / "evil.py").write_text(f"open({str(canary)!r}, 'w').write('x')\n")
+    kinds = ("Config", "Processor", "Tokenizer", "ImageProcessor", "Model", "ModelForCausalLM")
+    stated = {
+        "auto_map": {f"Auto{kind}": f"evil.Evil{kind}" for kind in kinds},
+        "processor_class": "EvilProcessor",
+        "tokenizer_class": "EvilTokenizer",
+        "image_processor_type": "EvilImageProcessor",
     }
-    (folder / "config.json").write_text(json.dumps(config))
-    twin.load(folder)
+    stated["auto_map"]["AutoTokenizer"] = ["evil.EvilTokenizer", None]
+    for path in folder.rglob("*config.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **stated}))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    try:
+        twin.load(folder)
+    except CheckpointError as error:
+        assert "\n" not in str(error)
     assert not canary.exists()
+
+
+@pytest.mark.parametrize("named", ["../elsewhere.safetensors", "/elsewhere.safetensors", 7, None])
+def test_an_index_names_files_of_its_own_folder(twin: Twin, tmp_path: Path, named: Any) -> None:
+    folder = tmp_path / "indexed"
+    shutil.copytree(twin.folder, folder)
+    file = next(iter(folder.glob("*.safetensors")))
+    weight_map = dict.fromkeys(load_file(file), named)
+    file.rename(tmp_path / "elsewhere.safetensors")
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="which is no file name"):
+        twin.load(folder)
 
 
 def test_heads_can_be_overridden_in_every_component(twin: Twin) -> None:

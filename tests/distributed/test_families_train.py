@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from data_shards.writer import ShardWriter
 from mmtrain import plugins
@@ -213,3 +214,30 @@ def test_same_answers_batched_or_not_sharded_or_not(walk: FamilyWalk) -> None:
 def test_it_learns_by_looking_at_the_picture(walk: FamilyWalk) -> None:
     assert walk.found("own")["accuracy"] >= 0.95, walk.losses("memorised")[::10]
     assert walk.found("shuffled")["accuracy"] <= CHANCE
+
+
+def test_the_cards_snippet_rebuilds_the_trained_model(
+    walk: FamilyWalk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run as a reader would, in the run folder; its losses are those of the trained model."""
+    from mmtrain.assemble import build_source
+    from mmtrain.training.inference import ready_from_argument
+
+    run = walk.root / "zero2"
+    card = next((run / "adapter").rglob("README.md")).read_text(encoding="utf-8")
+    snippet = card[card.index("```python") + len("```python") : card.rindex("```")]
+    monkeypatch.chdir(run)
+    found: dict[str, Any] = {}
+    exec(snippet, found)
+    ready = ready_from_argument(str(run), ["parallel.deepspeed=zero0"], base=False)
+    data = ready.config.data
+    assert data is not None and data.val is not None
+    source = build_source(ready.config, ready.assembled, data.val)
+    family, processor = ready.assembled.family, ready.assembled.processor
+    batch = family.collate([source.example(index) for index in range(3)], processor)
+    with torch.no_grad():
+        wanted, rebuilt = (
+            family.forward(model, batch).per_sample_loss
+            for model in (ready.assembled.model, found["model"])
+        )
+    assert torch.allclose(rebuilt, wanted, rtol=SPLIT_TOLERANCE)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import safe_open
 
 from mmtrain import plugins
 from mmtrain.models.interface import Batch, Example, LoadedModel, ModelOptions
@@ -53,12 +52,6 @@ def load(folder: Path, dtype: str = "fp32", base_dropout: int | str = 0) -> Load
     """The folder through the family."""
     options = ModelOptions(str(folder), None, dtype, base_dropout=base_dropout)
     return FAMILY.load(options, None)
-
-
-def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a folder with one weight file, under their stored names."""
-    with safe_open(folder / "model.safetensors", "pt") as reader:
-        return {name: reader.get_tensor(name) for name in reader.keys()}
 
 
 def picture(number: int) -> Image.Image:

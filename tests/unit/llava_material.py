@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import safe_open
 
 from mmtrain import plugins
 from mmtrain.models.interface import Example, LoadedModel, ModelOptions
@@ -43,12 +42,6 @@ def write_lively(folder: Path) -> Path:
 def load(folder: Path) -> LoadedModel:
     """The folder through the family, in fp32."""
     return FAMILY.load(ModelOptions(checkpoint=str(folder), preset=None, dtype="fp32"), None)
-
-
-def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a folder with one weight file, under their stored names."""
-    with safe_open(folder / "model.safetensors", "pt") as reader:
-        return {name: reader.get_tensor(name) for name in reader.keys()}
 
 
 def picture(number: int) -> Image.Image:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import io
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from mmtrain.models.interface import LoadedModel, ModelOptions
 from tests import tiny
+from tests.unit.folder_faults import Tensors, edit_json
 from tests.unit.llava_material import FAMILY
 
-Tensors = dict[str, torch.Tensor]
 BACKWARDS = (
     (r"^model\.language_model\.", "model."),
     (r"^model\.multi_modal_projector\.linear_1\.", "model.mm_projector.0."),
@@ -142,7 +140,8 @@ def write_weights(
 ) -> None:
     """safetensors or .bin files, with an index when there are several."""
     stem, suffix = ("model", "safetensors") if kind == "safetensors" else ("pytorch_model", "bin")
-    names, weight_map = sorted(tensors), {}
+    names = sorted(tensors)
+    weight_map: dict[str, str] = {}
     for number in range(shards):
         several = f"-{number + 1:05d}-of-{shards:05d}" if shards > 1 else ""
         file = f"{stem}{several}.{suffix}"
@@ -155,12 +154,6 @@ def write_weights(
     if shards > 1:
         index = json.dumps({"metadata": {}, "weight_map": weight_map})
         (folder / f"{stem}.{suffix}.index.json").write_text(index)
-
-
-def edit_json(path: Path, **values: Any) -> None:
-    """Change keys of a JSON file; None removes one."""
-    merged = {**json.loads(path.read_text()), **values}
-    path.write_text(json.dumps({k: v for k, v in merged.items() if v is not None}))
 
 
 def load_original(folder: Path, vision_tower: Path | None = None) -> LoadedModel:
@@ -202,10 +195,4 @@ def write_with_sentencepiece(twin: Path, target: Path, size: int = 380) -> Path:
     (target / "tokenizer.json").unlink()
     (target / "tokenizer.model").write_bytes(train_sentencepiece(size))
     edit_json(target / "config.json", vocab_size=size)
-    return target
-
-
-def copied(folder: Path, target: Path) -> Path:
-    """A copy that may be harmed."""
-    shutil.copytree(folder, target)
     return target

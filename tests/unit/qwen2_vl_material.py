@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,15 +9,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from mmtrain import plugins
 from mmtrain.models.interface import Example, LoadedModel, ModelOptions
 from mmtrain.tasks.interface import Rendered, Turn
 from tests.tiny import DIGITS_TEXTS
+from tests.unit.folder_faults import Tensors
 
-Tensors = dict[str, torch.Tensor]
 FAMILY = plugins.load("family", "qwen2_vl")
 TINY = ("tiny", "tiny-2.5", "tiny-3")
 GREEDY = SimpleNamespace(
@@ -63,24 +59,6 @@ def load(folder: Path, **options: Any) -> LoadedModel:
     """The folder through the family, in fp32."""
     given = {"checkpoint": str(folder), "preset": None, "dtype": "fp32", **options}
     return FAMILY.load(ModelOptions(**given), None)
-
-
-def stored_tensors(folder: Path) -> Tensors:
-    """The tensors of a folder with one weight file, under their stored names."""
-    with safe_open(folder / "model.safetensors", "pt") as reader:
-        return {name: reader.get_tensor(name) for name in reader.keys()}
-
-
-def copy_with(folder: Path, target: Path, tensors: Tensors) -> Path:
-    """The folder with other weights."""
-    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors"))
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    return target
-
-
-def edit_json(path: Path, **values: Any) -> None:
-    """Change some values of a file."""
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 def picture(number: int, size: tuple[int, int] = (32, 32)) -> Image.Image:

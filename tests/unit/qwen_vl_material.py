@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,13 +10,12 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from mmtrain import plugins
 from mmtrain.models.interface import Example, LoadedModel, ModelOptions
 from mmtrain.tasks.interface import Rendered, Turn
 from tests.tiny import DIGITS_TEXTS
+from tests.unit.folder_faults import edit_json, stored_tensors, write_tensors
 
 FAMILY = plugins.load("family", "qwen_vl")
 GOLDEN = Path(__file__).parents[1] / "golden" / "qwen_vl"
@@ -44,26 +42,15 @@ def write_lively(folder: Path, **config: Any) -> Path:
     tensors = stored_tensors(folder)
     for name in sorted(tensors):
         tensors[name] += torch.randn(tensors[name].shape, generator=generator) * 0.1
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder, tensors)
     edit_json(folder / "config.json", **config)
     return folder
-
-
-def edit_json(path: Path, **values: Any) -> None:
-    """Some values of a JSON object changed."""
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 def load(folder: Path, **options: Any) -> LoadedModel:
     """The folder through the family, in fp32."""
     given = {"checkpoint": str(folder), "preset": None, "dtype": "fp32", **options}
     return FAMILY.load(ModelOptions(**given), None)
-
-
-def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a folder with one weight file, under their stored names."""
-    with safe_open(folder / "model.safetensors", "pt") as reader:
-        return {name: reader.get_tensor(name) for name in reader.keys()}
 
 
 def picture(number: int) -> Image.Image:

@@ -13,8 +13,9 @@ import torch
 
 from mmtrain.__main__ import main
 from mmtrain.models.interface import Example
-from tests.unit.llava_material import FAMILY, load, logits_of, mixed, stored_tensors, write_lively
-from tests.unit.llava_original import copied, edit_json, load_original, write_original
+from tests.unit.folder_faults import copied, edit_json, stored_tensors
+from tests.unit.llava_material import FAMILY, load, logits_of, mixed, write_lively
+from tests.unit.llava_original import load_original, write_original
 
 TOLERANCE = 1e-5
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"

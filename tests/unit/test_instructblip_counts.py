@@ -112,8 +112,26 @@ def test_overrides_reach_what_follows_from_them() -> None:
     assert config.qformer_config.encoder_hidden_size == 704
     text = config.text_config
     assert (text.num_decoder_layers, text.d_kv, text.dense_act_fn) == (4, 128, "silu")
+    assert text.is_gated_act
     with torch.device("meta"):
         model = FAMILY.skeleton(config)
     crossing = model.qformer.encoder.layer[0].crossattention.attention
     assert crossing.key.in_features == 704
     assert len(model.language_model.decoder.block) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, ("gelu", True)),
+        ({"layers": 4}, ("gelu", True)),
+        ({"activation": "gated-gelu"}, ("gelu", True)),
+        ({"activation": "gated-gelu_new"}, ("gelu_new", True)),
+        ({"activation": "relu"}, ("relu", False)),
+    ],
+)
+def test_t5_computes_the_published_activation_unless_overridden(
+    changes: dict[str, Any], wanted: tuple[str, bool]
+) -> None:
+    config = FAMILY.model_config(ModelOptions(None, T5_XL, overrides={"llm": changes}))
+    assert (config.text_config.dense_act_fn, config.text_config.is_gated_act) == wanted

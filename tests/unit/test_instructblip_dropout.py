@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from mmtrain.models.dropout import (
     scope_of,
 )
 from mmtrain.models.interface import Example, LoadedModel, ModelOptions
-from tests.unit.instructblip_material import FAMILY, TWINS, load, mixed, write_lively
+from tests.unit.instructblip_material import FAMILY, GREEDY, TWINS, load, mixed, write_lively
 
 
 @pytest.fixture(scope="module", params=TWINS)
@@ -103,8 +106,8 @@ def test_every_published_dropout_is_keyed(dropping: LoadedModel) -> None:
     wanted = 3 * layers + crossing + 1 + (layers + crossing)
     if text.model_type == "t5":
         encoder, decoder = text.num_layers, text.num_decoder_layers
-        # A stack's own at both ends; around each attention; two in each feed-forward.
-        wanted += 2 + (1 + 2) * encoder + (2 + 2) * decoder + encoder + 2 * decoder
+        # Both ends of each stack; around each attention; two in each feed-forward.
+        wanted += 2 * 2 + (1 + 2) * encoder + (2 + 2) * decoder + encoder + 2 * decoder
     assert len(keyed) == wanted
     assert {one.p for one in keyed.values()} == {0.1}
     dropped: set[str] = set()
@@ -123,9 +126,80 @@ def test_every_published_dropout_is_keyed(dropping: LoadedModel) -> None:
     assert dropped == set(keyed)
 
 
-def test_generation_is_that_of_the_base(dropping: LoadedModel, plain: LoadedModel) -> None:
-    from tests.unit.instructblip_material import GREEDY
+def masks_at_the_ends(loaded: LoadedModel, step: int) -> dict[str, list[torch.Tensor]]:
+    """What each of T5's stacks drops of ones: at its input, then behind its last norm."""
+    masks: dict[str, list[torch.Tensor]] = {"encoder": [], "decoder": []}
+    hooks = []
+    for name, found in masks.items():
+        dropout = loaded.model.get_submodule(f"language_model.{name}.dropout")
 
+        def ones(_: Any, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+            return torch.ones_like(inputs[0])
+
+        def keep(_: Any, __: Any, out: torch.Tensor, found: list[torch.Tensor] = found) -> None:
+            found.append(out)
+
+        hooks += [dropout.register_forward_pre_hook(ones), dropout.register_forward_hook(keep)]
+    losses(loaded, mixed(loaded.processor), step)
+    for hook in hooks:
+        hook.remove()
+    return masks
+
+
+@contextmanager
+def interrupted(module: torch.nn.Module) -> Iterator[None]:
+    """What runs inside fails where it reaches the module."""
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("interrupted")
+
+    hook = module.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        yield
+    hook.remove()
+
+
+def test_the_ends_of_a_stack_drop_by_masks_of_their_own(tmp_path: Path) -> None:
+    dropping = load(write_lively(tmp_path, "tiny"), base_dropout="checkpoint")
+    masks = masks_at_the_ends(dropping, 1)
+    # Neither generation nor an interrupted forward in between may shift what comes next.
+    FAMILY.generate(dropping.model, dropping.processor, mixed(dropping.processor), GREEDY)
+    with interrupted(dropping.model.get_submodule("language_model.encoder.block.1")):
+        losses(dropping, mixed(dropping.processor))
+    again, later = masks_at_the_ends(dropping, 1), masks_at_the_ends(dropping, 2)
+    for name, ends in masks.items():
+        assert len(ends) == 2
+        for number, end in enumerate(ends):
+            assert 0.05 < float((end == 0).float().mean()) < 0.15
+            assert torch.equal(end, again[name][number])
+            assert not torch.equal(end, later[name][number])
+        both = ((ends[0] == 0) & (ends[1] == 0)).float().mean()
+        assert float(both) < 0.03, "independent masks share one element in a hundred"
+
+
+def test_where_nothing_trains_the_stored_values_stay(folder: Path, tmp_path: Path) -> None:
+    """Also those that training would refuse; what is computed is the base."""
+    source = tmp_path / "source"
+    shutil.copytree(folder, source)
+    stored = json.loads((source / "config.json").read_text())
+    stored["vision_config"]["attention_dropout"] = 0.2
+    if stored["text_config"]["model_type"] == "llama":
+        stored["text_config"]["attention_dropout"] = 0.3
+    (source / "config.json").write_text(json.dumps(stored))
+    loaded = load(source, base_dropout="stored")
+    state = dict(loaded.model.named_parameters())
+    FAMILY.save(loaded.model, loaded.processor, state, tmp_path / "saved")
+    written = json.loads((tmp_path / "saved" / "config.json").read_text())
+    for part in ("vision_config", "qformer_config", "text_config"):
+        wanted = {name: value for name, value in stored[part].items() if "dropout" in name}
+        assert wanted and {name: written[part][name] for name in wanted} == wanted, part
+    assert written["qformer_config"]["hidden_dropout_prob"] == 0.1
+    plain = load(folder)
+    examples = mixed(plain.processor)
+    assert losses(loaded, examples, training=False) == losses(plain, examples, training=False)
+
+
+def test_generation_is_that_of_the_base(dropping: LoadedModel, plain: LoadedModel) -> None:
     examples = mixed(plain.processor)
     answers = [
         FAMILY.generate(one.model, one.processor, examples, GREEDY) for one in (dropping, plain)
@@ -151,7 +225,7 @@ def test_dropout_that_cannot_be_keyed_is_refused(folder: Path, tmp_path: Path) -
     stored["vision_config"]["attention_dropout"] = 0.1
     (tmp_path / "config.json").write_text(json.dumps(stored))
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match="Set model.base_dropout: 0"):
+    with pytest.raises(CheckpointError, match="dropout 0.1 of .*Set model.base_dropout: 0"):
         FAMILY.model_config(ModelOptions(str(tmp_path), None, base_dropout="checkpoint"))
     config = FAMILY.model_config(ModelOptions(str(tmp_path), None))
     assert config.vision_config.attention_dropout == 0

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from mmtrain.errors import CheckpointError
-from mmtrain.models import weights
 from mmtrain.models.interface import ModelOptions
+from tests.unit.folder_faults import (
+    Faults,
+    Tensors,
+    assert_refused,
+    copied,
+    stored_tensors,
+    weights_cut_short,
+    with_config,
+    with_json,
+    with_more_tokens,
+    with_tensors,
+    without_files,
+    without_tensors,
+)
 from tests.unit.instructblip_material import (
     FAMILY,
     GREEDY,
@@ -27,11 +38,9 @@ from tests.unit.instructblip_material import (
     picture,
     reference_logits,
     reference_of,
-    stored_tensors,
     write_lively,
 )
 
-Tensors = dict[str, torch.Tensor]
 Folders = dict[str, Path]
 
 
@@ -44,18 +53,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 @pytest.fixture(params=TWINS)
 def folder(request: pytest.FixtureRequest, folders: Folders) -> Path:
     return folders[request.param]
-
-
-def copied(folder: Path, target: Path, tensors: Tensors | None = None) -> Path:
-    """A copy of the folder, with other weights if they are given."""
-    shutil.copytree(folder, target)
-    if tensors is not None:
-        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    return target
-
-
-def edit_json(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 def assert_loads(folder: Path, wanted: Tensors) -> None:
@@ -138,6 +135,11 @@ def test_saved_folders_load_here_and_in_transformers(folder: Path, tmp_path: Pat
     reference, again = reference_of(tmp_path / "saved"), load(tmp_path / "saved")
     theirs = dict(reference.named_parameters())
     assert all(torch.equal(theirs[name], state[name]) for name in state)
+    stored, written = (
+        json.loads((place / "config.json").read_text())["text_config"]
+        for place in (folder, tmp_path / "saved")
+    )
+    assert written.get("dense_act_fn") == stored.get("dense_act_fn")
     examples = mixed(again.processor)
     with torch.no_grad():
         ours = our_logits(again.model, FAMILY.collate(examples, again.processor))
@@ -189,35 +191,10 @@ def test_tiny_twins_keep_the_published_dropout(tmp_path: Path) -> None:
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["qformer_config"]["hidden_dropout_prob"] == 0.1
     assert stored["text_config"]["dropout_rate"] == 0.1
+    assert stored["text_config"]["dense_act_fn"] == "gelu"
 
 
-# --- faults: (what is done to a copy of the folder, what the error must name) ---------------------
-
-
-def _edit_weights(folder: Path, change: Callable[[Tensors], object]) -> None:
-    tensors = stored_tensors(folder)
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def _edit_part(folder: Path, part: str, **values: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    edit_json(folder / "config.json", **{part: {**config[part], **values}})
-
-
-def _missing_keys(folder: Path) -> None:
-    def change(tensors: Tensors) -> None:
-        for name in ("query_tokens", "qformer.encoder.layer.1.output_query.dense.bias"):
-            del tensors[name]
-
-    _edit_weights(folder, change)
-
-
-def _wrong_shape(folder: Path) -> None:
-    def change(tensors: Tensors) -> None:
-        tensors["query_tokens"] = tensors["query_tokens"][:, :-1].contiguous()
-
-    _edit_weights(folder, change)
+# --- faults ---------------------------------------------------------------------------------------
 
 
 def _other_tokenizer(folder: Path) -> None:
@@ -226,78 +203,56 @@ def _other_tokenizer(folder: Path) -> None:
     tiny_twin.t5_tokenizer(["another text altogether"]).save_pretrained(folder)
 
 
-def _larger_tokenizer(folder: Path) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens([f"word{number}" for number in range(99)])
-    tokenizer.save_pretrained(folder)
-
-
-def _larger_qformer_tokenizer(folder: Path) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder / "qformer_tokenizer")
-    tokenizer.add_tokens(["word"])
-    tokenizer.save_pretrained(folder / "qformer_tokenizer")
-
-
-def _other_picture_size(folder: Path) -> None:
-    processor = json.loads((folder / "processor_config.json").read_text())
-    processor["image_processor"]["size"] = {"height": 64, "width": 64}
-    (folder / "processor_config.json").write_text(json.dumps(processor))
-
-
-def _cut_short(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+FAULTS: Faults = {
     "wrong family": (
-        lambda folder: edit_json(folder / "config.json", model_type="blip-2"),
+        with_config(model_type="blip-2"),
         "is a 'blip-2' checkpoint, not 'instructblip'",
     ),
     "other language model": (
-        lambda folder: edit_json(folder / "config.json", text_config={"model_type": "opt"}),
+        with_config(text_config={"model_type": "opt"}),
         "its language model is 'opt'",
     ),
-    "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+    "no decoder start": (
+        with_config("text_config", decoder_start_token_id=None),
+        "config.json: names no decoder_start_token_id",
+    ),
+    "no config": (without_files("config.json"), "no config.json"),
     "config of wrong types": (
-        lambda folder: _edit_part(folder, "qformer_config", hidden_size="wide"),
+        with_config("qformer_config", hidden_size="wide"),
         "not a configuration of 'instructblip'",
     ),
     "no weights": (
-        lambda folder: (folder / "model.safetensors").unlink(),
+        without_files("model.safetensors"),
         "no weights there: neither model.safetensors",
     ),
     "missing keys": (
-        _missing_keys,
+        without_tensors("query_tokens", "qformer.encoder.layer.1.output_query.dense.bias"),
         "2 missing: qformer.encoder.layer.1.output_query.dense.bias, query_tokens",
     ),
     "surplus keys": (
-        lambda folder: _edit_weights(
-            folder, lambda tensors: tensors.update({"qformer.cls.bias": torch.ones(3)})
-        ),
+        with_tensors({"qformer.cls.bias": torch.ones(3)}),
         "1 surplus: qformer.cls.bias",
     ),
-    "wrong shape": (_wrong_shape, r"query_tokens is \[1, 7, 64\] in the file, \[1, 8, 64\]"),
-    "cut short": (_cut_short, "model.safetensors: damaged or cut short"),
+    "wrong shape": (
+        with_tensors({"query_tokens": torch.ones(1, 7, 64)}),
+        r"query_tokens is \[1, 7, 64\] in the file, \[1, 8, 64\]",
+    ),
+    "cut short": (weights_cut_short, "model.safetensors: damaged or cut short"),
     "other tokenizer": (_other_tokenizer, "the tokenizer gives <image> the id"),
-    "larger tokenizer": (_larger_tokenizer, "the tokenizer has [0-9]+ tokens, config.json says"),
+    "larger tokenizer": (with_more_tokens(99), "the tokenizer has [0-9]+ tokens, config.json"),
     "larger Q-Former tokenizer": (
-        _larger_qformer_tokenizer,
-        "the Q-Former's tokenizer has [0-9]+ tokens",
+        with_more_tokens(1, "qformer_tokenizer"),
+        "qformer_tokenizer: the tokenizer has [0-9]+ tokens, config.json",
     ),
-    "no tokenizer": (
-        lambda folder: (folder / "tokenizer.json").unlink(),
-        "damaged: no usable tokenizer",
-    ),
+    "no tokenizer": (without_files("tokenizer.json"), "damaged: no usable tokenizer"),
     "no Q-Former tokenizer": (
         lambda folder: shutil.rmtree(folder / "qformer_tokenizer"),
         "qformer_tokenizer: no usable tokenizer",
     ),
-    "other picture size": (_other_picture_size, "64 x 64"),
+    "other picture size": (
+        with_json("processor_config.json", "image_processor", size={"height": 64, "width": 64}),
+        "64 x 64",
+    ),
 }
 
 
@@ -305,16 +260,8 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_every_fault_is_one_error_and_nothing_is_loaded(
     folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    damaged = copied(folders["tiny"], tmp_path / "damaged")
     harm, named = FAULTS[fault]
-    harm(damaged)
-    written: list[Any] = []
-    monkeypatch.setattr(weights, "write_parameter", lambda *given: written.append(given))
-    with pytest.raises(CheckpointError, match=named) as caught:
-        load(damaged)
-    assert str(damaged) in str(caught.value) and caught.value.remedy
-    assert "\n" not in str(caught.value)
-    assert not written
+    assert_refused(folders["tiny"], tmp_path / "damaged", harm, named, load, monkeypatch)
 
 
 def test_another_size_of_the_same_family_is_an_error(folders: Folders, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import torch.nn.functional as functional
 from safetensors.torch import save_file
 
 from mmtrain.models.interface import LoadedModel
+from tests.unit.folder_faults import stored_tensors
 from tests.unit.instructblip_material import (
     FAMILY,
     GREEDY,
@@ -29,7 +30,6 @@ from tests.unit.instructblip_material import (
     reference_inputs,
     reference_logits,
     reference_of,
-    stored_tensors,
     text_and_answer,
     write_lively,
 )
@@ -65,6 +65,19 @@ def test_logits_of_a_mixed_batch_equal_transformers(loaded: LoadedModel, referen
     assert min(one.abs().max() for one in wanted) > 0.5, "weights too small to tell anything"
     difference = (ours - torch.cat(wanted)).abs().max()
     assert difference <= TOLERANCE, float(difference)
+
+
+def test_t5_keeps_the_exact_activation_of_its_folder(loaded: LoadedModel, reference: Any) -> None:
+    """`gated-gelu` alone is transformers' name for the approximate one."""
+    activations = [
+        [type(one.act).__name__ for one in model.modules() if hasattr(one, "wi_0")]
+        for model in (loaded.model, reference)
+    ]
+    assert activations[0] == activations[1]
+    assert set(activations[0]) <= {"GELUActivation"}
+    is_t5 = loaded.config.text_config.model_type == "t5"
+    assert bool(activations[0]) == is_t5
+    assert not is_t5 or loaded.config.text_config.dense_act_fn == "gelu"
 
 
 def test_loss_is_the_sum_over_answer_tokens(loaded: LoadedModel, reference: Any) -> None:

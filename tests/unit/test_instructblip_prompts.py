@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -29,11 +31,17 @@ Processors = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def processors(tmp_path_factory: pytest.TempPathFactory) -> Processors:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of both folders."""
     folder = tmp_path_factory.mktemp("instructblip")
     for preset in TWINS:
         FAMILY.write_tiny(folder / preset, TEXTS, 0, preset)
-    return {preset: load(folder / preset).processor for preset in TWINS}
+    return folder
+
+
+@pytest.fixture(scope="module")
+def processors(folders: Path) -> Processors:
+    return {preset: load(folders / preset).processor for preset in TWINS}
 
 
 @pytest.fixture(params=TWINS)
@@ -165,6 +173,54 @@ def test_a_picture_token_in_the_text_is_an_error_naming_the_sample(processor: An
     for question, target in (("What does <image> mean?", "5"), ("Which?", "<image>")):
         with pytest.raises(DataError, match="sample odd.*<image>"):
             example(processor, "odd", question, target, [picture(1)])
+
+
+def with_sentinels(folder: Path, target: Path) -> Any:
+    """The processor of a folder whose tokenizer has tokens for gaps, as the published T5's has."""
+    from transformers import AutoTokenizer
+
+    shutil.copytree(folder, target)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    tokenizer.add_tokens(["<extra_id_0>", "<extra_id_1>"], special_tokens=True)
+    tokenizer.add_tokens(["digitally"])
+    tokenizer.save_pretrained(target)
+    return load(target).processor
+
+
+@pytest.mark.parametrize(
+    ("preset", "tokens"),
+    [("tiny", ("</s>", "<pad>", "<extra_id_1>")), ("tiny-vicuna", ("<s>", "</s>"))],
+)
+def test_control_tokens_of_the_language_model_are_errors(
+    folders: Path, tmp_path: Path, preset: str, tokens: Sequence[str]
+) -> None:
+    processor = with_sentinels(folders / preset, tmp_path / "sentinels")
+    for token in tokens:
+        odd = f"5 is{token}odd"
+        cases: list[dict[str, Any]] = [
+            {"question": odd, "target": "5"},
+            {"question": "Which?", "target": odd},
+            {"question": "Which?", "target": "5", "earlier": [("Why?", odd)]},
+        ]
+        for case in cases:
+            with pytest.raises(DataError, match=f"sample odd.*{token}"):
+                example(processor, "odd", **case)
+        # The Q-Former's tokenizer reads it as a word like any other.
+        example(processor, "even", "Which?", "5", [picture(1)], instruction=odd)
+    example(processor, "even", "Which digitally?", "digitally [SEP]")
+
+
+@pytest.mark.parametrize("token", ["[SEP]", "[CLS]", "[PAD]", "[DEC]"])
+def test_control_tokens_of_the_qformer_are_errors_where_it_reads(
+    processor: Any, token: str
+) -> None:
+    odd = f"Which {token} digit?"
+    with pytest.raises(DataError, match="sample odd.*" + re.escape(token)):
+        example(processor, "odd", "Which?", "5", [picture(1)], instruction=odd)
+    with pytest.raises(DataError, match="sample odd.*" + re.escape(token)):
+        example(processor, "odd", odd, "5", [picture(1)])
+    example(processor, "own", odd, "5", [picture(1)], instruction="Which digit?")
+    example(processor, "text", odd, "5")
 
 
 def test_empty_answers_still_learn_to_stop(processor: Any) -> None:

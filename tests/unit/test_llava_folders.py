@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
+from mmtrain.assemble import base_digest
 from mmtrain.errors import CheckpointError
-from mmtrain.models import weights
 from mmtrain.models.interface import ModelOptions
 from tests import tiny
-from tests.unit.llava_material import FAMILY, load, stored_tensors, write_lively
-
-Tensors = dict[str, torch.Tensor]
+from tests.unit.folder_faults import (
+    Faults,
+    Tensors,
+    assert_refused,
+    config_cut,
+    config_is_no_object,
+    copied,
+    edit_weights,
+    stored_tensors,
+    weights_cut_short,
+    weights_header_damaged,
+    with_config,
+    with_json,
+    with_tensors,
+    without_files,
+    without_tensors,
+)
+from tests.unit.llava_material import FAMILY, load, write_lively
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +68,25 @@ def test_sharded_with_an_index(folder: Path, wanted: Tensors, tmp_path: Path) ->
     assert_loads(tmp_path, wanted)
 
 
+def test_a_bin_file_of_before_torch_1_6(folder: Path, wanted: Tensors, tmp_path: Path) -> None:
+    old = copied(folder, tmp_path / "old")
+    tensors = stored_tensors(old)
+    (old / "model.safetensors").unlink()
+    torch.save(tensors, old / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert_loads(old, wanted)
+
+
+def test_the_digest_covers_every_file_that_was_read(folder: Path, tmp_path: Path) -> None:
+    first = load(folder).weight_files
+    assert [path.name for path in first] == ["model.safetensors"]
+    other = copied(folder, tmp_path / "other")
+    (other / "unused.safetensors").write_bytes(b"not read")
+    second = load(other).weight_files
+    assert base_digest(second) == base_digest(first)
+    edit_weights(other, lambda tensors: next(iter(tensors.values())).add_(1.0))
+    assert base_digest(load(other).weight_files) != base_digest(first)
+
+
 # Key layouts by age, each told from the names of today's module tree.
 LAYOUTS = {
     "oldest": (
@@ -84,8 +114,7 @@ def test_every_key_layout(folder: Path, wanted: Tensors, tmp_path: Path, layout:
     prefix = "vision_tower.vision_model." if layout == "oldest" else "model.vision_tower."
     tensors[f"{prefix}embeddings.position_ids"] = torch.arange(17)
     tensors["language_model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(12)
-    replaced = copy_with(folder, tmp_path / layout, tensors)
-    assert_loads(replaced, wanted)
+    assert_loads(copied(folder, tmp_path / layout, tensors), wanted)
 
 
 def test_bf16_loads_the_rounded_weights(folder: Path, wanted: Tensors) -> None:
@@ -98,40 +127,7 @@ def test_bf16_loads_the_rounded_weights(folder: Path, wanted: Tensors) -> None:
     assert frequencies and all(buffer.dtype == torch.float32 for buffer in frequencies)
 
 
-def copy_with(folder: Path, target: Path, tensors: Tensors) -> Path:
-    """The folder with other weights."""
-    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors"))
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    return target
-
-
-def edit_json(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-
-# --- faults: (what is done to a copy of the folder, what the error must name) ---------------------
-
-
-def _edit_weights(folder: Path, change: Callable[[Tensors], object]) -> None:
-    tensors = stored_tensors(folder)
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def _wrong_family(folder: Path) -> None:
-    edit_json(folder / "config.json", model_type="qwen2_vl")
-
-
-def _no_config(folder: Path) -> None:
-    (folder / "config.json").unlink()
-
-
-def _config_is_no_object(folder: Path) -> None:
-    (folder / "config.json").write_text("[1, 2]")
-
-
-def _config_cut(folder: Path) -> None:
-    (folder / "config.json").write_text((folder / "config.json").read_text()[:100])
+# --- faults ---------------------------------------------------------------------------------------
 
 
 def _missing_shard(folder: Path) -> None:
@@ -147,48 +143,11 @@ def _index_without_map(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text("{}")
 
 
-def _no_weights(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-
-
-def _missing_keys(folder: Path) -> None:
-    def change(tensors: Tensors) -> None:
-        for name in [name for name in tensors if "layers.2.mlp.up_proj" in name]:
-            del tensors[name]
-
-    _edit_weights(folder, change)
-
-
-def _surplus_keys(folder: Path) -> None:
-    surplus = {"language_model.model.layers.9.mlp.up_proj.weight": torch.ones(3, 3)}
-    _edit_weights(folder, lambda tensors: tensors.update(surplus))
-
-
-def _wrong_shape(folder: Path) -> None:
-    def change(tensors: Tensors) -> None:
-        name = "multi_modal_projector.linear_1.weight"
-        tensors[name] = tensors[name][:, :-1].contiguous()
-
-    _edit_weights(folder, change)
-
-
 def _twice(folder: Path) -> None:
     def change(tensors: Tensors) -> None:
         tensors["lm_head.weight"] = tensors["language_model.lm_head.weight"].clone()
 
-    _edit_weights(folder, change)
-
-
-def _cut_short(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def _damaged_header(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    data = bytearray(path.read_bytes())
-    data[20] ^= 0xFF
-    path.write_bytes(bytes(data))
+    edit_weights(folder, change)
 
 
 def _empty_weights(folder: Path) -> None:
@@ -202,46 +161,38 @@ def _other_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _no_tokenizer(folder: Path) -> None:
-    for path in folder.glob("tokenizer*"):
-        path.unlink()
-    (folder / "processor_config.json").unlink()
-
-
-def _other_picture_size(folder: Path) -> None:
-    path = folder / "processor_config.json"
-    processor = json.loads(path.read_text())
-    processor["image_processor"]["crop_size"] = {"height": 64, "width": 64}
-    path.write_text(json.dumps(processor))
-
-
-FAULTS = {
-    "wrong family": (_wrong_family, "'qwen2_vl' checkpoint, not 'llava'"),
-    "no config": (_no_config, "no config.json"),
-    "config is no object": (_config_is_no_object, "config.json"),
-    "config cut": (_config_cut, "config.json: not readable"),
+FAULTS: Faults = {
+    "wrong family": (with_config(model_type="qwen2_vl"), "'qwen2_vl' checkpoint, not 'llava'"),
+    "no config": (without_files("config.json"), "no config.json"),
+    "config is no object": (config_is_no_object, "config.json"),
+    "config cut": (config_cut, "config.json: not readable"),
     "missing shard": (_missing_shard, "missing: model-00002-of-00002.safetensors"),
     "index without map": (_index_without_map, "model.safetensors.index.json"),
-    "no weights": (_no_weights, "no weights there"),
+    "no weights": (without_files("model.safetensors"), "no weights there"),
     "missing keys": (
-        _missing_keys,
+        without_tensors("language_model.model.layers.2.mlp.up_proj.weight"),
         "1 missing: model.language_model.layers.2.mlp.up_proj.weight",
     ),
     "surplus keys": (
-        _surplus_keys,
+        with_tensors({"language_model.model.layers.9.mlp.up_proj.weight": torch.ones(3, 3)}),
         "1 surplus: model.language_model.layers.9.mlp.up_proj.weight",
     ),
     "wrong shape": (
-        _wrong_shape,
+        with_tensors({"multi_modal_projector.linear_1.weight": torch.ones(96, 63)}),
         r"linear_1.weight is \[96, 63\] in the file, \[96, 64\] in config.json",
     ),
     "stored twice": (_twice, "lm_head.weight is stored twice"),
-    "cut short": (_cut_short, "model.safetensors: damaged or cut short"),
-    "damaged header": (_damaged_header, "model.safetensors: damaged or cut short"),
+    "cut short": (weights_cut_short, "model.safetensors: damaged or cut short"),
+    "damaged header": (weights_header_damaged, "model.safetensors: damaged or cut short"),
     "empty weights": (_empty_weights, "model.safetensors: damaged or cut short"),
     "other tokenizer": (_other_tokenizer, "the tokenizer gives <image> the id"),
-    "no tokenizer": (_no_tokenizer, "no usable processor"),
-    "other picture size": (_other_picture_size, "64 x 64"),
+    "no tokenizer": (without_files("tokenizer*", "processor_config.json"), "no usable processor"),
+    "other picture size": (
+        with_json(
+            "processor_config.json", "image_processor", crop_size={"height": 64, "width": 64}
+        ),
+        "64 x 64",
+    ),
 }
 
 
@@ -249,17 +200,8 @@ FAULTS = {
 def test_every_fault_is_one_error_and_nothing_is_loaded(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    damaged = tmp_path / "damaged"
-    shutil.copytree(folder, damaged)
     harm, named = FAULTS[fault]
-    harm(damaged)
-    written: list[Any] = []
-    monkeypatch.setattr(weights, "write_parameter", lambda *given: written.append(given))
-    with pytest.raises(CheckpointError, match=named) as caught:
-        load(damaged)
-    assert str(damaged) in str(caught.value) and caught.value.remedy
-    assert "\n" not in str(caught.value)
-    assert not written
+    assert_refused(folder, tmp_path / "damaged", harm, named, load, monkeypatch)
 
 
 def test_no_folder() -> None:
@@ -274,8 +216,7 @@ def test_a_folder_without_processor_details_counts_pictures_by_its_model(
     """Older folders do not say patch size and extra tokens to the processor: config.json does."""
     from tests.unit.llava_material import example, picture
 
-    older = tmp_path / "older"
-    shutil.copytree(folder, older)
+    older = copied(folder, tmp_path / "older")
     processor = json.loads((older / "processor_config.json").read_text())
     (older / "preprocessor_config.json").write_text(json.dumps(processor["image_processor"]))
     (older / "processor_config.json").unlink()

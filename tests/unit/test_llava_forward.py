@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from mmtrain.errors import DataError
 from mmtrain.models.interface import Example, LoadedModel
+from tests.unit.folder_faults import stored_tensors
 from tests.unit.llava_material import (
     FAMILY,
     GREEDY,
@@ -22,7 +23,6 @@ from tests.unit.llava_material import (
     logits_of,
     mixed,
     picture,
-    stored_tensors,
     write_lively,
 )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +10,26 @@ import pytest
 import torch
 
 from mmtrain.errors import CheckpointError
-from mmtrain.models import weights
 from mmtrain.models.interface import LoadedModel, ModelOptions
+from tests.unit.folder_faults import (
+    Faults,
+    Tensors,
+    assert_refused,
+    copied,
+    edit_json,
+    with_config,
+    with_json,
+    with_tensors,
+    without_files,
+    without_tensors,
+)
 from tests.unit.llava_material import FAMILY, GREEDY, logits_of, mixed, write_lively
 from tests.unit.llava_original import (
     TOWER,
-    Tensors,
-    copied,
-    edit_json,
     load_original,
     twin_tensors,
     write_original,
     write_tower,
-    write_weights,
 )
 
 TOLERANCE = 1e-5
@@ -179,27 +185,7 @@ def test_sharegpt4v_has_the_shape_of_llava() -> None:
     assert shapes["sharegpt4v-7b"] == shapes["llava-1.5-7b"]
 
 
-# --- faults: (what is done to a copy of the folder, what the error must name) ---------------------
-
-
-def _config(**values: Any) -> Callable[[Path], None]:
-    return lambda folder: edit_json(folder / "config.json", **values)
-
-
-def _change_weights(folder: Path, change: Callable[[Tensors], object]) -> None:
-    from safetensors.torch import load_file
-
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    write_weights(folder, tensors, "safetensors", 1)
-
-
-def _missing_key(folder: Path) -> None:
-    _change_weights(folder, lambda tensors: tensors.pop("model.mm_projector.2.bias"))
-
-
-def _surplus_key(folder: Path) -> None:
-    _change_weights(folder, lambda tensors: tensors.update({"model.image_newline": torch.ones(3)}))
+# --- faults ---------------------------------------------------------------------------------------
 
 
 def _missing_in_tower(folder: Path) -> None:
@@ -209,47 +195,43 @@ def _missing_in_tower(folder: Path) -> None:
     torch.save(tensors, path)
 
 
-def _no_clip(folder: Path) -> None:
-    edit_json(folder / "tower" / "config.json", model_type="siglip_vision_model")
-
-
-def _no_tokenizer(folder: Path) -> None:
-    (folder / "tokenizer.json").unlink()
-
-
 def _damaged_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(b"\x99no model at all")
 
 
-def _no_beginning(folder: Path) -> None:
-    edit_json(folder / "tokenizer.json", post_processor=None)
-
-
-def _larger_pictures(folder: Path) -> None:
-    sizes = {"crop_size": {"height": 64, "width": 64}, "size": {"shortest_edge": 64}}
-    edit_json(folder / "tower" / "preprocessor_config.json", **sizes)
-
-
-FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
+LARGER_PICTURES = {"crop_size": {"height": 64, "width": 64}, "size": {"shortest_edge": 64}}
+FAULTS: Faults = {
     "missing tower": (
-        _config(mm_vision_tower="openai/clip-vit-large-patch14-336"),
+        with_config(mm_vision_tower="openai/clip-vit-large-patch14-336"),
         "mm_vision_tower is 'openai/clip-vit-large-patch14-336'.*model.vision_tower",
     ),
-    "tower of another kind": (_no_clip, "siglip_vision_model.*no CLIP"),
-    "one linear layer": (_config(mm_projector_type="linear"), "mm_projector_type is 'linear'"),
-    "projector not named": (_config(mm_projector_type=None), "mm_projector_type is 'linear'"),
-    "tiles": (_config(image_aspect_ratio="anyres"), "image_aspect_ratio is 'anyres'"),
-    "marked pictures": (_config(mm_use_im_start_end=True), "mm_use_im_start_end is True"),
-    "other features": (_config(mm_vision_select_feature="cls"), "select_feature is 'cls'"),
-    "missing key": (_missing_key, "1 missing: model.multi_modal_projector.linear_2.bias"),
+    "tower of another kind": (
+        with_json("tower/config.json", model_type="siglip_vision_model"),
+        "siglip_vision_model.*no CLIP",
+    ),
+    "one linear layer": (with_config(mm_projector_type="linear"), "mm_projector_type is 'linear'"),
+    "projector not named": (with_config(mm_projector_type=None), "mm_projector_type is 'linear'"),
+    "tiles": (with_config(image_aspect_ratio="anyres"), "image_aspect_ratio is 'anyres'"),
+    "marked pictures": (with_config(mm_use_im_start_end=True), "mm_use_im_start_end is True"),
+    "other features": (with_config(mm_vision_select_feature="cls"), "select_feature is 'cls'"),
+    "missing key": (
+        without_tensors("model.mm_projector.2.bias"),
+        "1 missing: model.multi_modal_projector.linear_2.bias",
+    ),
     "missing in the tower": (_missing_in_tower, "1 missing: model.vision_tower.pre_layrnorm.bias"),
-    "surplus key": (_surplus_key, "1 surplus: model.image_newline"),
-    "other vocabulary": (_config(vocab_size=400), "config.json says 400"),
-    "no tokenizer": (_no_tokenizer, "no usable tokenizer"),
+    "surplus key": (
+        with_tensors({"model.image_newline": torch.ones(3)}),
+        "1 surplus: model.image_newline",
+    ),
+    "other vocabulary": (with_config(vocab_size=400), "config.json says 400"),
+    "no tokenizer": (without_files("tokenizer.json"), "no usable tokenizer"),
     "damaged tokenizer": (_damaged_tokenizer, "no usable tokenizer"),
-    "no beginning": (_no_beginning, "does not begin a text with <s>"),
-    "larger pictures": (_larger_pictures, "64 x 64"),
+    "no beginning": (
+        with_json("tokenizer.json", post_processor=None),
+        "does not begin a text with <s>",
+    ),
+    "larger pictures": (with_json("tower/preprocessor_config.json", **LARGER_PICTURES), "64 x 64"),
 }
 
 
@@ -258,15 +240,7 @@ def test_every_fault_is_one_error_and_nothing_is_loaded(
     original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     harm, named = FAULTS[fault]
-    damaged = copied(original, tmp_path / "damaged")
-    harm(damaged)
-    written: list[Any] = []
-    monkeypatch.setattr(weights, "write_parameter", lambda *given: written.append(given))
-    with pytest.raises(CheckpointError, match=named) as caught:
-        load_original(damaged)
-    assert str(damaged) in str(caught.value) and caught.value.remedy
-    assert "\n" not in str(caught.value)
-    assert not written
+    assert_refused(original, tmp_path / "damaged", harm, named, load_original, monkeypatch)
 
 
 def test_tiles_are_refused_in_hugging_face_folders_too(twin: Path, tmp_path: Path) -> None:

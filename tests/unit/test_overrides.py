@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from mmtrain.build import resolve
+from mmtrain.config.schema import ComponentConfig
 from mmtrain.errors import CheckpointError, ConfigError
 from mmtrain.models.interface import ModelOptions
+from mmtrain.peft.trainable import Trainable, make_trainable
+from mmtrain.training.export import loading_snippet
 from tests.unit.llava_material import FAMILY, example, picture
 
 
@@ -65,8 +68,34 @@ def test_allowed_it_is_initialised_by_name_and_seed(
     assert torch.isfinite(FAMILY.forward(loads[0].model, batch).answer_loss_sum)
 
 
+def test_random_weights_that_nothing_trains_are_named(
+    tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    changed = options(tiny_checkpoint, {"llm": {"layers": 5}}, True)
+    lora = ComponentConfig(**{"mode": "peft", "method": "lora"})
+    with caplog.at_level(logging.WARNING, "mmtrain"):
+        make_trainable(FAMILY.load(changed, None).model, FAMILY, {"llm": lora}, seed=1)
+    assert "9 tensors were initialised afresh and stay frozen" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "mmtrain"):
+        full = {"llm": ComponentConfig(mode="full")}
+        make_trainable(FAMILY.load(changed, None).model, FAMILY, full, seed=1)
+    assert "stay frozen" not in caplog.text
+
+
+def test_the_model_card_says_the_shapes(tiny_checkpoint: Path) -> None:
+    shapes = {"llm": {"layers": 2}, "vision": {"heads": 2}}
+    run = {"model": {"family": "llava", "checkpoint": str(tiny_checkpoint), "overrides": shapes}}
+    snippet = loading_snippet(resolve(run), Trainable({}, (), ()), "LlavaForX", several=False)
+    found: dict[str, Any] = {}
+    exec(snippet, found)
+    assert len(found["model"].model.language_model.layers) == 2
+    assert found["model"].config.vision_config.num_attention_heads == 2
+
+
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "heads": ({"llm": {"heads": 7}}, "hidden_size 96 is no multiple of 7 heads"),
+    "activation": ({"llm": {"activation": "gelo"}}, "no activation 'gelo'; did you mean 'gelu'"),
     "component": ({"conector": {"layers": 1}}, "model.overrides.conector: has no shape"),
     "several": (
         {"llm": {"heads": 5}, "vision": {"heads": 3}},

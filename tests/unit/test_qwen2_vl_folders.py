@@ -13,19 +13,16 @@ import torch
 
 from mmtrain.errors import CheckpointError, ConfigError
 from mmtrain.models.interface import ModelOptions
+from tests.unit.folder_faults import Tensors, copied, edit_json, stored_tensors
 from tests.unit.qwen2_vl_material import (
     FAMILY,
     GREEDY,
     TINY,
-    Tensors,
-    copy_with,
-    edit_json,
     example,
     load,
     mixed,
     picture,
     reference,
-    stored_tensors,
     write_lively,
     write_plain,
 )
@@ -138,6 +135,8 @@ def test_attention_dropout_cannot_be_kept(folders: dict[str, Path], tmp_path: Pa
     config["text_config"]["attention_dropout"] = 0.1
     (copy / "config.json").write_text(json.dumps(config))
     assert load(copy).config.text_config.attention_dropout == 0.0
+    stored = FAMILY.model_config(ModelOptions(str(copy), None, base_dropout="stored"))
+    assert stored.text_config.attention_dropout == 0.1, "lost on the way through export"
     with pytest.raises(CheckpointError, match="model.base_dropout"):
         load(copy, base_dropout="checkpoint")
 
@@ -177,7 +176,7 @@ def test_key_layouts(
         tensors[name] = tensor.detach().clone()
     # A buffer that some versions stored.
     tensors["visual.rotary_pos_emb.inv_freq"] = torch.ones(4)
-    assert_loads(copy_with(folders[preset], tmp_path / "copy", tensors), wanted[preset])
+    assert_loads(copied(folders[preset], tmp_path / "copy", tensors), wanted[preset])
 
 
 def test_the_flat_configuration_as_published(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -262,7 +261,7 @@ def test_tied_embeddings(folders: dict[str, Path], preset: str, tmp_path: Path) 
     """The smaller published models store no head."""
     tensors = stored_tensors(folders[preset])
     del tensors["lm_head.weight"]
-    copy = copy_with(folders[preset], tmp_path / "copy", tensors)
+    copy = copied(folders[preset], tmp_path / "copy", tensors)
     edit_json(copy / "config.json", tie_word_embeddings=True)
     loaded: Any = load(copy)
     embeddings = loaded.model.get_input_embeddings().weight

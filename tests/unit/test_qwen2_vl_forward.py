@@ -77,7 +77,7 @@ def logits(pair: Pair, examples: list[Example]) -> torch.Tensor:
     model = pair.model
     with torch.no_grad():
         batch = FAMILY.collate(examples, pair.processor)
-        return model.lm_head(computing.hidden_states(model, batch.tensors))
+        return model.lm_head(computing.hidden_states(model, batch))
 
 
 def test_logits_of_a_mixed_batch_equal_transformers(pair: Pair) -> None:

@@ -5,32 +5,37 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from mmtrain import plugins
 from mmtrain.config.schema import ComponentConfig
 from mmtrain.errors import CheckpointError, ConfigError
-from mmtrain.models import weights
 from mmtrain.models.families.qwen_vl.visual import sine_positions
 from mmtrain.models.interface import ModelOptions
 from mmtrain.peft.placement import component_of, select
+from tests.unit.folder_faults import (
+    Faults,
+    Tensors,
+    assert_refused,
+    edit_json,
+    stored_tensors,
+    with_config,
+    with_tensors,
+    without_files,
+    without_tensors,
+)
 from tests.unit.qwen_vl_material import (
     FAMILY,
     GOLDEN,
     PUBLISHED,
-    edit_json,
     load,
-    stored_tensors,
     write_lively,
 )
 
-Tensors = dict[str, torch.Tensor]
 PUBLISHED_ELEMENTS = 9_656_935_168  # the index's total_size in bytes of bf16, by two
 
 
@@ -218,77 +223,55 @@ def test_overrides_that_do_not_add_up(overrides: dict[str, Any], named: str) -> 
 
 def test_dropout_of_the_base(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    edit_json(tmp_path / "config.json", attn_dropout_prob=0.1)
+    edit_json(tmp_path / "config.json", attn_dropout_prob=0.1, emb_dropout_prob=0.2)
     assert load(tmp_path).config.attn_dropout_prob == 0.0
     assert load(folder, base_dropout="checkpoint").config.attn_dropout_prob == 0.0
+    stored = FAMILY.model_config(ModelOptions(str(tmp_path), None, base_dropout="stored"))
+    assert (stored.attn_dropout_prob, stored.emb_dropout_prob) == (0.1, 0.2)
     with pytest.raises(CheckpointError, match="model.base_dropout"):
         load(tmp_path, base_dropout="checkpoint")
 
 
-# --- faults: (what is done to a copy of the folder, what the error must name) ---------------------
-
-
-def _edit_weights(folder: Path, change: Callable[[Tensors], object]) -> None:
-    tensors = stored_tensors(folder)
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def _config(**values: Any) -> Callable[[Path], None]:
-    return lambda folder: edit_json(folder / "config.json", **values)
-
-
-def _visual(**values: Any) -> Callable[[Path], None]:
-    def harm(folder: Path) -> None:
-        visual = json.loads((folder / "config.json").read_text())["visual"] | values
-        kept = {key: value for key, value in visual.items() if value is not None}
-        edit_json(folder / "config.json", visual=kept)
-
-    return harm
-
-
-def _no_visual(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    del config["visual"]
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def _missing_keys(folder: Path) -> None:
-    _edit_weights(folder, lambda tensors: tensors.pop("transformer.h.2.mlp.w2.weight"))
-
-
-def _surplus_keys(folder: Path) -> None:
-    surplus = {"transformer.h.9.mlp.w2.weight": torch.ones(3, 3)}
-    _edit_weights(folder, lambda tensors: tensors.update(surplus))
-
-
-def _wrong_shape(folder: Path) -> None:
-    _edit_weights(folder, lambda tensors: tensors.update({"lm_head.weight": torch.ones(7, 96)}))
+# --- faults ---------------------------------------------------------------------------------------
 
 
 def _other_tokenizer(folder: Path) -> None:
     (folder / "qwen.tiktoken").write_bytes((GOLDEN / "first-1000.tiktoken").read_bytes())
 
 
-def _no_tokenizer(folder: Path) -> None:
-    (folder / "qwen.tiktoken").unlink()
-
-
-FAULTS = {
-    "wrong family": (_config(model_type="llava"), "'llava' checkpoint, not 'qwen'"),
-    "no picture side": (_no_visual, "config.json: has no 'visual' part"),
-    "picture side incomplete": (_visual(width=None), "visual.width is missing"),
-    "picture side of another kind": (_visual(heads="4"), "visual.heads is '4', not a number"),
-    "config of another kind": (_config(hidden_size="wide"), "not a configuration of 'qwen'"),
-    "heads do not add up": (_config(kv_channels=20), "kv_channels x heads is 80, hidden_size 96"),
-    "part of a head turned": (_config(rotary_pct=0.5), "rotary_pct is 0.5, only 1.0 is known"),
-    "queries are no square": (_visual(n_queries=15), "visual.n_queries 15 is no square"),
-    "missing keys": (_missing_keys, "1 missing: transformer.h.2.mlp.w2.weight"),
-    "surplus keys": (_surplus_keys, "1 surplus: transformer.h.9.mlp.w2.weight"),
-    "wrong shape": (_wrong_shape, r"lm_head.weight is \[7, 96\] in the file"),
+FAULTS: Faults = {
+    "wrong family": (with_config(model_type="llava"), "'llava' checkpoint, not 'qwen'"),
+    "no picture side": (with_config(visual=None), "config.json: has no 'visual' part"),
+    "picture side incomplete": (with_config("visual", width=None), "visual.width is missing"),
+    "picture side of another kind": (
+        with_config("visual", heads="4"),
+        "visual.heads is '4', not a number",
+    ),
+    "config of another kind": (with_config(hidden_size="wide"), "not a configuration of 'qwen'"),
+    "heads do not add up": (
+        with_config(kv_channels=20),
+        "kv_channels x heads is 80, hidden_size 96",
+    ),
+    "part of a head turned": (with_config(rotary_pct=0.5), "rotary_pct is 0.5, only 1.0 is known"),
+    "queries are no square": (
+        with_config("visual", n_queries=15),
+        "visual.n_queries 15 is no square",
+    ),
+    "missing keys": (
+        without_tensors("transformer.h.2.mlp.w2.weight"),
+        "1 missing: transformer.h.2.mlp.w2.weight",
+    ),
+    "surplus keys": (
+        with_tensors({"transformer.h.9.mlp.w2.weight": torch.ones(3, 3)}),
+        "1 surplus: transformer.h.9.mlp.w2.weight",
+    ),
+    "wrong shape": (
+        with_tensors({"lm_head.weight": torch.ones(7, 96)}),
+        r"lm_head.weight is \[7, 96\] in the file",
+    ),
     "other tokenizer": (_other_tokenizer, "gives <img> the id 1214, config.json says"),
-    "no tokenizer": (_no_tokenizer, "no readable qwen.tiktoken"),
-    "small vocabulary": (_config(vocab_size=540), "tokens, config.json 540 embeddings"),
+    "no tokenizer": (without_files("qwen.tiktoken"), "no readable qwen.tiktoken"),
+    "small vocabulary": (with_config(vocab_size=540), "tokens, config.json 540 embeddings"),
 }
 
 
@@ -296,14 +279,5 @@ FAULTS = {
 def test_every_fault_is_one_error_and_nothing_is_loaded(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    damaged = tmp_path / "damaged"
-    shutil.copytree(folder, damaged)
     harm, named = FAULTS[fault]
-    harm(damaged)
-    written: list[Any] = []
-    monkeypatch.setattr(weights, "write_parameter", lambda *given: written.append(given))
-    with pytest.raises(CheckpointError, match=named) as caught:
-        load(damaged)
-    assert str(damaged) in str(caught.value) and caught.value.remedy
-    assert "\n" not in str(caught.value)
-    assert not written
+    assert_refused(folder, tmp_path / "damaged", harm, named, load, monkeypatch)

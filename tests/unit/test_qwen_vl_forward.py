@@ -15,6 +15,7 @@ import torch.nn.functional as functional
 
 from mmtrain.models.interface import Example, LoadedModel
 from tests.unit import qwen_vl_plain as plain
+from tests.unit.folder_faults import stored_tensors
 from tests.unit.qwen_vl_material import (
     FAMILY,
     GREEDY,
@@ -24,7 +25,6 @@ from tests.unit.qwen_vl_material import (
     logits_of,
     mixed,
     picture,
-    stored_tensors,
     write_lively,
 )
 

@@ -16,6 +16,7 @@ from mmtrain.models.families.qwen_vl.lengths import logn_scale, ntk_alpha
 from mmtrain.models.interface import Example, LoadedModel
 from mmtrain.models.text import prompt_ids
 from tests.unit import qwen_vl_plain as plain
+from tests.unit.folder_faults import stored_tensors
 from tests.unit.qwen_vl_material import (
     FAMILY,
     GREEDY,
@@ -24,7 +25,6 @@ from tests.unit.qwen_vl_material import (
     logits_of,
     mixed,
     picture,
-    stored_tensors,
     write_lively,
 )
 

@@ -6,6 +6,7 @@ Each picture reaches the language model as 32 query outputs before the prompt, a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,18 +57,17 @@ class InstructBlip:
     def load(self, options: ModelOptions, zero3_config: Mapping[str, Any] | None) -> LoadedModel:
         """Build and fill the base; a preset gets keyed random weights."""
         from mmtrain.models import building
-        from mmtrain.models.families.instructblip import processing
+        from mmtrain.models.families.instructblip import processing, shapes
 
         config = self.model_config(options)
-        processor = None
+        processor, sources = None, []
         if options.checkpoint is not None:
-            processor = processing.load_processor(Path(options.checkpoint), config)
-        model = building.build_empty(self.skeleton, config, options.dtype, zero3_config)
-        if options.checkpoint is None:
-            building.initialise_weights(dict(model.named_parameters()), options.seed)
-        else:
-            building.load_weights(model, [(Path(options.checkpoint), names.rename)], options)
-        return LoadedModel(model, processor, config)
+            folder = Path(options.checkpoint)
+            processor, sources = processing.load_processor(folder, config), [(folder, names.rename)]
+        skeleton = partial(shapes.skeleton, trains=options.base_dropout != "stored")
+        model = building.build_empty(skeleton, config, options.dtype, zero3_config)
+        files = building.fill(model, sources, options)
+        return LoadedModel(model, processor, config, files)
 
     def attention(self, config: Any, component: str) -> AttentionShape:
         """The attention shape of `vision`, `qformer` or `llm`."""

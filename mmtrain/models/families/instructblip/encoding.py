@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mmtrain.errors import DataError
 from mmtrain.models.dropout import stable_hash
 from mmtrain.models.interface import Example
-from mmtrain.models.text import IGNORED, refuse_picture_tokens_in_text
+from mmtrain.models.text import IGNORED, refuse_control_tokens
 from mmtrain.tasks.interface import Rendered, Turn
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def encode(
 ) -> Example:
     """Tokenise one sample. `max_length` bounds pictures and prompt; answers are never cut."""
     tokenizer, image_id = processor.tokenizer, processor.image_token_id
+    _refuse_control_tokens(processor, sample_id, rendered, bool(images))
     prompt = prompt_text(rendered.turns)
     num_picture_tokens = processor.num_query_tokens * len(images)
     room = max_length - num_picture_tokens
@@ -48,8 +49,6 @@ def encode(
     # The end is taught in training and found in generation, so every answer has one.
     answer = tokenizer(rendered.target, add_special_tokens=False)["input_ids"]
     answer = [*answer, tokenizer.eos_token_id]
-    written = [image_id] * len(images) + text + answer
-    refuse_picture_tokens_in_text(written, image_id, len(images), IMAGE_TOKEN, sample_id)
     input_ids, labels = [image_id] * num_picture_tokens + text, answer
     if processor.decoder_start_token_id is None:
         labels = [IGNORED] * len(input_ids) + answer
@@ -70,6 +69,17 @@ def encode(
         # Without any room the Q-Former reads the bare frame of a text.
         extras={"instruction_ids": instruction_ids or _frame(processor.qformer_tokenizer)},
     )
+
+
+def _refuse_control_tokens(
+    processor: Any, sample_id: str, rendered: Rendered, has_pictures: bool
+) -> None:
+    """In what the language model reads, and in what the Q-Former reads of pictures."""
+    said = [turn.text for turn in rendered.turns]
+    refuse_control_tokens(processor.control_tokens, sample_id, [*said, rendered.target])
+    if has_pictures:
+        told = said if rendered.instruction is None else [rendered.instruction]
+        refuse_control_tokens(processor.qformer_control_tokens, sample_id, told)
 
 
 def _within(tokenizer: Any, text: str, room: int, side: str) -> list[int] | None:

@@ -58,6 +58,7 @@ def _flan_t5(hidden: int, intermediate: int, heads: int, **others: Any) -> dict[
         num_decoder_layers=24,
         vocab_size=32128,
         feed_forward_proj="gated-gelu",
+        dense_act_fn="gelu",  # the release: exact, where Flan-T5 itself approximates
         dropout_rate=0.1,
         tie_word_embeddings=False,  # the head has weights of its own
         pad_token_id=0,

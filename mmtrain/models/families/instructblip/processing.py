@@ -17,15 +17,36 @@ def load_processor(folder: Path, config: Any) -> Any:
     _refuse_missing_tokenizers(folder)
     processor = building.load_processor(folder, IMAGE_TOKEN, config.image_token_id)
     _refuse_other_sizes(folder, processor, config)
-    _refuse_other_picture_size(folder, processor, config)
+    size, wanted = processor.image_processor.size, config.vision_config.image_size
+    building.refuse_other_picture_size(folder, (size.get("height"), size.get("width")), wanted)
     # Older folders say nothing of picture tokens: it is the first id behind the tokenizer's.
     config.image_token_id = processor.image_token_id
     processor.num_query_tokens = config.num_query_tokens
     processor.instruction_positions = config.qformer_config.max_position_embeddings
-    text = config.text_config
-    is_decoder_only = text.model_type != "t5"
-    processor.decoder_start_token_id = None if is_decoder_only else text.decoder_start_token_id
+    processor.decoder_start_token_id = _decoder_start(folder, config.text_config)
+    processor.control_tokens = (IMAGE_TOKEN, *_control_tokens(processor.tokenizer))
+    processor.qformer_control_tokens = _control_tokens(processor.qformer_tokenizer)
     return processor
+
+
+def _decoder_start(folder: Path, text: Any) -> int | None:
+    """The token that T5's answers begin behind; None for a decoder-only model."""
+    if text.model_type != "t5":
+        return None
+    # transformers knows of none by itself.
+    start = getattr(text, "decoder_start_token_id", None)
+    if start is None:
+        raise CheckpointError(
+            f"{folder}/config.json: names no decoder_start_token_id for its T5.",
+            "Copy it again, or write it into text_config (0 in the published checkpoints).",
+        )
+    return int(start)
+
+
+def _control_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """The spellings that do not stand for themselves; T5's marks of gaps are among them."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return tuple(sorted(added.union(tokenizer.all_special_tokens)))
 
 
 def _refuse_missing_tokenizers(folder: Path) -> None:
@@ -42,27 +63,8 @@ def _refuse_missing_tokenizers(folder: Path) -> None:
 def _refuse_other_sizes(folder: Path, processor: Any, config: Any) -> None:
     """Every token but the picture's is looked up."""
     words = set(processor.tokenizer.get_vocab().values()) - {processor.image_token_id}
-    needed = {
-        "the tokenizer": (max(words) + 1, config.text_config.vocab_size),
-        "the Q-Former's tokenizer": (
-            max(processor.qformer_tokenizer.get_vocab().values()) + 1,
-            config.qformer_config.vocab_size,
-        ),
-    }
-    for name, (num_tokens, num_rows) in needed.items():
-        if num_tokens > num_rows:
-            raise CheckpointError(
-                f"{folder}: {name} has {num_tokens} tokens, config.json says {num_rows}.",
-                "Use tokenizers and config.json of the same checkpoint.",
-            )
-
-
-def _refuse_other_picture_size(folder: Path, processor: Any, config: Any) -> None:
-    size, wanted = processor.image_processor.size, config.vision_config.image_size
-    found = (size.get("height"), size.get("width"))
-    if found != (wanted, wanted):
-        raise CheckpointError(
-            f"{folder}: its processor makes pictures of {found[0]} x {found[1]},"
-            f" config.json says {wanted} x {wanted}.",
-            "Use preprocessor files and config.json of the same checkpoint.",
-        )
+    building.refuse_larger_tokenizer(folder, max(words) + 1, config.text_config.vocab_size)
+    instruction_words = processor.qformer_tokenizer.get_vocab().values()
+    building.refuse_larger_tokenizer(
+        folder / "qformer_tokenizer", max(instruction_words) + 1, config.qformer_config.vocab_size
+    )

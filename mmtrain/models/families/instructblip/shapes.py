@@ -38,9 +38,10 @@ def read_config(
     configuration.apply_overrides(parts, options)
     qformer.encoder_hidden_size = vision.hidden_size
     if text.model_type == "t5":
-        _follow_activation(text)
+        if "activation" in options.overrides.get("llm", {}):
+            _follow_activation(text)
         text.tie_word_embeddings = not _has_own_head(options, text)
-    _set_base_dropout(config, options)
+    _settle_base_dropout(config, options)
     return config
 
 
@@ -54,10 +55,13 @@ def _refuse_other_language_model(folder: Path, config: Any) -> None:
 
 
 def _follow_activation(text: Any) -> None:
-    """What T5's configuration reads out of `feed_forward_proj`, after an override changed it."""
-    gate, _, activation = text.feed_forward_proj.rpartition("-")
+    """What T5's configuration says apart from `feed_forward_proj`, after an override changed it.
+
+    Without one it stays as stored: the release computes the exact `gelu`, which transformers
+    would not read out of `gated-gelu`.
+    """
+    gate, _, text.dense_act_fn = text.feed_forward_proj.rpartition("-")
     text.is_gated_act = gate == "gated"
-    text.dense_act_fn = "gelu_new" if text.feed_forward_proj == "gated-gelu" else activation
 
 
 def _has_own_head(options: ModelOptions, text: Any) -> bool:
@@ -70,29 +74,28 @@ def _has_own_head(options: ModelOptions, text: Any) -> bool:
     return HEAD in weight_files(Path(options.checkpoint))
 
 
-def _set_base_dropout(config: Any, options: ModelOptions) -> None:
+def _settle_base_dropout(config: Any, options: ModelOptions) -> None:
     vision, qformer, text = config.vision_config, config.qformer_config, config.text_config
+    is_t5 = text.model_type == "t5"
+    configuration.settle_attention_dropout([vision] if is_t5 else [vision, text], options)
     if options.base_dropout == 0:
         qformer.hidden_dropout_prob = qformer.attention_probs_dropout_prob = 0.0
-        vision.attention_dropout = 0.0
-        setattr(text, "dropout_rate" if text.model_type == "t5" else "attention_dropout", 0.0)
-    elif vision.attention_dropout or getattr(text, "attention_dropout", 0.0):
-        # It falls inside fused kernels, which draw from a generator.
-        raise CheckpointError(
-            "model.base_dropout: the attention dropout of this checkpoint's vision tower or"
-            " Vicuna cannot be keyed by sample, so a resume would not be exact.",
-            "Set model.base_dropout: 0.",
-        )
+        if is_t5:
+            text.dropout_rate = 0.0
 
 
-def skeleton(config: Any) -> nn.Module:
-    """The module tree on the current default device, weights unset."""
+def skeleton(config: Any, trains: bool = True) -> nn.Module:
+    """The module tree on the current default device, weights unset.
+
+    Where nothing trains, dropout need not be keyed, and attention stays as fast as it is.
+    """
     with no_init_weights():
         model = InstructBlipForConditionalGeneration(config)
         _make_biases_members(model)
     if config.text_config.model_type == "t5":
         _share_embeddings(model.language_model, config.text_config.tie_word_embeddings)
-    dropping.install(model)
+    if trains:
+        dropping.install(model)
     return model
 
 

@@ -7,6 +7,7 @@ trained. Folders are those of transformers, or of LLaVA's own code.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,16 +100,7 @@ class Llava:
         parts = {"llm": text, "vision": vision}
         configuration.set_working_precision(config, parts, options)
         configuration.apply_overrides(parts, options)
-        if options.base_dropout == 0:
-            text.attention_dropout = 0.0
-            vision.attention_dropout = 0.0
-        elif text.attention_dropout or vision.attention_dropout:
-            # It falls on attention weights inside fused kernels, which draw from a generator.
-            raise CheckpointError(
-                "model.base_dropout: this checkpoint's attention dropout cannot be keyed by"
-                " sample, so a resume would not be exact.",
-                "Set model.base_dropout: 0.",
-            )
+        configuration.settle_attention_dropout(parts.values(), options)
         return config
 
     def skeleton(self, config: Any) -> nn.Module:
@@ -124,14 +116,12 @@ class Llava:
         from mmtrain.models import building
 
         config = self.model_config(options)
-        if options.checkpoint is None:
-            model = building.build_empty(self.skeleton, config, options.dtype, zero3_config)
-            building.initialise_weights(dict(model.named_parameters()), options.seed)
-            return LoadedModel(model, None, config)
-        processor, sources = opened(options, config, self.model_types)
+        opened = Opened(None, [], True)
+        if options.checkpoint is not None:
+            opened = open_folder(options, config, self.model_types)
         model = building.build_empty(self.skeleton, config, options.dtype, zero3_config)
-        building.load_weights(model, sources, options)
-        return LoadedModel(model, processor, config, standard_folder=sources[0][1] is rename)
+        files = building.fill(model, opened.sources, options)
+        return LoadedModel(model, opened.processor, config, files, opened.is_standard)
 
     def attention(self, config: Any, component: str) -> AttentionShape:
         """The attention shape of `llm` or `vision`."""
@@ -161,17 +151,18 @@ class Llava:
         from mmtrain.models.dropout import stable_hash
         from mmtrain.models.families.llava.pictures import pixel_values
 
+        turns = text.conversation(rendered)
+        control_tokens = processor.tokenizer.all_special_tokens
+        text.refuse_control_tokens(control_tokens, sample_id, (said for _, said in turns))
         pieces = [text.Piece(f"{SYSTEM} ")]
-        for number, turn in enumerate(rendered.turns):
+        for number, (role, said) in enumerate(turns):
             pictures = f"{IMAGE_TOKEN}\n" * len(images) if number == 0 else ""
-            if turn.role == "user":
-                pieces.append(text.Piece(f"USER: {pictures}{turn.text}{ANSWER_CUE}"))
+            if role == "user":
+                pieces.append(text.Piece(f"USER: {pictures}{said}{ANSWER_CUE}"))
             else:
-                pieces.append(text.Piece(f" {turn.text}</s>", is_answer=True))
-        pieces.append(text.Piece(f" {rendered.target}</s>", is_answer=True))
+                pieces.append(text.Piece(f" {said}</s>", is_answer=True))
         ids, labels = text.tokenise(processor.tokenizer, pieces)
         token_id = processor.image_token_id
-        text.refuse_picture_tokens_in_text(ids, token_id, len(images), IMAGE_TOKEN, sample_id)
         ids, labels = text.expand(ids, labels, token_id, processor.tokens_per_image)
         ids, labels = text.truncate(
             ids, labels, token_id, max_length, truncation_side, sample_id, processor.num_cue_tokens
@@ -251,26 +242,36 @@ class Llava:
         building.save_folder(config, processor, state, folder)
 
 
-def opened(
-    options: ModelOptions, config: Any, model_types: tuple[str, ...]
-) -> tuple[Any, Sequence[Source]]:
-    """The processor of a checkpoint, and the folders of its weights with their key layouts."""
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint folder before its weights are read."""
+
+    processor: Any
+    sources: Sequence[Source]  # folders of weights, with their key layouts
+    is_standard: bool  # transformers reads it, too
+
+
+def open_folder(options: ModelOptions, config: Any, model_types: tuple[str, ...]) -> Opened:
+    """Its processor and where its weights lie."""
     from mmtrain.models import building, configuration
     from mmtrain.models.families.llava import original
 
     folder = Path(str(options.checkpoint))
     stored = configuration.stored_config(folder, model_types)
     sources: Sequence[Source] = [(folder, rename)]
-    if original.is_original(stored):
+    is_original = original.is_original(stored)
+    if is_original:
         sources = original.sources(stored, options)
         processor = original.original_processor(stored, options, config, IMAGE_TOKEN)
     else:
         processor = building.load_processor(folder, IMAGE_TOKEN, config.image_token_id)
-    refuse_other_picture_size(folder, processor, config)
+    size = processor.image_processor.crop_size
+    found = size["height"], size["width"]
+    building.refuse_other_picture_size(folder, found, config.vision_config.image_size)
     processor.tokens_per_image = tokens_per_image(config)
     cue = processor.tokenizer(ANSWER_CUE, add_special_tokens=False)
     processor.num_cue_tokens = len(cue["input_ids"])
-    return processor, sources
+    return Opened(processor, sources, not is_original)
 
 
 def refuse_tiled_pictures(folder: Path, stored: Mapping[str, Any]) -> None:
@@ -279,17 +280,6 @@ def refuse_tiled_pictures(folder: Path, stored: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"{folder}/config.json: image_aspect_ratio is 'anyres', as in LLaVA-1.6.",
             "Use a checkpoint of the LLaVA-1.5 or ShareGPT4V generation.",
-        )
-
-
-def refuse_other_picture_size(folder: Path, processor: Any, config: Any) -> None:
-    """The processor must cut pictures to the size the tower was built for."""
-    size, wanted = processor.image_processor.crop_size, config.vision_config.image_size
-    if (size["height"], size["width"]) != (wanted, wanted):
-        raise CheckpointError(
-            f"{folder}: its processor makes pictures of {size['height']} x {size['width']},"
-            f" config.json says {wanted} x {wanted}.",
-            "Use preprocessor files and config.json of the same checkpoint.",
         )
 
 

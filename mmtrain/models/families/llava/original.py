@@ -189,11 +189,11 @@ def _tokenizer(folder: Path) -> Any:
 
 def _image_processor(tower: Path | None, config: Any) -> Any:
     """As the tower's folder says; without one, the published size and CLIP's mean and deviation."""
-    from transformers import CLIPImageProcessor
+    from transformers import CLIPImageProcessorPil
 
     if tower is not None and (tower / "preprocessor_config.json").exists():
-        return CLIPImageProcessor.from_pretrained(str(tower), local_files_only=True)
+        return CLIPImageProcessorPil.from_pretrained(str(tower), local_files_only=True)
     size = config.vision_config.image_size
-    return CLIPImageProcessor(
+    return CLIPImageProcessorPil(
         size={"shortest_edge": size}, crop_size={"height": size, "width": size}
     )

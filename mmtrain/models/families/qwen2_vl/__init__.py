@@ -102,15 +102,14 @@ class Qwen2VL:
         from mmtrain.models.families.qwen2_vl import processing
 
         config = self.model_config(options)
-        model = building.build_empty(self.skeleton, config, options.dtype, zero3_config)
-        processor = None
-        if options.checkpoint is None:
-            building.initialise_weights(dict(model.named_parameters()), options.seed)
-        else:
+        processor, sources = None, []
+        if options.checkpoint is not None:
             folder = Path(options.checkpoint)
             processor = processing.load_processor(folder, config, options.max_pixels)
-            building.load_weights(model, [(folder, rename)], options)
-        return LoadedModel(model, processor, config)
+            sources = [(folder, rename)]
+        model = building.build_empty(self.skeleton, config, options.dtype, zero3_config)
+        files = building.fill(model, sources, options)
+        return LoadedModel(model, processor, config, files)
 
     def attention(self, config: Any, component: str) -> AttentionShape:
         """The attention shape of `llm` or `vision`."""
@@ -134,10 +133,10 @@ class Qwen2VL:
         truncation_side: str,
     ) -> Example:
         """Tokenise in the published chat form, pictures before the first question."""
+        from mmtrain.models import text
         from mmtrain.models.families.qwen2_vl import encoding
 
-        turns = [(turn.role, turn.text) for turn in rendered.turns]
-        turns.append(("assistant", rendered.target))
+        turns = text.conversation(rendered)
         return encoding.encode(processor, sample_id, turns, images, max_length, truncation_side)
 
     def collate(self, examples: Sequence[Example], processor: Any) -> Batch:

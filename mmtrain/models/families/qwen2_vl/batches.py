@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -20,13 +21,19 @@ def collate(examples: Sequence[Example], processor: Processor) -> Batch:
     tensors = batching.text_tensors(examples)
     mask = tensors["attention_mask"]
     tensors["position_ids"] = padded_positions(examples, rows, processor, mask)
-    tensors |= picture_tensors(examples, processor)
+    pictures, grid = picture_tensors(examples, processor)
     targets = answers.answer_targets(examples, mask.shape[1])
-    return batching.make_batch(examples, tensors, targets)
+    batch = batching.make_batch(examples, tensors | pictures, targets)
+    return replace(batch, host={"grid": grid})
 
 
-def picture_tensors(examples: Sequence[Example], processor: Processor) -> dict[str, torch.Tensor]:
-    """Patches, grids and dropout keys; without any picture, a blank one that nothing reads."""
+def picture_tensors(
+    examples: Sequence[Example], processor: Processor
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Patches with their dropout keys, and the grid [pictures, 3] that they lie in.
+
+    Without any picture, those of a blank one that nothing reads.
+    """
     pixels = [rows for example in examples for rows in example.pixels]
     grids = [grid for example in examples for grid in example.extras["grid"]]
     keys = batching.picture_keys(examples)
@@ -37,13 +44,13 @@ def picture_tensors(examples: Sequence[Example], processor: Processor) -> dict[s
         width = COLOURS * cutter.temporal_patch_size * cutter.patch_size**2
         pixels, grids, keys = [torch.zeros(side * side, width)], [(1, side, side)], [0]
     counts = torch.tensor([len(rows) for rows in pixels])
-    return {
+    tensors = {
         "pixel_values": torch.cat(pixels),
-        "grid": torch.tensor(grids),
         "patch_keys": torch.tensor(keys).repeat_interleave(counts),
         "patch_index": torch.cat([torch.arange(count) for count in counts.tolist()]),
         "feature_index": torch.arange(num_read),
     }
+    return tensors, torch.tensor(grids)
 
 
 def padded_positions(

@@ -14,6 +14,7 @@ from mmtrain.models.building import generation_config
 from mmtrain.models.dropout import scope_of
 from mmtrain.models.families.qwen2_vl.batches import padded_positions, picture_tensors
 from mmtrain.models.families.qwen2_vl.processing import Processor
+from mmtrain.models.families.qwen2_vl.tower_plan import plan
 from mmtrain.models.interface import Batch, Example, ForwardResult
 from mmtrain.models.text import prompt_ids
 
@@ -24,14 +25,15 @@ def forward(model: Any, batch: Batch) -> ForwardResult:
     scope = scope_of(model)
     scope.set_packed_rows("vision", tensors["patch_keys"], tensors["patch_index"])
     scope.set_rows("llm", tensors["row_keys"])
-    hidden = hidden_states(model, tensors)
+    hidden = hidden_states(model, batch)
     return answer_loss(hidden, model.lm_head, tensors, batch.num_answer_tokens)
 
 
-def hidden_states(model: Any, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+def hidden_states(model: Any, batch: Batch) -> torch.Tensor:
     """The LLM's last hidden states [rows, tokens, channels]."""
-    inner = model.model
-    seen = inner.visual(tensors["pixel_values"], grid_thw=tensors["grid"])
+    inner, tensors, grid = model.model, batch.tensors, batch.host["grid"]
+    pixels = tensors["pixel_values"]
+    seen = inner.visual(pixels, grid_thw=grid, **plan(inner.visual, grid, pixels.device))
     # A blank picture's features are computed and dropped, so that gradients run everywhere.
     read = tensors["feature_index"]
     is_image = tensors["input_ids"] == model.config.image_token_id
@@ -63,11 +65,10 @@ def generate(
     in_text = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     in_picture = padded_positions(examples, prompts, processor, attention_mask)
     device = next(model.parameters()).device
-    pictures = {
-        name: tensor.to(device) for name, tensor in picture_tensors(examples, processor).items()
-    }
+    pictures, grid = picture_tensors(examples, processor)
+    pixels, planned = pictures["pixel_values"].to(device), plan(model.model.visual, grid, device)
     with torch.no_grad():
-        seen = model.model.get_image_features(pictures["pixel_values"], pictures["grid"])
+        seen = model.model.get_image_features(pixels, grid, **planned)
         out = model.generate(
             input_ids=input_ids.to(device),
             attention_mask=attention_mask.to(device),

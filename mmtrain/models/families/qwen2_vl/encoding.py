@@ -19,8 +19,6 @@ from mmtrain.models.families.qwen2_vl.processing import (
 )
 from mmtrain.models.interface import Example
 
-# A conversation: (role, text) of every turn.
-Turns = Sequence[tuple[str, str]]
 MAX_ASPECT_RATIO = 200  # of the published resizing
 TEXT_REMEDY = "Raise data.max_length or leave the sample out."
 PICTURE_REMEDY = "Lower model.max_pixels, raise data.max_length or leave the sample out."
@@ -29,13 +27,13 @@ PICTURE_REMEDY = "Lower model.max_pixels, raise data.max_length or leave the sam
 def encode(
     processor: Processor,
     sample_id: str,
-    turns: Turns,
+    turns: text.Turns,
     images: Sequence[Image],
     max_length: int,
     truncation_side: str,
 ) -> Example:
     """One conversation whose last turn is the answer; pictures stand before the first question."""
-    _refuse_control_tokens(processor, sample_id, turns)
+    text.refuse_control_tokens(processor.control_tokens, sample_id, (said for _, said in turns))
     ids, labels = text.tokenise(processor.tokenizer, pieces(processor, turns, len(images)))
     pixels, grids = [], []
     for image in images:
@@ -58,7 +56,7 @@ def encode(
     return Example(sample_id, stable_hash(sample_id), ids, labels, pixels, extras={"grid": grids})
 
 
-def pieces(processor: Processor, turns: Turns, num_pictures: int) -> list[text.Piece]:
+def pieces(processor: Processor, turns: text.Turns, num_pictures: int) -> list[text.Piece]:
     """The chat template of the published checkpoints, with the stretches that are answers.
 
     An answer ends with its end-of-turn token. The newline behind it is no part of the answer:
@@ -98,18 +96,6 @@ def _expand(
         out_ids.extend([token] * count)
         out_labels.extend([label] * count)
     return out_ids, out_labels
-
-
-def _refuse_control_tokens(processor: Processor, sample_id: str, turns: Turns) -> None:
-    """Their spelling in a text would end a turn, or ask for a picture that is not there."""
-    for _, said in turns:
-        for token in processor.control_tokens:
-            if token in said:
-                raise DataError(
-                    f"sample {sample_id}: its text holds {token}, which the model reads as a"
-                    " control token.",
-                    "Take the token out of the text.",
-                )
 
 
 def _refuse_aspect_ratio(sample_id: str, image: Image) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.errors import CheckpointError, ConfigError
+from mmtrain.models.building import refuse_larger_tokenizer
 
 IMAGE_TOKEN = "<|image_pad|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
@@ -80,7 +81,9 @@ def load_processor(folder: Path, config: Any, max_pixels: int | None) -> Process
     )
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(
             str(folder), local_files_only=True
         )
@@ -117,12 +120,7 @@ def _check_tokens(folder: Path, tokenizer: Any, config: Any) -> None:
                 f" {token_id}.",
                 "Use tokenizer and config.json of the same checkpoint.",
             )
-    size = config.text_config.vocab_size
-    if len(tokenizer) > size:
-        raise CheckpointError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, config.json {size} embeddings.",
-            "Use tokenizer and config.json of the same checkpoint.",
-        )
+    refuse_larger_tokenizer(folder, len(tokenizer), config.text_config.vocab_size)
 
 
 def _check_pictures(folder: Path, image_processor: Any, config: Any) -> None:

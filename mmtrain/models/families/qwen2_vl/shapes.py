@@ -51,21 +51,8 @@ def read_config(options: ModelOptions, presets: Mapping[str, Mapping[str, Any]])
             f" {'; '.join(problems)}.",
             "Copy config.json again.",
         )
-    _settle_dropout(config.text_config, options)
+    configuration.settle_attention_dropout([config.text_config], options)
     return config
-
-
-def _settle_dropout(text: Any, options: ModelOptions) -> None:
-    """Turn the base's own dropout off, or refuse to keep it."""
-    if options.base_dropout == 0:
-        text.attention_dropout = 0.0
-    elif text.attention_dropout:
-        # It falls on attention weights inside fused kernels, which draw from a generator.
-        raise CheckpointError(
-            "model.base_dropout: this checkpoint's attention dropout cannot be keyed by"
-            " sample, so a resume would not be exact.",
-            "Set model.base_dropout: 0.",
-        )
 
 
 def _override(config: Any, parts: Mapping[str, Any], options: ModelOptions) -> None:

@@ -137,18 +137,15 @@ class QwenVL:
         from mmtrain.models.families.qwen_vl import processing
 
         config = self.model_config(options)
-        processor = None
+        processor, sources = None, []
         if options.checkpoint is not None:
-            processor = processing.load_processor(Path(options.checkpoint), config)
+            folder = Path(options.checkpoint)
+            processor, sources = processing.load_processor(folder, config), [(folder, weight_name)]
         model = building.build_empty(self.skeleton, config, options.dtype, zero3_config)
-        if options.checkpoint is None:
-            building.initialise_weights(dict(model.named_parameters()), options.seed)
-        else:
-            sources = [(Path(options.checkpoint), weight_name)]
-            building.load_weights(model, sources, options)
-        if options.checkpoint is None or options.allow_reinit:
+        files = building.fill(model, sources, options)
+        if not files or options.allow_reinit:
             self.set_fixed_positions(model)
-        return LoadedModel(model, processor, config, standard_folder=False)
+        return LoadedModel(model, processor, config, files, standard_folder=False)
 
     def set_fixed_positions(self, model: Any) -> None:
         """Give the resampler its positions, which are computed, where none were stored."""
@@ -180,10 +177,10 @@ class QwenVL:
         truncation_side: str,
     ) -> Example:
         """Tokenise in the published chat form, pictures before the first question."""
+        from mmtrain.models import text
         from mmtrain.models.families.qwen_vl import encoding
 
-        turns = [(turn.role, turn.text) for turn in rendered.turns]
-        turns.append(("assistant", rendered.target))
+        turns = text.conversation(rendered)
         return encoding.encode(processor, sample_id, turns, images, max_length, truncation_side)
 
     def collate(self, examples: Sequence[Example], processor: Any) -> Batch:

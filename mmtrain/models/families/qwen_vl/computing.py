@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from mmtrain.distributed import spans_ranks
 from mmtrain.models.answers import answer_loss
 from mmtrain.models.batching import pad_ids
-from mmtrain.models.building import generation_config
+from mmtrain.models.building import generate_from_embeddings
 from mmtrain.models.dropout import scope_of
 from mmtrain.models.families.qwen_vl.encoding import collate
 from mmtrain.models.families.qwen_vl.processing import Processor
@@ -44,20 +43,17 @@ def generate(
     """Answers, all prompts in one left-padded batch with a KV cache."""
     prompts = [prompt_ids(example.input_ids, example.labels) for example in examples]
     input_ids, attention_mask = pad_ids(prompts, "left")
-    parameter = next(model.parameters())
-    device, tokenizer = parameter.device, processor.tokenizer
+    device = next(model.parameters()).device
     pixels = collate(examples, processor).tensors["pixel_values"].to(device)
     is_image = (input_ids == processor.image_token_id).to(device)
-    generation = generation_config(
-        settings, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
     with torch.no_grad():
-        out = model.generate(
-            inputs_embeds=embed(model, input_ids.to(device), is_image, pixels),
-            attention_mask=attention_mask.to(device),
-            # As published, the prompt chooses the rotary base for all that is cached.
-            row_lengths=attention_mask.sum(-1).to(device),
-            generation_config=generation,
-            synced_gpus=spans_ranks(parameter),
-        )
-    return [answer.strip() for answer in tokenizer.batch_decode(out, skip_special_tokens=True)]
+        embeds = embed(model, input_ids.to(device), is_image, pixels)
+    return generate_from_embeddings(
+        model,
+        processor.tokenizer,
+        embeds,
+        attention_mask.to(device),
+        settings,
+        # As published, the prompt chooses the rotary base for all that is cached.
+        row_lengths=attention_mask.sum(-1).to(device),
+    )

@@ -155,10 +155,12 @@ def _override(config: QWenConfig, options: ModelOptions) -> None:
 
 
 def _settle_dropout(config: QWenConfig, options: ModelOptions) -> None:
-    """Turn the base's own dropout off, or refuse to keep it."""
+    """Turn the base's own dropout off, or refuse to train with it."""
     if options.base_dropout == 0:
         config.attn_dropout_prob = config.emb_dropout_prob = 0.0
-    elif config.attn_dropout_prob or config.emb_dropout_prob:
+    elif options.base_dropout == "checkpoint" and (
+        config.attn_dropout_prob or config.emb_dropout_prob
+    ):
         # On attention weights it falls inside fused kernels, which draw from a generator.
         raise CheckpointError(
             "model.base_dropout: this checkpoint's dropout cannot be keyed by sample, so a resume"

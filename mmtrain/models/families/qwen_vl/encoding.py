@@ -32,14 +32,12 @@ from mmtrain.models.families.qwen_vl.tokenizer import (
 from mmtrain.models.interface import Batch, Example
 
 SYSTEM = "You are a helpful assistant."
-# A conversation: (role, text) of every turn.
-Turns = Sequence[tuple[str, str]]
 
 
 def encode(
     processor: Processor,
     sample_id: str,
-    turns: Turns,
+    turns: text.Turns,
     images: Sequence[Image],
     max_length: int,
     truncation_side: str,
@@ -67,7 +65,7 @@ def encode(
 
 
 def _parts(
-    processor: Processor, turns: Turns, num_pictures: int
+    processor: Processor, turns: text.Turns, num_pictures: int
 ) -> Iterator[tuple[list[int], bool]]:
     """Stretches of token ids, each with whether the loss falls on it."""
     tokenizer = processor.tokenizer

@@ -10,6 +10,7 @@ import torch
 from PIL.Image import Image, Resampling
 
 from mmtrain.errors import CheckpointError
+from mmtrain.models.building import refuse_larger_tokenizer
 from mmtrain.models.families.qwen_vl.configuration import QWenConfig, num_queries
 from mmtrain.models.families.qwen_vl.tokenizer import (
     IMAGE_END,
@@ -67,12 +68,7 @@ def load_processor(folder: Path, config: QWenConfig) -> Processor:
             f" {wanted}.",
             "Use tokenizer and config.json of the same checkpoint.",
         )
-    if len(tokenizer) > config.vocab_size:
-        raise CheckpointError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, config.json"
-            f" {config.vocab_size} embeddings.",
-            "Use tokenizer and config.json of the same checkpoint.",
-        )
+    refuse_larger_tokenizer(folder, len(tokenizer), config.vocab_size)
     return make_processor(tokenizer, config)
 
 

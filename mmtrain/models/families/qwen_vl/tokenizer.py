@@ -39,6 +39,8 @@ _WORDS = (
 class QwenTokenizer:
     """Ordinary tokens are numbered by rank; the special ones follow."""
 
+    bos_token_id = None  # texts begin with no token of their own
+
     def __init__(self, ranks: Mapping[bytes, int]) -> None:
         self.ranks = ranks
         self.special = {token: len(ranks) + n for n, token in enumerate(SPECIAL_TOKENS)}
