@@ -20,6 +20,7 @@ from mmtrain import plugins
 from mmtrain.data.shards import ShardFolder
 from tests import tiny
 from tests.distributed.test_invariants import FILES, SPLIT_TOLERANCE, close
+from tests.in_process import one_rank
 
 TWINS = [
     (family, preset)
@@ -229,15 +230,16 @@ def test_the_cards_snippet_rebuilds_the_trained_model(
     monkeypatch.chdir(run)
     found: dict[str, Any] = {}
     exec(snippet, found)
-    ready = ready_from_argument(str(run), ["parallel.deepspeed=zero0"], base=False)
-    data = ready.config.data
-    assert data is not None and data.val is not None
-    source = build_source(ready.config, ready.assembled, data.val)
-    family, processor = ready.assembled.family, ready.assembled.processor
-    batch = family.collate([source.example(index) for index in range(3)], processor)
-    with torch.no_grad():
-        wanted, rebuilt = (
-            family.forward(model, batch).per_sample_loss
-            for model in (ready.assembled.model, found["model"])
-        )
+    with one_rank():
+        ready = ready_from_argument(str(run), ["parallel.deepspeed=zero0"], base=False)
+        data = ready.config.data
+        assert data is not None and data.val is not None
+        source = build_source(ready.config, ready.assembled, data.val)
+        family, processor = ready.assembled.family, ready.assembled.processor
+        batch = family.collate([source.example(index) for index in range(3)], processor)
+        with torch.no_grad():
+            wanted, rebuilt = (
+                family.forward(model, batch).per_sample_loss
+                for model in (ready.assembled.model, found["model"])
+            )
     assert torch.allclose(rebuilt, wanted, rtol=SPLIT_TOLERANCE)
