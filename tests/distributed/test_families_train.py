@@ -37,7 +37,7 @@ TURN = 5  # how far `shuffled` moves the pictures along the samples
 # Relative, over four steps; measured at worst 1.2e-3 (ZeRO-3 linears round elsewhere than torch
 # does) and 2.4e-3 (against fp32).
 BF16_SPREAD, BF16_ROUNDING = 3e-3, 1e-2
-# One digit in ten is right by chance; one of the 16 has a neighbour that shows the same digit.
+# One digit in ten is right by chance; of these 16, four get a picture of the same digit.
 CHANCE = 0.3
 
 
