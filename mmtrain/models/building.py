@@ -17,18 +17,6 @@ from mmtrain.models.host_memory import returning_freed_memory
 from mmtrain.models.interface import ModelOptions
 from mmtrain.models.weights import DTYPES, Source, initialise_weights, load_weights
 
-__all__ = [
-    "build_empty",
-    "fill",
-    "generate_from_embeddings",
-    "generation_config",
-    "initialise_weights",
-    "load_processor",
-    "load_weights",
-    "refuse_larger_tokenizer",
-    "refuse_other_picture_size",
-    "save_folder",
-]
 _SHARD_BYTES = 5 * 10**9
 
 

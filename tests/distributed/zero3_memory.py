@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from mmtrain import distributed
-from mmtrain.models import building
+from mmtrain.models import building, weights
 from mmtrain.models.families import llava
 from mmtrain.models.interface import ModelOptions
 from mmtrain.training.engine import complete_config
@@ -61,7 +61,7 @@ def load(folder: Path, how: str, zero3: dict) -> torch.nn.Module:
 
         stored = load_file(folder / "model.safetensors")
         everything = {name: tensor.clone() for name, tensor in stored.items()}
-    building.load_weights(model, [(folder, llava.rename)], options)
+    weights.load_weights(model, [(folder, llava.rename)], options)
     del everything
     return model
 
