@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
 from data_shards.writer import ShardWriter
 from mmtrain import plugins
 from mmtrain.models import building, tiny
@@ -72,17 +74,24 @@ def write_folder(folder: Path, family_name: str, preset: str, texts: Sequence[st
     """All of a published checkpoint but its weights and its vocabulary."""
     family: Any = plugins.load("family", family_name)
 
-    def write_config_alone(family: Any, config: Any, folder: Path, *_: Any) -> None:
-        folder.mkdir(parents=True)
-        config.save_pretrained(str(folder))
-
-    with patch.object(tiny, "write_model", write_config_alone):
+    with patch.object(tiny, "write_model", _write_names):
         family.write_tiny(folder, [*texts, *CHOICES, "A. B. C. D. , "], WEIGHT_SEED, preset)
     _restore_vocabulary(folder / "config.json", family.presets[preset])
     pictures = folder / "preprocessor_config.json"
     if pictures.exists() and family_name == "qwen2_vl":
         stored = json.loads(pictures.read_text())
         pictures.write_text(json.dumps({**stored, "size": PIXEL_RANGE}))
+
+
+def _write_names(family: Any, config: Any, folder: Path, *_: Any) -> None:
+    """Configuration and the list of weights; the file that should hold them is empty."""
+    folder.mkdir(parents=True)
+    config.save_pretrained(str(folder))
+    with torch.device("meta"):
+        names = [name for name, _ in family.skeleton(config).named_parameters()]
+    (folder / "empty.safetensors").touch()
+    index = {"weight_map": dict.fromkeys(names, "empty.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def _restore_vocabulary(config_file: Path, published: Any) -> None:

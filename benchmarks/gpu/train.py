@@ -11,6 +11,7 @@ import re
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -89,7 +90,10 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     config = resolve(job["run"])
     clock = Clock(
-        time.perf_counter(), job.get("profile_step"), job["run"]["components"]["llm"]["r"]
+        time.perf_counter(),
+        None if job.get("ends") else config.optim.max_steps,
+        job.get("profile_step"),
+        job["run"]["components"]["llm"]["r"],
     )
     validate = loop.Loop._validate
 
@@ -184,8 +188,9 @@ def gemm_tflops() -> float:
     return 2e-12 * side**3 * 10 / (time.perf_counter() - began_s)
 
 
-def main(jobs_file: Path, out: Path) -> None:
-    """Every job in order; one that fails is a line, too."""
+def main(jobs_file: Path, out: Path) -> int:
+    """Every job in order; one that fails is a line, too. 0 when all of them ended well."""
+    failed = 0
     with out.open("a", encoding="utf-8") as lines:
 
         def write(record: Mapping[str, Any]) -> None:
@@ -197,11 +202,14 @@ def main(jobs_file: Path, out: Path) -> None:
             try:
                 write(measure(job))
             except Exception as error:  # the other runs are still worth having
+                failed += 1
+                traceback.print_exc()
                 write({"name": job["name"], "error": f"{type(error).__name__}: {error}"[:500]})
             gc.collect()
             torch.cuda.empty_cache()
     distributed.shut_down()
+    return min(failed, 1)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
