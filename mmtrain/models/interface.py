@@ -82,7 +82,14 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device; what is on the host stays there."""
-        moved = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        if device.type == "cuda":
+            # From pinned memory a copy is only queued: otherwise the host waits for each of them.
+            moved = {
+                name: tensor.pin_memory().to(device, non_blocking=True)
+                for name, tensor in self.tensors.items()
+            }
+        else:
+            moved = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         return replace(self, tensors=moved)
 
 

@@ -202,7 +202,7 @@ def test_same_answers_whole_and_sharded(root: Path) -> None:
         assert whole["answers"] and whole["answers"] == sharded["answers"], family
 
 
-def test_dropout_masks_equal_the_cpus(root: Path) -> None:
+def test_dropout_masks_equal_the_cpus() -> None:
     rows, tokens, width = 3, 50, 256
     x = torch.ones(rows, tokens, width)
     attention = torch.ones(rows, 4, tokens, tokens)
@@ -216,6 +216,20 @@ def test_dropout_masks_equal_the_cpus(root: Path) -> None:
         kept.append([plain(x.to(device)).cpu(), on_attention(attention.to(device)).cpu()])
     assert all(torch.equal(one, other) for one, other in zip(*kept))
     assert 0.08 < float((kept[0][0] == 0).float().mean()) < 0.12
+
+
+@needs_card
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_dropout_kernel_equals_the_operators(dtype: torch.dtype) -> None:
+    from mmtrain.models import dropout
+
+    x = torch.randn(7, 33, 1500, device="cuda", dtype=dtype)
+    keys = torch.randint(-(2**31), 2**31, (7, 33), device="cuda", dtype=torch.int32)
+    kernel = dropout._kernel()
+    assert kernel is not None
+    for threshold in (-(2**31) + 2**28, 5):
+        found, wanted = (f(x, keys, threshold, 1.25) for f in (kernel, dropout.masked_plainly))
+        assert torch.equal(found, wanted)
 
 
 @needs_card
