@@ -19,6 +19,7 @@ from mmtrain.config.schema import DataConfig, RunConfig
 from mmtrain.data.shards import ShardFolder
 from mmtrain.data.source import Source
 from mmtrain.errors import CheckpointError, ConfigError
+from mmtrain.models.built import Asked
 from mmtrain.models.interface import Family
 from mmtrain.peft.trainable import Trainable, make_trainable
 
@@ -63,6 +64,11 @@ def build_model(
         base_files=loaded.weight_files,
         standard_folder=loaded.standard_folder,
     )
+
+
+def asked_of(config: RunConfig) -> Asked:
+    """What the built model is compared with."""
+    return Asked(config.model.dtype, config.model.attention, config.model.base_dropout)
 
 
 def refuse_preset(config: RunConfig) -> None:

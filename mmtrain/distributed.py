@@ -166,9 +166,7 @@ def prepare_deepspeed() -> None:
 
 
 @contextmanager
-def sharded_construction(
-    deepspeed_config: Mapping[str, Any] | None, dtype: torch.dtype
-) -> Iterator:
+def sharded_construction(deepspeed_config: Mapping[str, Any] | None) -> Iterator:
     """Inside, every module's parameters are sharded as soon as they are made (ZeRO-3 only)."""
     if deepspeed_config is None:
         with nullcontext():
@@ -177,13 +175,19 @@ def sharded_construction(
     import deepspeed
 
     prepare_deepspeed()
-    with deepspeed.zero.Init(config_dict_or_path=dict(deepspeed_config), dtype=dtype):
+    # No `dtype` beside the configuration: where the CPU has no fp16 kernels, it means bf16.
+    with deepspeed.zero.Init(config_dict_or_path=dict(deepspeed_config)):
         yield
 
 
 def is_sharded(parameter: torch.Tensor) -> bool:
     """Whether ZeRO-3 holds only a piece of this parameter here."""
     return hasattr(parameter, "ds_id")
+
+
+def stored_part(parameter: Any) -> torch.Tensor:
+    """What this rank keeps of a parameter: the piece that ZeRO-3 left it, else the whole."""
+    return parameter.ds_tensor if is_sharded(parameter) else parameter
 
 
 def full_shape(parameter: Any) -> torch.Size:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmtrain import distributed
-from mmtrain.assemble import Assembled, build_model, pin_numerics, refuse_preset
+from mmtrain.assemble import Assembled, asked_of, build_model, pin_numerics, refuse_preset
 from mmtrain.config.deepspeed import find_deepspeed_config
 from mmtrain.config.load import load_run_file
 from mmtrain.config.schema import RunConfig
@@ -78,7 +78,13 @@ def build_ready(config: RunConfig, checkpoint: Path | None, run_dir: Path | None
     for parameter in assembled.model.parameters():
         parameter.requires_grad_(False)
     engine = Engine(
-        assembled.family, assembled.model, assembled.processor, world, settings, groups=None
+        assembled.family,
+        assembled.model,
+        assembled.processor,
+        world,
+        settings,
+        asked_of(config),
+        groups=None,
     )
     engine.evaluation_mode()
     return Ready(config, engine, assembled, run_dir)

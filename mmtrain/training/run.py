@@ -19,6 +19,7 @@ import torch
 from mmtrain import distributed, plugins
 from mmtrain.assemble import (
     Assembled,
+    asked_of,
     base_digest,
     build_model,
     build_source,
@@ -243,6 +244,7 @@ def _build_engine(
         assembled.processor,
         world,
         settings,
+        asked_of(config),
         groups,
         optim.betas,
         optim.eps,
