@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from mmtrain import plugins
@@ -135,17 +134,3 @@ def base_digest(files: Sequence[Path]) -> str:
     except OSError:
         pass  # without a cache the digests are only computed again next time
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
-
-
-def pin_numerics(config: RunConfig, local_size: int) -> int:
-    """Threads and deterministic kernels, before anything is computed; the thread count."""
-    cores = len(os.sched_getaffinity(0))
-    threads = config.parallel.threads or max(1, cores // local_size)
-    torch.set_num_threads(threads)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        # Nothing here reads memory it has not written; filling DeepSpeed's communication buckets
-        # took more than half of a small step.
-        setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    return threads

@@ -14,6 +14,7 @@ from mmtrain.distributed import World
 from mmtrain.models import built
 from mmtrain.models.dropout import scope_of
 from mmtrain.models.interface import Batch, Example, Family, ForwardResult
+from mmtrain.training.numerics import nondeterminism_explained
 
 log = logging.getLogger("mmtrain")
 
@@ -83,7 +84,7 @@ def _initialise(
     """
     import deepspeed
 
-    distributed.prepare_deepspeed()
+    distributed.prepare_deepspeed(config)
     buffers = {name: value.clone() for name, value in module.named_buffers()}
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=dict(config), dist_init_required=False
@@ -146,17 +147,20 @@ class Engine:
 
     def forward(self, batch: Batch) -> ForwardResult:
         """One forward of a batch that may still be on the host."""
-        loss_sum, per_sample, auxiliary = self._module(batch.to(self.world.device))
+        with nondeterminism_explained():
+            loss_sum, per_sample, auxiliary = self._module(batch.to(self.world.device))
         return ForwardResult(loss_sum, batch.num_answer_tokens, per_sample, auxiliary)
 
     def generate(self, examples: Sequence[Example], settings: Any) -> list[str]:
         """Answers to the prompts of `examples`."""
-        return self.family.generate(self.model, self.processor, examples, settings)
+        with nondeterminism_explained():
+            return self.family.generate(self.model, self.processor, examples, settings)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients. DeepSpeed divides by accumulation steps and averages ranks."""
         assert self.deepspeed is not None
-        self.deepspeed.backward(loss)
+        with nondeterminism_explained():
+            self.deepspeed.backward(loss)
 
     def step(self) -> None:
         """End a micro-step; the optimizer runs at the accumulation boundary."""
