@@ -74,6 +74,8 @@ class ModelConfig(Section):
             raise ValueError("give exactly one of 'checkpoint' and 'preset'")
         if self.allow_reinit and not self.overrides:
             raise ValueError("'allow_reinit' does nothing without 'overrides'; leave it out")
+        if self.attention == "flash_attention_2" and self.dtype == "fp32":
+            raise ValueError("attention 'flash_attention_2' has no fp32; use 'sdpa', or dtype bf16")
         return self
 
 

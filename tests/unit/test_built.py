@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmtrain import plugins
-from mmtrain.errors import TrainingError
+from mmtrain.errors import ConfigError, TrainingError
 from mmtrain.models.built import Asked, refuse_other_than
 from mmtrain.models.interface import ModelOptions
 
@@ -70,6 +70,15 @@ def test_another_attention_in_one_component_is_named(part: str) -> None:
     getattr(model.config, part)._attn_implementation = "eager"
     fault = fault_of(Asked("fp32", "sdpa"), model)
     assert "model.attention sdpa was asked for, found eager in model." in fault
+
+
+@pytest.mark.parametrize("family", plugins.names("family"))
+def test_flash_attention_is_never_fetched_from_elsewhere(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: False)
+    with pytest.raises(ConfigError, match="flash_attention_2 needs the package flash-attn"):
+        model_of(family, dtype="bf16", attention="flash_attention_2")
 
 
 def test_keyed_attention_is_what_the_bases_own_dropout_asks_for() -> None:

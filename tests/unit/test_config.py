@@ -114,6 +114,14 @@ def test_numbers_that_torch_would_stumble_over_are_bounded() -> None:
     ]
 
 
+def test_flash_attention_computes_in_bf16_only() -> None:
+    model = {"family": "llava", "preset": "tiny", "attention": "flash_attention_2"}
+    parse_run({"model": model}, ())
+    assert problems({"model": model | {"dtype": "fp32"}}) == [
+        "model: attention 'flash_attention_2' has no fp32; use 'sdpa', or dtype bf16"
+    ]
+
+
 def test_layers_have_three_forms() -> None:
     for layers in ("all", "last-4", "first-12", [0, 3]):
         block = {"mode": "full", "layers": layers}
