@@ -77,7 +77,7 @@ def _initialise_group(place: ranks.Place, device: torch.device, timeout_minutes:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
     else:
-        _refuse_missing_master(place)
+        ranks.refuse_missing_master(place, os.environ)
         arguments.update(init_method="env://", rank=place.rank, world_size=place.size)
         if device.type != "cuda":
             # Gloo would take whatever address the host name has, often 127.0.0.1.
@@ -93,18 +93,6 @@ def _initialise_group(place: ranks.Place, device: torch.device, timeout_minutes:
             f" ({fault}).",
             "Check that the master is reachable and that its port is free, or choose another port.",
         ) from error
-
-
-def _refuse_missing_master(place: ranks.Place) -> None:
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if missing:
-        raise LaunchError(
-            f"rank {place.rank} of {place.size} is not told where rank 0 listens:"
-            f" {' and '.join(missing)} missing.",
-            "Start it with `mmtrain launch` or torchrun; before a plain srun, export"
-            ' MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
-            " MASTER_PORT=29500.",
-        )
 
 
 def was_initialised() -> bool:

@@ -55,6 +55,19 @@ def device_index(local_rank: int, num_visible: int) -> int:
     return local_rank
 
 
+def refuse_missing_master(place: Place, environment: Mapping[str, str]) -> None:
+    """Ranks meet at an address, which srun does not say."""
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+    if missing:
+        raise LaunchError(
+            f"rank {place.rank} of {place.size} is not told where rank 0 listens:"
+            f" {' and '.join(missing)} missing.",
+            "Start it with `mmtrain launch` or torchrun; before a plain srun, export"
+            ' MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+            " MASTER_PORT=29500.",
+        )
+
+
 def _number(name: str, value: str) -> int:
     if not (value.isascii() and value.isdigit()):
         raise LaunchError(f"{name}='{value}' is no number.", "Correct it, or unset it.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mmtrain.errors import LaunchError
-from mmtrain.ranks import Place, device_index, place_of
+from mmtrain.ranks import Place, device_index, place_of, refuse_missing_master
 
 SRUN = {
     "SLURM_PROCID": "5",
@@ -39,6 +39,13 @@ def test_place_of_every_launcher(environment: dict[str, str], place: Place) -> N
 def test_a_rank_that_is_no_number_is_an_error_that_shows_it() -> None:
     with pytest.raises(LaunchError, match="RANK='-1' is no number"):
         place_of({"RANK": "-1"})
+
+
+def test_ranks_that_do_not_know_where_to_meet_are_told_how() -> None:
+    place = place_of(SRUN)
+    with pytest.raises(LaunchError, match="rank 5 of 8 .* MASTER_ADDR and MASTER_PORT missing"):
+        refuse_missing_master(place, SRUN)
+    refuse_missing_master(place, SRUN | {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"})
 
 
 def test_a_rank_that_sees_one_gpu_owns_it() -> None:
