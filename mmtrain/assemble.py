@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from mmtrain import plugins
@@ -19,6 +18,7 @@ from mmtrain.config.schema import DataConfig, RunConfig
 from mmtrain.data.shards import ShardFolder
 from mmtrain.data.source import Source
 from mmtrain.errors import CheckpointError, ConfigError
+from mmtrain.models.built import Asked
 from mmtrain.models.interface import Family
 from mmtrain.peft.trainable import Trainable, make_trainable
 
@@ -63,6 +63,11 @@ def build_model(
         base_files=loaded.weight_files,
         standard_folder=loaded.standard_folder,
     )
+
+
+def asked_of(config: RunConfig) -> Asked:
+    """What the built model is compared with."""
+    return Asked(config.model.dtype, config.model.attention, config.model.base_dropout)
 
 
 def refuse_preset(config: RunConfig) -> None:
@@ -129,17 +134,3 @@ def base_digest(files: Sequence[Path]) -> str:
     except OSError:
         pass  # without a cache the digests are only computed again next time
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
-
-
-def pin_numerics(config: RunConfig, local_size: int) -> int:
-    """Threads and deterministic kernels, before anything is computed; the thread count."""
-    cores = len(os.sched_getaffinity(0))
-    threads = config.parallel.threads or max(1, cores // local_size)
-    torch.set_num_threads(threads)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        # Nothing here reads memory it has not written; filling DeepSpeed's communication buckets
-        # took more than half of a small step.
-        setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    return threads

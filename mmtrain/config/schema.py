@@ -12,8 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 RUN_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 LAYERS_PATTERN = r"^(all|(first|last)-[1-9][0-9]*)$"
+MOST_THREADS = 1024  # no host has more cores; torch dies of more threads than it can start
 # A method's own options may not reuse these keys of a component block.
 RESERVED_COMPONENT_KEYS = frozenset({"mode", "method", "sublayers", "layers", "lr", "weight_decay"})
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -70,6 +74,8 @@ class ModelConfig(Section):
             raise ValueError("give exactly one of 'checkpoint' and 'preset'")
         if self.allow_reinit and not self.overrides:
             raise ValueError("'allow_reinit' does nothing without 'overrides'; leave it out")
+        if self.attention == "flash_attention_2" and self.dtype == "fp32":
+            raise ValueError("attention 'flash_attention_2' has no fp32; use 'sdpa', or dtype bf16")
         return self
 
 
@@ -131,7 +137,7 @@ class OptimConfig(Section):
     """AdamW and its schedule."""
 
     lr: float = Field(2e-4, gt=0, description="peak learning rate")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW betas")
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     max_grad_norm: float = Field(1.0, ge=0, description="clip the global norm; 0 turns it off")
@@ -191,7 +197,7 @@ class ParallelConfig(Section):
         False, description="recompute activations in backward: less memory, about 1.3x the time"
     )
     threads: int | None = Field(
-        None, ge=1, description="CPU threads per rank; default: cores/ranks"
+        None, ge=1, le=MOST_THREADS, description="CPU threads per rank; default: cores/ranks"
     )
 
 

@@ -28,15 +28,14 @@ def build_empty(
     zero3_config: Mapping[str, Any] | None,
 ) -> nn.Module:
     """The module tree in its working precision on this rank's device, sharded under ZeRO-3."""
-    dtype = DTYPES[dtype_name]
     device = (
         torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
     )
     previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(DTYPES[dtype_name])
     try:
         sharded = zero3_config is not None
-        with returning_freed_memory(sharded), sharded_construction(zero3_config, dtype):
+        with returning_freed_memory(sharded), sharded_construction(zero3_config):
             if not sharded and device is not None:
                 with device:
                     model = skeleton(config)

@@ -19,6 +19,7 @@ log = logging.getLogger("mmtrain")
 _MIX_1 = 0x7FEB352D
 _MIX_2 = 0x846CA68B - (1 << 32)  # as a signed 32-bit integer
 _GOLDEN = 0x9E3779B1 - (1 << 32)
+KEYED_ATTENTION = "mmtrain_keyed"  # the attention implementation that drops by key
 
 
 def stable_hash(*parts: Any) -> int:

@@ -19,11 +19,11 @@ import torch
 from mmtrain import distributed, plugins
 from mmtrain.assemble import (
     Assembled,
+    asked_of,
     base_digest,
     build_model,
     build_source,
     data_section,
-    pin_numerics,
     refuse_preset,
 )
 from mmtrain.config.deepspeed import find_deepspeed_config
@@ -41,6 +41,7 @@ from mmtrain.training.early_stopping import EarlyStopping
 from mmtrain.training.engine import Engine, complete_config
 from mmtrain.training.export import export_trained
 from mmtrain.training.loop import Loop, RunState, state_for_checkpoint
+from mmtrain.training.numerics import pin_numerics
 from mmtrain.training.optim import parameter_groups
 from mmtrain.training.progress import Progress, set_up_logging
 from mmtrain.training.recorder import Recorder
@@ -66,6 +67,7 @@ class Resume:
 
 def run_training(config: RunConfig, on_validation: OnValidation | None = None) -> dict[str, float]:
     """Train as the run file says, or go on from the last good checkpoint; the best metrics."""
+    pin_numerics(config)
     world = distributed.initialise()
     with ExitStack() as held:
         run_dir, finished = _on_main(lambda: _open_folder(config, held))
@@ -151,7 +153,6 @@ def _train(
     on_validation: OnValidation | None,
 ) -> dict[str, float]:
     refuse_preset(config)
-    threads = pin_numerics(config, world.local_size)
     data, optim = data_section(config), config.optim
     if data.train is None:
         raise ConfigError(["data.train: is missing; give a folder of training shards"])
@@ -186,7 +187,7 @@ def _train(
     )
     loop = _make_loop(config, engine, stream, assembled, parameters, resume, run_dir, val, recorder)
     loop.on_validation = on_validation
-    facts = _facts(config, layout, settings, threads, inputs)
+    facts = _facts(config, layout, settings, inputs)
     loop.save = lambda: _save(checkpoint_folder, engine, parameters, loop, facts)
     step = resume.state["step"] if resume else 0
     # On rank 0 alone, but its error must reach all: the others would wait for it.
@@ -243,6 +244,7 @@ def _build_engine(
         assembled.processor,
         world,
         settings,
+        asked_of(config),
         groups,
         optim.betas,
         optim.eps,
@@ -323,7 +325,6 @@ def _facts(
     config: RunConfig,
     layout: Layout,
     settings: Mapping[str, Any],
-    threads: int,
     inputs: Mapping[str, str],
 ) -> dict[str, Any]:
     packages = ("mmtrain", "torch", "transformers", "deepspeed", "peft")
@@ -334,7 +335,7 @@ def _facts(
             "micro_batch": layout.micro_batch,
             "accumulation": layout.accumulation,
             "zero_stage": settings["zero_optimization"]["stage"],
-            "threads": threads,
+            "threads": torch.get_num_threads(),
         },
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "inputs": dict(inputs),

@@ -97,6 +97,9 @@ def _two_rank_jobs(walk: Walk) -> list[dict[str, Any]]:
         parallel = {"deepspeed": FILES[stage], "activation_checkpointing": True}
         jobs.append(walk.job(f"recomputed-{stage}", parallel=parallel))
     jobs.append(walk.job("moving", stop=3, **mid))
+    for present in (True, False):
+        job = walk.job(f"fp16-kernels-{present}", parallel={"deepspeed": SHARDED})
+        jobs.append(job | {"fp16_kernels": present})
     return jobs
 
 
@@ -169,6 +172,13 @@ def test_resume_is_bit_equal_on_the_same_layout(walk: Walk, dtype: str, stage: s
 def test_bf16_stays_within_the_stated_spread(walk: Walk, stage: str) -> None:
     found, wanted = walk.losses(f"whole-bf16-{stage}"), walk.losses("whole-bf16-zero1")
     assert close(found, wanted, BF16_SPREAD), (found, wanted)
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_precision_is_the_run_files_whatever_the_cpu_can_do(walk: Walk, present: bool) -> None:
+    losses = walk.losses(f"fp16-kernels-{present}")
+    assert close(losses, walk.losses("fp32-zero1"), SPLIT_TOLERANCE)
+    assert not close(losses, walk.losses("whole-bf16-zero1"), SPLIT_TOLERANCE)
 
 
 def test_resume_on_one_rank_and_back_equals_to_rounding(walk: Walk) -> None:

@@ -58,7 +58,7 @@ def test_every_problem_is_reported_at_once_in_plain_words() -> None:
         "optim": {
             "learning_rate": 1e-4,
             "lr": "2e-4x",
-            "betas": [1.0],
+            "betas": [0.9],
             "dtype": "bf16",
             "global_batch": 0,
             "warmup_ratio": 0.1,
@@ -98,6 +98,28 @@ def test_every_problem_is_reported_at_once_in_plain_words() -> None:
             "tracking.tags.a: got 1; give text, as in '1' with its quotes",
         ]
     )
+
+
+def test_numbers_that_torch_would_stumble_over_are_bounded() -> None:
+    """AdamW raises where a beta is 1 or more; a million threads end in a segmentation fault."""
+    data = {
+        "model": {"family": "llava", "preset": "tiny"},
+        "optim": {"betas": [-0.1, 1.0]},
+        "parallel": {"threads": 1_000_000},
+    }
+    assert problems(data) == [
+        "optim.betas.0: got -0.1; give at least 0",
+        "optim.betas.1: got 1.0; give a number below 1",
+        "parallel.threads: got 1000000; give at most 1,024",
+    ]
+
+
+def test_flash_attention_computes_in_bf16_only() -> None:
+    model = {"family": "llava", "preset": "tiny", "attention": "flash_attention_2"}
+    parse_run({"model": model}, ())
+    assert problems({"model": model | {"dtype": "fp32"}}) == [
+        "model: attention 'flash_attention_2' has no fp32; use 'sdpa', or dtype bf16"
+    ]
 
 
 def test_layers_have_three_forms() -> None:
