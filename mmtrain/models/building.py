@@ -15,6 +15,7 @@ from mmtrain.distributed import sharded_construction, spans_ranks
 from mmtrain.errors import CheckpointError
 from mmtrain.models.host_memory import returning_freed_memory
 from mmtrain.models.interface import ModelOptions
+from mmtrain.models.patches import use_patch_linears
 from mmtrain.models.weights import DTYPES, Source, initialise_weights, load_weights
 
 _SHARD_BYTES = 5 * 10**9
@@ -45,6 +46,7 @@ def build_empty(
             _restore_buffers(model, skeleton, config)
     finally:
         torch.set_default_dtype(previous)
+    use_patch_linears(model)
     return model.eval()
 
 
