@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,10 @@ def build_empty(
     zero3_config: Mapping[str, Any] | None,
 ) -> nn.Module:
     """The module tree in its working precision on this rank's device, sharded under ZeRO-3."""
-    dtype = DTYPES[dtype_name]
     device = (
         torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
     )
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
+    with working_precision(dtype_name) as dtype:
         sharded = zero3_config is not None
         with returning_freed_memory(sharded), sharded_construction(zero3_config, dtype):
             if not sharded and device is not None:
@@ -44,10 +42,27 @@ def build_empty(
                 model = skeleton(config)
         if zero3_config is not None:
             _restore_buffers(model, skeleton, config)
-    finally:
-        torch.set_default_dtype(previous)
     use_patch_linears(model)
     return model.eval()
+
+
+def build_on_meta(skeleton: Callable[[Any], nn.Module], config: Any, dtype_name: str) -> nn.Module:
+    """The same tree without any numbers."""
+    with working_precision(dtype_name), torch.device("meta"):
+        model = skeleton(config)
+    use_patch_linears(model)
+    return model
+
+
+@contextmanager
+def working_precision(dtype_name: str) -> Iterator[torch.dtype]:
+    """Parameters made inside are of this type."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPES[dtype_name])
+    try:
+        yield DTYPES[dtype_name]
+    finally:
+        torch.set_default_dtype(previous)
 
 
 def _restore_buffers(model: nn.Module, skeleton: Callable[[Any], nn.Module], config: Any) -> None:
