@@ -7,7 +7,8 @@ what a model keeps is watched, not described by a formula.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,11 +35,10 @@ def peak_bytes(family: Family, model: nn.Module, batch: Batch, flash_attention: 
     ]
     counted = LiveBytes([*parameters, *model.buffers(), *batch.tensors.values()])
     try:
-        with GpuKernels(flash_attention), counted:
+        with _gpu_attention(flash_attention), _MasksAreMade(), counted:
             loss = family.forward(model, batch).answer_loss_sum
             if loss.requires_grad:
-                # Tensor.backward would leave GpuKernels, and recomputed blocks without it.
-                torch.autograd.backward(loss)
+                loss.backward()
     finally:
         for hook in hooks:
             hook.remove()
@@ -86,16 +86,8 @@ class LiveBytes(TorchDispatchMode):
         self._now -= self._sizes.pop(key)
 
 
-class GpuKernels(TorchFunctionMode):
-    """On the meta device, what a GPU would do where the two differ.
-
-    `scaled_dot_product_attention` takes a fused kernel, which keeps no table of weights; and masks
-    are made, as for a batch of different lengths, where nobody can look whether they are needed.
-    """
-
-    def __init__(self, flash_attention: bool) -> None:
-        super().__init__()
-        self._ignores_masks = flash_attention  # that package cuts padding out instead
+class _MasksAreMade(TorchFunctionMode):
+    """As for a batch of different lengths: whether one is needed, nobody can look on meta."""
 
     def __torch_function__(
         self,
@@ -105,14 +97,29 @@ class GpuKernels(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """One call of torch's."""
-        given = dict(kwargs or {})
-        if func is functional.scaled_dot_product_attention:
-            if self._ignores_masks:
-                given["attn_mask"] = None
-            return _fused_attention(*args, **given)
         if func is torch.Tensor.__bool__ and args[0].is_meta:
             return False
-        return func(*args, **given)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _gpu_attention(flash_attention: bool) -> Iterator[None]:
+    """A fused kernel, which keeps no table of weights; on meta torch would write it out.
+
+    The function itself is exchanged: recomputed blocks run where no TorchFunctionMode reaches.
+    """
+    written_out = functional.scaled_dot_product_attention
+
+    def fused(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if flash_attention:
+            kwargs["attn_mask"] = None  # that package cuts padding out instead
+        return _fused_attention(*args, **kwargs)
+
+    setattr(functional, "scaled_dot_product_attention", fused)
+    try:
+        yield
+    finally:
+        setattr(functional, "scaled_dot_product_attention", written_out)
 
 
 def _fused_attention(
