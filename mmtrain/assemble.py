@@ -52,14 +52,11 @@ def build_model(
     if not trains:
         options = replace(options, base_dropout="stored")
     loaded = family.load(options, zero3_config)
-    trainable = make_trainable(loaded.model, family, config.components, config.seed)
-    if config.parallel.activation_checkpointing:
-        loaded.model.activation_checkpointing_enable({"use_reentrant": False})
     return Assembled(
         family=family,
         model=loaded.model,
         processor=loaded.processor,
-        trainable=trainable,
+        trainable=adapt(loaded.model, family, config),
         base_files=loaded.weight_files,
         standard_folder=loaded.standard_folder,
     )
@@ -68,6 +65,14 @@ def build_model(
 def asked_of(config: RunConfig) -> Asked:
     """What the built model is compared with."""
     return Asked(config.model.dtype, config.model.attention, config.model.base_dropout)
+
+
+def adapt(model: Any, family: Family, config: RunConfig) -> Trainable:
+    """Attach and freeze what the run file says, and let it recompute activations if asked to."""
+    trainable = make_trainable(model, family, config.components, config.seed)
+    if config.parallel.activation_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return trainable
 
 
 def refuse_preset(config: RunConfig) -> None:

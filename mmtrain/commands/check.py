@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmtrain import build
-from mmtrain.commands.census import TEXT_TOKENS_PER_SAMPLE, Census, count
 from mmtrain.config.deepspeed import find_deepspeed_config, zero_stage
-from mmtrain.config.memory import GIB, Sizes, memory_per_rank_bytes
 from mmtrain.config.schema import RunConfig
 from mmtrain.data.manifest import read_manifest
 
@@ -26,7 +24,7 @@ EXAMPLES = """examples:
   mmtrain check run.yaml --json
 """
 DEFAULT_WORLD_SIZE = 8
-LABEL_TOKENS_PER_SAMPLE = 32
+GIB = 2**30
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -46,8 +44,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--tokens",
         type=int,
         metavar="N",
-        help="tokens per sample in the memory estimate (default: those of one picture plus "
-        f"{TEXT_TOKENS_PER_SAMPLE})",
+        help="tokens per sample in the memory estimate "
+        "(default: those of a picture and a question)",
+    )
+    parser.add_argument(
+        "--answer-tokens",
+        type=int,
+        metavar="N",
+        help="of these, tokens of the answer (default: generation.max_new_tokens)",
     )
 
 
@@ -56,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     launched = os.environ.get("WORLD_SIZE", "")
     world_size = args.world_size or (int(launched) if launched.isdigit() else None)
     config = build.resolve(args.run_file, args.overrides, world_size)
-    report = examine(config, world_size or DEFAULT_WORLD_SIZE, args.tokens)
+    report = examine(config, world_size or DEFAULT_WORLD_SIZE, args.tokens, args.answer_tokens)
     if args.json:
         json.dump(report, sys.stdout, indent=2)
         print()
@@ -65,11 +69,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def examine(config: RunConfig, world_size: int, tokens_per_sample: int | None) -> dict[str, Any]:
+def examine(
+    config: RunConfig,
+    world_size: int,
+    num_tokens: int | None = None,
+    num_answer_tokens: int | None = None,
+) -> dict[str, Any]:
     """Everything `check` reports, as JSON data."""
-    census = count(config, tokens_per_sample)
-    memory = memory_per_rank_bytes(_sizes(config, census), world_size)
-    deepspeed = find_deepspeed_config(config.parallel.deepspeed)
+    from mmtrain.planning.census import count, usual_size
+    from mmtrain.planning.memory import memory_by_stage
+
+    size = usual_size(config, num_tokens, num_answer_tokens)
+    census = count(config, size)
+    stages = memory_by_stage(config, census, world_size)
     total = census.base_params + census.peft_params
     return {
         "total_params": total,
@@ -81,28 +93,17 @@ def examine(config: RunConfig, world_size: int, tokens_per_sample: int | None) -
         **_steps(config),
         "memory": {
             "world_size": world_size,
-            "tokens_per_sample": census.tokens_per_sample,
-            "micro_batch": config.optim.micro_batch,
-            "zero_stage": zero_stage(deepspeed),
-            "gib_per_rank": {f"zero{stage}": size / GIB for stage, size in memory.items()},
+            "micro_batch": size.samples,
+            "tokens_per_sample": size.tokens,
+            "answer_tokens_per_sample": size.answer_tokens,
+            "zero_stage": zero_stage(find_deepspeed_config(config.parallel.deepspeed)),
+            "gib_per_rank": {f"zero{n}": one.total / GIB for n, one in stages.items()},
+            "parts_gib_per_rank": {
+                f"zero{n}": {part: size / GIB for part, size in vars(one).items()}
+                for n, one in stages.items()
+            },
         },
     }
-
-
-def _sizes(config: RunConfig, census: Census) -> Sizes:
-    zero3 = find_deepspeed_config("zero3")["zero_optimization"]
-    micro_batch = config.optim.micro_batch
-    return Sizes(
-        weights=census.base_params + census.peft_params,
-        trainable=census.trainable_params,
-        bytes_per_weight=2 if config.model.dtype == "bf16" else 4,
-        blocks=census.blocks,
-        vocabulary=census.vocabulary,
-        num_label_tokens=micro_batch * LABEL_TOKENS_PER_SAMPLE,
-        num_live_parameters=zero3["stage3_max_live_parameters"]
-        + zero3["stage3_prefetch_bucket_size"],
-        activation_checkpointing=config.parallel.activation_checkpointing,
-    )
 
 
 def _steps(config: RunConfig) -> dict[str, Any]:
@@ -137,8 +138,9 @@ def _print_tables(report: dict[str, Any], config: RunConfig) -> None:
     memory = report["memory"]
     recompute = " with activation checkpointing" * config.parallel.activation_checkpointing
     console.print(
-        f"{memory['micro_batch']} samples x {memory['tokens_per_sample']} tokens per forward"
-        f"{recompute}; plan others with --world-size N, --tokens N"
+        f"{memory['micro_batch']} samples x {memory['tokens_per_sample']} tokens"
+        f" ({memory['answer_tokens_per_sample']} of the answer) per forward{recompute};"
+        " plan others with --world-size N, --tokens N, --answer-tokens N"
     )
 
 
@@ -167,10 +169,16 @@ def _memory_table(memory: dict[str, Any]) -> Table:
 
     title = f"GPU memory per rank of {memory['world_size']}, estimated"
     table = Table(title=title, box=box.SIMPLE_HEAD)
+    table.add_column("GiB")
     for name in memory["gib_per_rank"]:
         chosen = " (chosen)" if name == f"zero{memory['zero_stage']}" else ""
         table.add_column(f"ZeRO-{name[-1]}{chosen}", justify="right")
-    table.add_row(*(f"{gib:.1f} GiB" for gib in memory["gib_per_rank"].values()))
+    stages = memory["parts_gib_per_rank"].values()
+    for part in next(iter(stages)):
+        table.add_row(part, *(f"{stage[part]:.1f}" for stage in stages))
+    table.add_section()
+    totals = memory["gib_per_rank"].values()
+    table.add_row("total", *(f"{total:.1f}" for total in totals), style="bold")
     return table
 
 

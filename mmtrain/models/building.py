@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,7 @@ def build_empty(
     device = (
         torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
     )
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPES[dtype_name])
-    try:
+    with working_precision(dtype_name):
         sharded = zero3_config is not None
         with returning_freed_memory(sharded), sharded_construction(zero3_config):
             if not sharded and device is not None:
@@ -43,10 +42,27 @@ def build_empty(
                 model = skeleton(config)
         if zero3_config is not None:
             _restore_buffers(model, skeleton, config)
-    finally:
-        torch.set_default_dtype(previous)
     use_patch_linears(model)
     return model.eval()
+
+
+def build_on_meta(skeleton: Callable[[Any], nn.Module], config: Any, dtype_name: str) -> nn.Module:
+    """The same tree without any numbers."""
+    with working_precision(dtype_name), torch.device("meta"):
+        model = skeleton(config)
+    use_patch_linears(model)
+    return model
+
+
+@contextmanager
+def working_precision(dtype_name: str) -> Iterator[None]:
+    """Parameters made inside are of this type."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPES[dtype_name])
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)
 
 
 def _restore_buffers(model: nn.Module, skeleton: Callable[[Any], nn.Module], config: Any) -> None:

@@ -55,6 +55,15 @@ class AttentionShape:
 
 
 @dataclass(frozen=True)
+class BatchSize:
+    """The size of a padded micro-batch whose samples have one picture each."""
+
+    samples: int
+    tokens: int  # of one sample, those of its picture included
+    answer_tokens: int  # of these; beside them where a decoder of its own reads answers
+
+
+@dataclass(frozen=True)
 class Example:
     """One tokenised sample, unpadded. Labels are -100 where no loss falls.
 
@@ -154,6 +163,9 @@ class Family(Protocol):
 
     def collate(self, examples: Sequence[Example], processor: Any) -> Batch:
         """Pad to one batch. Any mix of samples with and without pictures gives the same calls."""
+
+    def planned_batch(self, config: Any, size: BatchSize) -> Batch:
+        """A batch of this size with pictures of the usual size, to measure what it costs."""
 
     def forward(self, model: torch.nn.Module, batch: Batch) -> ForwardResult:
         """One forward; the head runs only where labels are."""

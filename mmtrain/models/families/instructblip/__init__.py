@@ -15,6 +15,7 @@ from mmtrain.models.families.instructblip.presets import PRESETS
 from mmtrain.models.interface import (
     AttentionShape,
     Batch,
+    BatchSize,
     DefaultRoles,
     Example,
     ForwardResult,
@@ -100,6 +101,12 @@ class InstructBlip:
         from mmtrain.models.families.instructblip import batches
 
         return batches.collate(examples, processor)
+
+    def planned_batch(self, config: Any, size: BatchSize) -> Batch:
+        """A batch of this size, to measure what it costs."""
+        from mmtrain.models.families.instructblip import batches
+
+        return batches.planned_batch(config, size)
 
     def forward(self, model: Any, batch: Batch) -> ForwardResult:
         """Tower, norm, Q-Former, projection and LLM once each, whatever the batch holds."""

@@ -18,6 +18,7 @@ from mmtrain.models.families.llava.shapes import PRESETS
 from mmtrain.models.interface import (
     AttentionShape,
     Batch,
+    BatchSize,
     DefaultRoles,
     Example,
     ForwardResult,
@@ -180,6 +181,20 @@ class Llava:
         tensors |= batching.picture_tensors(examples, size["height"], size["width"])
         targets = answer_targets(examples, tensors["input_ids"].shape[1])
         return batching.make_batch(examples, tensors, targets)
+
+    def planned_batch(self, config: Any, size: BatchSize) -> Batch:
+        """A batch of this size, to measure what it costs."""
+        from types import SimpleNamespace
+
+        import torch
+
+        from mmtrain.models.batching import planned_examples
+
+        side = config.vision_config.image_size
+        cutter = SimpleNamespace(crop_size={"height": side, "width": side})
+        picture = [config.image_token_id] * self.picture_tokens(config, "llm")
+        examples = planned_examples(size, picture, torch.zeros(3, side, side), {})
+        return self.collate(examples, SimpleNamespace(image_processor=cutter))
 
     def forward(self, model: Any, batch: Batch) -> ForwardResult:
         """Tower, projector and LLM once each, whatever the batch holds."""

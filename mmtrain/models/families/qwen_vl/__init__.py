@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mmtrain.models.interface import (
     AttentionShape,
     Batch,
+    BatchSize,
     DefaultRoles,
     Example,
     ForwardResult,
@@ -188,6 +189,12 @@ class QwenVL:
         from mmtrain.models.families.qwen_vl import encoding
 
         return encoding.collate(examples, processor)
+
+    def planned_batch(self, config: Any, size: BatchSize) -> Batch:
+        """A batch of this size, to measure what it costs."""
+        from mmtrain.models.families.qwen_vl import encoding
+
+        return encoding.planned_batch(config, size)
 
     def forward(self, model: Any, batch: Batch) -> ForwardResult:
         """Tower, resampler and LLM once each, whatever the batch holds."""
