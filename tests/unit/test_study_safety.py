@@ -19,7 +19,7 @@ from ray_tune.study import load_study
 from ray_tune.trials import check_trials, expand
 from tests.tiny import REPOSITORY
 from tests.unit.test_study import BASE, study
-from tests.unit.test_study_journal import a_study, settle
+from tests.unit.test_study_journal import ACCURACY, a_study, settle
 
 CANARY = "canary-7f3a"
 
@@ -38,7 +38,7 @@ def files_with(text: str, folder: Path) -> list[Path]:
 
 def test_trials_that_failed_before_their_first_step_do_not_stop_the_plots(tmp_path: Path) -> None:
     settings = a_study(tmp_path)
-    journal = open_journal(settings, expand(settings), resume=False)
+    journal = open_journal(settings, expand(settings), ACCURACY, resume=False)
     empty, half, measured, never = (tmp_path / "trials" / name for name in journal.records)
     for folder in (empty, half, measured):
         RunJournal(folder / JOURNAL_NAME).close()
@@ -58,10 +58,10 @@ def test_no_file_of_a_study_holds_a_password(tmp_path: Path) -> None:
     settings = with_password(tmp_path, CANARY)
     trials = expand(settings)
     assert CANARY in trials[0].run["tracking"]["uri"], "the run itself needs it"
-    journal = open_journal(settings, trials, resume=False)
+    journal = open_journal(settings, trials, ACCURACY, resume=False)
     journal.remember_parent("abc")
     settle(journal, [FINISHED] * 3, [0.5, 0.6, 0.7])
-    callback = events.StudyCallback(settings, journal, View(settings, journal), lambda: "")
+    callback = events.StudyCallback(settings, journal, View(journal), lambda: "")
     failing = SimpleNamespace(config={"trial": list(journal.records)[3]})
     callback.on_trial_start(0, [], failing)
     failure = f"cannot reach postgresql://me:{CANARY}@db/runs"
@@ -79,22 +79,22 @@ def test_no_file_of_a_study_holds_a_password(tmp_path: Path) -> None:
 
 def test_a_study_with_a_password_is_the_same_study_on_resume(tmp_path: Path) -> None:
     settings = with_password(tmp_path, CANARY)
-    settle(open_journal(settings, expand(settings), resume=False), [FINISHED], [0.5])
+    settle(open_journal(settings, expand(settings), ACCURACY, resume=False), [FINISHED], [0.5])
     for password in (CANARY, "a-new-one"):
         again = with_password(tmp_path, password)
-        assert len(open_journal(again, expand(again), resume=True).unsettled()) == 3
+        assert len(open_journal(again, expand(again), ACCURACY, resume=True).unsettled()) == 3
     elsewhere = with_password(tmp_path, CANARY, host="other")
     with pytest.raises(ConfigError) as caught:
-        open_journal(elsewhere, expand(elsewhere), resume=True)
+        open_journal(elsewhere, expand(elsewhere), ACCURACY, resume=True)
     assert "tracking" in str(caught.value) and CANARY not in str(caught.value)
 
 
 def test_a_folder_from_before_passwords_were_hidden_goes_on_without_them(tmp_path: Path) -> None:
     settings = with_password(tmp_path, CANARY)
-    settle(open_journal(settings, expand(settings), resume=False), [FINISHED], [0.5])
+    settle(open_journal(settings, expand(settings), ACCURACY, resume=False), [FINISHED], [0.5])
     path = tmp_path / "study.json"
     path.write_text(path.read_text().replace("***", f"me:{CANARY}"))
-    open_journal(settings, expand(settings), resume=True)
+    open_journal(settings, expand(settings), ACCURACY, resume=True)
     assert files_with(CANARY, tmp_path) == []
 
 
