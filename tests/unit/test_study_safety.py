@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 
 from mmtrain.errors import ConfigError
+from mmtrain.tasks.datasets.digits import Digits
+from mmtrain.tasks.interface import Metric
 from mmtrain.tracking.journal import JOURNAL_NAME, RunJournal
 from ray_tune.cluster import private_folder
 from ray_tune.journal import FINISHED, open_journal
 from ray_tune.outcome import compare_trials, plot_trials, write_results
-from ray_tune.study import load_study
+from ray_tune.study import Study, load_study
 from ray_tune.trials import check_trials, expand
 from tests.tiny import REPOSITORY
+from tests.unit.judged import LENGTH, RATE, SENTIMENT, judge_digits
 from tests.unit.test_study import BASE, study
 from tests.unit.test_study_journal import ACCURACY, a_study, settle
 
@@ -144,9 +147,9 @@ def test_trials_are_ranked_by_what_their_adapters_are_chosen_by() -> None:
     alike = study(
         metric="val/accuracy", mode="max", base={**BASE, "validate": {"metric": "accuracy"}}
     )
-    check_trials(alike, expand(alike), "study.yaml")
+    assert check_trials(alike, expand(alike), "study.yaml") == ACCURACY
     default = study()
-    check_trials(default, expand(default), "study.yaml")
+    assert check_trials(default, expand(default), "study.yaml").mode == "min"
 
 
 def test_a_searched_validate_metric_counts_as_well() -> None:
@@ -169,3 +172,52 @@ def test_the_worst_trial_is_never_ranked_first() -> None:
     )
     with pytest.raises(ConfigError, match="set mode: max"):
         check_trials(upside_down, expand(upside_down), "study.yaml")
+
+
+def judged_study(metric: Metric, folder: Path, **changes: Any) -> Study:
+    base = {**BASE, "validate": {"metric": metric.name}}
+    return a_study(folder, base=base, metric=f"val/{metric.name}", mode=None, **changes)
+
+
+@pytest.mark.parametrize(("metric", "best"), [(RATE, 1), (SENTIMENT, 2), (LENGTH, 2)])
+def test_trials_are_ranked_as_their_task_declares_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: Metric, best: int
+) -> None:
+    from ray_tune.scheduler import Rungs
+
+    judge_digits(monkeypatch, [])
+    asha = {"type": "asha", "grace": 1, "reduction_factor": 2, "max": 8}
+    settings = judged_study(metric, tmp_path, scheduler=asha)
+    trials = expand(settings)
+    ranking = check_trials(settings, trials, "study.yaml")
+    journal = open_journal(settings, trials, ranking, resume=False)
+    rungs = Rungs(settings.scheduler, ranking)
+    verdicts = []
+    for record, value in zip(journal.records.values(), [0.5, 0.1, 0.9, 0.5]):
+        record.status = FINISHED
+        number = record.add(2, {ranking.name: value}, 1.0)
+        verdicts.append(rungs.goes_on(record.name, number, {ranking.name: value}))
+    names = list(journal.records)
+    assert journal.best() is journal.records[names[best]]
+    assert compare_trials(settings, journal).statistics.best_run.name == names[best]
+    assert verdicts[best] and not verdicts[3 - best], "ASHA stops the worst"
+
+
+def test_a_metric_that_no_validation_gives_is_known_before_any_trial(tmp_path: Path) -> None:
+    for metric, meant in (("val/acuracy", "val/accuracy"), ("accuracy", "val/accuracy")):
+        wrong = a_study(tmp_path, metric=metric)
+        with pytest.raises(ConfigError) as caught:
+            check_trials(wrong, expand(wrong), "study.yaml")
+        fault = f"metric: validation of the trials gives no '{metric}'"
+        assert f"{fault}; did you mean '{meant}'?" in str(caught.value)
+
+
+def test_tasks_that_mean_something_else_by_a_metric_are_not_ranked_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Digits, "metrics", (Metric("accuracy", larger_is_better=False),))
+    base = {**BASE, "validate": {"metric": "accuracy"}}
+    search = {"data.task": {"grid": ["digits", "scienceqa"]}}
+    mixed = a_study(tmp_path, base=base, search=search, mode=None)
+    with pytest.raises(ConfigError, match="val/accuracy does not mean the same in .*search one"):
+        check_trials(mixed, expand(mixed), "study.yaml")
