@@ -103,7 +103,9 @@ class Study(Section):
     num_samples: int | None = Field(None, ge=1, description="random: points drawn")
     seed: int = Field(0, ge=0, description="keys what random search draws")
     metric: str = Field("val/loss", description="validation metric that ranks the trials")
-    mode: Literal["max", "min"] = Field("min", description="whether more or less of it is better")
+    mode: Literal["max", "min"] | None = Field(
+        None, description="whether more or less of it is better, as the task declares it"
+    )
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
     ranks_per_trial: int = Field(1, ge=1, description="processes per trial")
     resources_per_rank: RankResources = Field(default_factory=RankResources)

@@ -6,10 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mmtrain import plugins
+from mmtrain.assemble import data_section
 from mmtrain.config.schema import RunConfig
+from mmtrain.tasks.interface import validation_metrics
+from mmtrain.tracking.declared import DECLARED_NAME, as_fields, as_tags
 from mmtrain.tracking.fields import environment_tags, flatten
 from mmtrain.tracking.journal import JOURNAL_NAME, RunJournal
 from mmtrain.tracking.tracker import Status, Tracker
+from mmtrain.training.loop import TRAINING_METRICS
+from mmtrain.training.run_folder import write_json
 
 
 class Recorder:
@@ -23,13 +29,16 @@ class Recorder:
     def start(self, params: Mapping[str, Any], inputs: Mapping[str, str], step: int) -> None:
         """Forget what was written after the step that training goes on from; begin to track."""
         self._journal.truncate_after(step if step > 0 else -1)
+        task = plugins.load("task", data_section(self._config).task)
+        metrics = (*TRAINING_METRICS, *validation_metrics(task).values())
+        write_json(self._run_dir / DECLARED_NAME, as_fields(metrics))
         digests = {f"digest.{name}": digest for name, digest in inputs.items()}
         self._tracker = Tracker.start(
             self._run_dir,
             self._config.tracking,
             self._config.name,
             flatten(params),
-            {**environment_tags(), **digests},
+            {**environment_tags(), **digests, **as_tags(metrics)},
         )
 
     def record(self, step: int, epoch: float, metrics: dict[str, float]) -> None:

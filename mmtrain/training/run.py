@@ -266,7 +266,8 @@ def _make_loop(
     val: Source | None,
     recorder: Recorder | None,
 ) -> Loop:
-    stopping, state = EarlyStopping.of(config.validation), RunState()
+    task = plugins.load("task", data_section(config).task)
+    stopping, state = EarlyStopping.of(config.validation, task), RunState()
     if resume is not None:
         stopping.restore(resume.state["early_stopping"])
         state = RunState(

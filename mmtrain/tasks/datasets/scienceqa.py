@@ -14,12 +14,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from mmtrain.errors import DataError
-from mmtrain.tasks.interface import ImageBytes, Rendered, Sample, Template, Turn
-from mmtrain.tasks.metrics import exact_matches, mean
+from mmtrain.tasks.interface import ImageBytes, Metric, Rendered, Sample, Template, Turn
+from mmtrain.tasks.metrics import ACCURACY, exact_matches, mean
 
 LETTERS = "ABCDE"  # no question has more than five choices
 _META_KEYS = ("hint", "lecture", "solution", "subject", "topic", "category", "skill", "grade")
 _NAMED_AT_MOST = 5
+ACCURACY_IMAGE = Metric("accuracy_image", larger_is_better=True, unit="%")
 
 
 class ScienceQAOptions(BaseModel):
@@ -102,8 +103,8 @@ class ScienceQA:
         "zhou2024": zhou2024,
         "instructblip_peft": instructblip_peft,
     }
-    metrics: tuple[str, ...] = ("accuracy", "accuracy_image")
-    primary_metric = "accuracy"
+    metrics: tuple[Metric, ...] = (ACCURACY, ACCURACY_IMAGE)
+    primary_metric = ACCURACY
 
     def read(self, raw: Path | None, split: str, options: ScienceQAOptions) -> Iterator[Sample]:
         """The questions of a split in the order of `pid_splits.json`."""
@@ -123,10 +124,10 @@ class ScienceQA:
     ) -> tuple[dict[str, float], list[float]]:
         """Accuracy as the template's paper computes it, and the same over pictures alone."""
         scores = _EVALUATORS[template](samples, predictions)
-        metrics = {"accuracy": mean(scores)}
+        metrics = {ACCURACY.name: mean(scores)}
         with_image = [score for sample, score in zip(samples, scores, strict=True) if sample.images]
         if with_image:
-            metrics["accuracy_image"] = mean(with_image, "accuracy_image")
+            metrics[ACCURACY_IMAGE.name] = mean(with_image, ACCURACY_IMAGE.name)
         return metrics, scores
 
 
