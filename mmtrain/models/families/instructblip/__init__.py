@@ -20,6 +20,7 @@ from mmtrain.models.interface import (
     ForwardResult,
     LoadedModel,
     ModelOptions,
+    ProcessorCode,
     SublayerMap,
 )
 
@@ -114,6 +115,12 @@ class InstructBlip:
         from mmtrain.models.families.instructblip import computing
 
         return computing.generate(model, processor, examples, settings)
+
+    def processor_code(self, options: ModelOptions) -> ProcessorCode | None:
+        """The folder's own."""
+        return ProcessorCode(
+            ("AutoProcessor",), ("processor = AutoProcessor.from_pretrained(base)",)
+        )
 
     def write_tiny(
         self, folder: Path, texts: Sequence[str], seed: int, preset: str = "tiny"
