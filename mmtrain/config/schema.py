@@ -67,6 +67,9 @@ class ModelConfig(Section):
     max_pixels: int | None = Field(
         None, ge=1, description="largest picture, in families that keep its size; default: folder's"
     )
+    grounding_tokens: bool | None = Field(
+        None, description="texts hold <ref>, <box> and <quad> as control tokens (qwen_vl)"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:

@@ -14,6 +14,7 @@ from torch import nn
 
 from mmtrain.distributed import sharded_construction, spans_ranks
 from mmtrain.errors import CheckpointError
+from mmtrain.models import sentencepiece_file
 from mmtrain.models.host_memory import returning_freed_memory
 from mmtrain.models.interface import ModelOptions
 from mmtrain.models.patches import use_patch_linears
@@ -90,6 +91,9 @@ def load_processor(folder: Path, image_token: str, image_token_id: int | None) -
         # As in training, and the same whether torchvision is installed or not.
         pictures = AutoImageProcessor.from_pretrained(str(folder), backend="pil", **safe)
         processor.image_processor = pictures
+        if sentencepiece_file.is_alone(folder):
+            legacy = sentencepiece_file.is_legacy(folder)
+            sentencepiece_file.cut_as_sentencepiece(processor.tokenizer, folder, legacy)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{folder}: no usable processor there ({str(error).splitlines()[0]}).",

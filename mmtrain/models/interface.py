@@ -41,6 +41,7 @@ class ModelOptions:
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     allow_reinit: bool = False
     max_pixels: int | None = None  # cap on a picture's size, in families that keep its own
+    grounding_tokens: bool = False  # whether texts hold the control tokens of grounding data
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,14 @@ class LoadedModel:
     standard_folder: bool = True  # False where transformers' from_pretrained cannot read the folder
 
 
+@dataclass(frozen=True)
+class ProcessorCode:
+    """Python that prepares samples as a family does, with transformers alone."""
+
+    names: tuple[str, ...]  # to be imported from transformers
+    lines: tuple[str, ...]  # `base` is the checkpoint folder
+
+
 class Family(Protocol):
     """One model family."""
 
@@ -174,6 +183,9 @@ class Family(Protocol):
         self, model: torch.nn.Module, processor: Any, examples: Sequence[Example], settings: Any
     ) -> list[str]:
         """Answers to the prompts of `examples` (their labels are ignored)."""
+
+    def processor_code(self, options: ModelOptions) -> ProcessorCode | None:
+        """For model cards; None where transformers does not have the model."""
 
     def write_tiny(
         self, folder: Path, texts: Sequence[str], seed: int, preset: str = "tiny"

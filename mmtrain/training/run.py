@@ -356,13 +356,6 @@ def _save(
     folder.save(engine, parameters, state, loop.stopping.best_step)
 
 
-def _class_for_others(assembled: Assembled) -> str | None:
-    """transformers' class that reads the base's folder; None where mmtrain is needed for it."""
-    parts = (assembled.model, assembled.processor)
-    known = all(type(part).__module__.startswith("transformers.") for part in parts)
-    return type(assembled.model).__name__ if known and assembled.standard_folder else None
-
-
 def _finish(
     config: RunConfig,
     world: World,
@@ -380,10 +373,7 @@ def _finish(
         if damage is not None:
             log.warning("best checkpoint step-%d is not exported, the last is: %s", best, damage)
         chosen = best if best > 0 and damage is None else loop.state.step
-        base_class = _class_for_others(assembled)
-        written = export_trained(
-            folder.path(chosen), run_dir, config, assembled.trainable, base_class
-        )
+        written = export_trained(folder.path(chosen), run_dir, config, assembled)
         write_status(run_dir, "finished", metrics=metrics, best_step=chosen, step=loop.state.step)
         predictions = run_dir / "evaluation" / "val"
         recorder.artifacts([*written, predictions, run_dir / "run.yaml"])
