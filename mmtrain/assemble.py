@@ -110,7 +110,8 @@ def build_source(
             assembled.processor, sample_id, rendered, images, max_length, data.truncation_side
         )
 
-    return Source(ShardFolder.open(Path(folder)), template, encode, limit, blank_images)
+    shards = ShardFolder.open(Path(folder), data.task)
+    return Source(shards, template, encode, limit, blank_images)
 
 
 def base_digest(files: Sequence[Path]) -> str:

@@ -111,7 +111,7 @@ def _steps(config: RunConfig) -> dict[str, Any]:
     unknown: dict[str, Any] = {"train_samples": None, "steps_per_epoch": None}
     if config.data is None or config.data.train is None:
         return unknown
-    samples = _num_samples(config.data.train)
+    samples = _num_samples(config.data.train, config.data.task)
     if samples is None:
         return unknown
     samples = min(samples, config.data.limit or samples)
@@ -121,10 +121,10 @@ def _steps(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _num_samples(shards: str) -> int | None:
+def _num_samples(shards: str, task: str) -> int | None:
     """Samples in a folder of shards, by its manifest; None where there is none yet."""
     folder = Path(shards)
-    return read_manifest(folder)[0].samples if folder.is_dir() else None
+    return read_manifest(folder, task)[0].samples if folder.is_dir() else None
 
 
 def _print_tables(report: dict[str, Any], config: RunConfig) -> None:

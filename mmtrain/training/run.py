@@ -157,7 +157,8 @@ def _train(
     if data.train is None:
         raise ConfigError(["data.train: is missing; give a folder of training shards"])
     for shards in filter(None, (data.train, data.val)):
-        ShardFolder.open(Path(shards))  # a missing folder is known before minutes of loading
+        # What is wrong with a folder is known before minutes of loading.
+        ShardFolder.open(Path(shards), data.task)
     layout = Layout(world.size, world.rank, optim.micro_batch, optim.global_batch).check()
     settings = complete_config(
         find_deepspeed_config(config.parallel.deepspeed),

@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from configparser import ConfigParser
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -230,6 +232,45 @@ def test_nothing_is_left_for_later() -> None:
         if later.search(line)
     ]
     assert found == []
+
+
+# Declared, and needed by a library that imports it only where a file asks for it.
+NOT_IMPORTED = {"sentencepiece": "transformers reads tokenizer.model with it"}
+
+
+def _canonical(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def _imported_modules() -> dict[str, str]:
+    """Top-level modules of others that the packages import -> one place that does."""
+    ours = {*PACKAGES, *sys.stdlib_module_names}
+    found: dict[str, str] = {}
+    for path in SHIPPED:
+        for node in ast.walk(_tree(path)):
+            names = [item.name for item in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module]
+            for module in {name.partition(".")[0] for name in names} - ours:
+                found[module] = f"{_name(path)}:{node.lineno}"
+    return found
+
+
+def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    lines = setup["options"]["install_requires"].split()
+    declared = {_canonical(re.split(r"[\[<>=!~;]", line)[0]) for line in lines}
+    modules = _imported_modules()
+    # Several distributions may bring parts of one module: mlflow and mlflow-skinny.
+    installed = packages_distributions()
+    owners = {
+        module: {_canonical(owner) for owner in installed.get(module, [module])}
+        for module in modules
+    }
+    undeclared = {place for module, place in modules.items() if not owners[module] & declared}
+    assert undeclared == set()
+    assert declared - set().union(*owners.values()) == set(NOT_IMPORTED)
 
 
 def test_import_contracts(tmp_path: Path) -> None:
