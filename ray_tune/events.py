@@ -11,7 +11,7 @@ from ray.tune import Callback
 
 from mmtrain.errors import nearest
 from mmtrain.tracking.journal import JOURNAL_NAME, RunJournal
-from mmtrain.tracking.uri import redact
+from mmtrain.safe_text import redact
 from ray_tune.cleaning import drop_checkpoints
 from ray_tune.journal import FAILED, FINISHED, RUNNING, SETTLED, Journal, Record
 from ray_tune.messages import FAILURE, OUTCOME, STARTED, TRAINING_SECONDS

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mmtrain.errors import nearest
+from mmtrain.safe_text import redact_uri
 from mmtrain.tracking.client import (
     KIND_TAG,
     PARENT_TAG,
@@ -14,7 +15,7 @@ from mmtrain.tracking.client import (
     connect,
     remote_errors,
 )
-from mmtrain.tracking.uri import redact_uri, resolve_uri, sqlite_path
+from mmtrain.tracking.uri import resolve_uri, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
