@@ -15,7 +15,7 @@ _SEARCHED_CHARS = 8 * MAX_LINE_CHARS
 # Up to the last @ before the path: a password may itself hold an @. After `user:` it may also
 # hold a slash, unless what follows is a port.
 USERINFO = re.compile(
-    r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]{0,30}://)"
+    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,30}://)"
     r"(?P<userinfo>[^/\s?#]*|[^/\s?#:@]+:(?!\d+[/?#])[^\s@]*)@"
 )
 _SECRET_QUERY = re.compile(r"(?i)(?P<key>[?&](?:password|passwd|token|secret|api_key)=)[^&\s#]+")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmtrain import build
+from mmtrain.commands.arguments import positive
 from mmtrain.commands.census import TEXT_TOKENS_PER_SAMPLE, Census, count
 from mmtrain.config.deepspeed import find_deepspeed_config, zero_stage
 from mmtrain.config.memory import GIB, Sizes, memory_per_rank_bytes
@@ -37,14 +38,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument(
         "--world-size",
-        type=int,
+        type=positive,
         metavar="N",
         help="ranks to plan for: checks the batch arithmetic and divides the memory "
         f"(default: $WORLD_SIZE, else memory for {DEFAULT_WORLD_SIZE} ranks)",
     )
     parser.add_argument(
         "--tokens",
-        type=int,
+        type=positive,
         metavar="N",
         help="tokens per sample in the memory estimate (default: those of one picture plus "
         f"{TEXT_TOKENS_PER_SAMPLE})",
@@ -54,7 +55,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check, count, print."""
     launched = os.environ.get("WORLD_SIZE", "")
-    world_size = args.world_size or (int(launched) if launched.isdigit() else None)
+    world_size = args.world_size or (int(launched) if launched.isdecimal() else None)
     config = build.resolve(args.run_file, args.overrides, world_size)
     report = examine(config, world_size or DEFAULT_WORLD_SIZE, args.tokens)
     if args.json:
@@ -68,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
 def examine(config: RunConfig, world_size: int, tokens_per_sample: int | None) -> dict[str, Any]:
     """Everything `check` reports, as JSON data."""
     census = count(config, tokens_per_sample)
+    _check_weights(config)
     memory = memory_per_rank_bytes(_sizes(config, census), world_size)
     deepspeed = find_deepspeed_config(config.parallel.deepspeed)
     total = census.base_params + census.peft_params
@@ -87,6 +89,14 @@ def examine(config: RunConfig, world_size: int, tokens_per_sample: int | None) -
             "gib_per_rank": {f"zero{stage}": size / GIB for stage, size in memory.items()},
         },
     }
+
+
+def _check_weights(config: RunConfig) -> None:
+    """The folder's weight files, where they are there already: their headers, not their tensors."""
+    from mmtrain.models.weights import check_files, has_weights
+
+    if config.model.checkpoint is not None and has_weights(Path(config.model.checkpoint)):
+        check_files(Path(config.model.checkpoint))
 
 
 def _sizes(config: RunConfig, census: Census) -> Sizes:
@@ -129,7 +139,7 @@ def _num_samples(shards: str) -> int | None:
 def _print_tables(report: dict[str, Any], config: RunConfig) -> None:
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     console.print(_component_table(report, f"{config.name}: {_base(config)}"))
     console.print(f"trainable: {report['trainable_percent']:.4f} % of base and added parameters")
     console.print(_steps_line(report, config))

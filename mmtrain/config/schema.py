@@ -12,14 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 RUN_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 LAYERS_PATTERN = r"^(all|(first|last)-[1-9][0-9]{0,8})$"
-# An empty path would mean the current folder, and one with a NUL no path at all.
-PATH_PATTERN = r"^[^\x00]*[^\x00\s][^\x00]*$"
 # A method's own options may not reuse these keys of a component block.
 RESERVED_COMPONENT_KEYS = frozenset({"mode", "method", "sublayers", "layers", "lr", "weight_decay"})
-
-
-AnyPath = Annotated[str, Field(pattern=PATH_PATTERN)]
-Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -28,6 +22,11 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
     )
+
+
+# An empty path would mean the current folder, and one with a NUL no path at all.
+PATH_PATTERN = r"^[^\x00]*[^\x00\s][^\x00]*$"
+AnyPath = Annotated[str, Field(pattern=PATH_PATTERN)]
 
 
 class ShapeOverrides(Section):
@@ -139,7 +138,7 @@ class OptimConfig(Section):
     """AdamW and its schedule."""
 
     lr: float = Field(2e-4, gt=0, description="peak learning rate")
-    betas: tuple[Momentum, Momentum] = Field((0.9, 0.999), description="AdamW betas")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas")
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     max_grad_norm: float = Field(1.0, ge=0, description="clip the global norm; 0 turns it off")
@@ -201,7 +200,7 @@ class ParallelConfig(Section):
         False, description="recompute activations in backward: less memory, about 1.3x the time"
     )
     threads: int | None = Field(
-        None, ge=1, le=1024, description="CPU threads per rank; default: cores/ranks"
+        None, ge=1, description="CPU threads per rank; default: cores/ranks"
     )
 
 
