@@ -14,10 +14,12 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from mmtrain.commands.listing import find_commands, help_line
 from mmtrain.commands.wording import explain
-from mmtrain.errors import ConfigError, MmtrainError, nearest
+from mmtrain.errors import MmtrainError, nearest
+from mmtrain.safe_text import presentable
 
 EXAMPLES = """examples:
   mmtrain init --family llava --task scienceqa --out run.yaml
@@ -51,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if debug:
             traceback.print_exc()
-        if not isinstance(error, ConfigError):
-            message = " ".join(message.split())
+        if not isinstance(error, MmtrainError):
+            message = presentable(" ".join(message.split()))
         print(f"error: {message}", file=sys.stderr)
         return error.exit_code if isinstance(error, MmtrainError) else FAULT
 
@@ -101,7 +103,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
     if name not in commands:
         raise MmtrainError(f"unknown command '{name}';", nearest(name, commands))
     command = importlib.import_module(commands[name])
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"mmtrain {name}",
         description=command.HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -109,6 +111,13 @@ def _dispatch(arguments: Sequence[str]) -> int:
     )
     command.configure(parser)
     return command.run(_parse(parser, arguments[1:]))
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse repeats a wrong argument as it is."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(presentable(message))
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:

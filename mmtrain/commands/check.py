@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmtrain import build
+from mmtrain.commands.arguments import positive
 from mmtrain.config.deepspeed import find_deepspeed_config, zero_stage
 from mmtrain.config.schema import RunConfig
 from mmtrain.data.manifest import read_manifest
@@ -35,21 +36,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument(
         "--world-size",
-        type=int,
+        type=positive,
         metavar="N",
         help="ranks to plan for: checks the batch arithmetic and divides the memory "
         f"(default: $WORLD_SIZE, else memory for {DEFAULT_WORLD_SIZE} ranks)",
     )
     parser.add_argument(
         "--tokens",
-        type=int,
+        type=positive,
         metavar="N",
         help="tokens per sample in the memory estimate "
         "(default: those of a picture and a question)",
     )
     parser.add_argument(
         "--answer-tokens",
-        type=int,
+        type=positive,
         metavar="N",
         help="of these, tokens of the answer (default: generation.max_new_tokens)",
     )
@@ -58,7 +59,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check, count, print."""
     launched = os.environ.get("WORLD_SIZE", "")
-    world_size = args.world_size or (int(launched) if launched.isdigit() else None)
+    world_size = args.world_size or (int(launched) if launched.isdecimal() else None)
     config = build.resolve(args.run_file, args.overrides, world_size)
     report = examine(config, world_size or DEFAULT_WORLD_SIZE, args.tokens, args.answer_tokens)
     if args.json:
@@ -81,6 +82,7 @@ def examine(
 
     size = usual_size(config, num_tokens, num_answer_tokens)
     census = count(config, size)
+    _check_weights(config)
     stages = memory_by_stage(config, census, world_size)
     total = census.base_params + census.peft_params
     return {
@@ -104,6 +106,14 @@ def examine(
             },
         },
     }
+
+
+def _check_weights(config: RunConfig) -> None:
+    """The folder's weight files, where they are there already: their headers, not their tensors."""
+    from mmtrain.models.weights import check_files, has_weights
+
+    if config.model.checkpoint is not None and has_weights(Path(config.model.checkpoint)):
+        check_files(Path(config.model.checkpoint))
 
 
 def _steps(config: RunConfig) -> dict[str, Any]:
@@ -130,7 +140,7 @@ def _num_samples(shards: str, task: str) -> int | None:
 def _print_tables(report: dict[str, Any], config: RunConfig) -> None:
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     console.print(_component_table(report, f"{config.name}: {_base(config)}"))
     console.print(f"trainable: {report['trainable_percent']:.4f} % of base and added parameters")
     console.print(_steps_line(report, config))

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 RUN_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
-LAYERS_PATTERN = r"^(all|(first|last)-[1-9][0-9]*)$"
+LAYERS_PATTERN = r"^(all|(first|last)-[1-9][0-9]{0,8})$"
 MOST_THREADS = 1024  # no host has more cores; torch dies of more threads than it can start
 # A method's own options may not reuse these keys of a component block.
 RESERVED_COMPONENT_KEYS = frozenset({"mode", "method", "sublayers", "layers", "lr", "weight_decay"})
@@ -28,13 +28,20 @@ class Section(BaseModel):
     )
 
 
+# An empty path would mean the current folder, and one with a NUL no path at all.
+PATH_PATTERN = r"^[^\x00]*[^\x00\s][^\x00]*$"
+AnyPath = Annotated[str, Field(pattern=PATH_PATTERN)]
+
+
 class ShapeOverrides(Section):
     """Shapes of one component that differ from the checkpoint's."""
 
-    hidden_size: int | None = Field(None, ge=1, description="width of the residual stream")
-    layers: int | None = Field(None, ge=1, description="number of blocks")
+    hidden_size: int | None = Field(
+        None, ge=1, le=2**17, description="width of the residual stream"
+    )
+    layers: int | None = Field(None, ge=1, le=1024, description="number of blocks")
     heads: int | None = Field(None, ge=1, description="attention heads; must divide the width")
-    intermediate_size: int | None = Field(None, ge=1, description="width inside the MLP")
+    intermediate_size: int | None = Field(None, ge=1, le=2**20, description="width inside the MLP")
     activation: str | None = Field(None, description="activation by transformers' name, e.g. gelu")
 
 
@@ -42,7 +49,7 @@ class ModelConfig(Section):
     """Which base model: a checkpoint folder, or a preset's published shape without weights."""
 
     family: str = Field(description="plug-in in mmtrain/models/families, e.g. llava")
-    checkpoint: str | None = Field(None, description="folder in Hugging Face format")
+    checkpoint: AnyPath | None = Field(None, description="folder in Hugging Face format")
     preset: str | None = Field(
         None, description="published shape, random weights, e.g. llava-1.5-7b"
     )
@@ -54,7 +61,7 @@ class ModelConfig(Section):
     base_dropout: Literal[0, "checkpoint"] = Field(
         0, description="0 turns the base's own dropout off, 'checkpoint' keeps what its config says"
     )
-    vision_tower: str | None = Field(
+    vision_tower: AnyPath | None = Field(
         None, description="folder of the tower, where a checkpoint in LLaVA's own format lacks it"
     )
     overrides: dict[str, ShapeOverrides] = Field(
@@ -122,8 +129,8 @@ class DataConfig(Section):
 
     task: str = Field(description="plug-in in mmtrain/tasks/datasets, e.g. scienceqa")
     template: str | None = Field(None, description="prompt template; default: the task's first")
-    train: str | None = Field(None, description="folder of training shards")
-    val: str | None = Field(None, description="folder of validation shards")
+    train: AnyPath | None = Field(None, description="folder of training shards")
+    val: AnyPath | None = Field(None, description="folder of validation shards")
     limit: int | None = Field(None, ge=1, description="use only the first N training samples")
     val_limit: int | None = Field(None, ge=1, description="use only the first N validation samples")
     seed: int | None = Field(None, ge=0, description="order of samples; default: the run's seed")
@@ -195,7 +202,9 @@ class GenerationConfig(Section):
 class ParallelConfig(Section):
     """How the model is spread over ranks."""
 
-    deepspeed: str = Field("zero1", description="name in ds_configs/ or path of a DeepSpeed JSON")
+    deepspeed: AnyPath = Field(
+        "zero1", description="name in ds_configs/ or path of a DeepSpeed JSON"
+    )
     activation_checkpointing: bool = Field(
         False, description="recompute activations in backward: less memory, about 1.3x the time"
     )
@@ -220,7 +229,7 @@ class RunConfig(Section):
     name: str = Field("run", pattern=RUN_NAME_PATTERN, description="name of the run and its folder")
     seed: int = Field(42, ge=0, lt=2**31, description="keys initialisation, order and dropout")
     deterministic: bool = Field(True, description="deterministic kernels: bit-exact repeats")
-    output_dir: str | None = Field(None, description="run folder; default runs/<name>")
+    output_dir: AnyPath | None = Field(None, description="run folder; default runs/<name>")
     model: ModelConfig
     components: dict[str, ComponentConfig] = Field(
         default_factory=dict, description="per component; what is not named is frozen"

@@ -13,15 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmtrain.errors import MmtrainError
+from mmtrain.safe_text import redact, redact_uri, redacted
 from mmtrain.tracking.fields import MAX_TAG_CHARS, cut, valid_key
-from mmtrain.tracking.uri import (
-    URI_EXAMPLES,
-    redact,
-    redact_uri,
-    resolve_uri,
-    sqlite_path,
-    uri_problem,
-)
+from mmtrain.tracking.uri import URI_EXAMPLES, resolve_uri, sqlite_path, uri_problem
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -110,7 +104,7 @@ def parent_run(
     params: Mapping[str, str] | None = None,
 ) -> str:
     """Create the run that a study's trials hang under (tag `mlflow.parentRunId`); its id."""
-    from_user = {key: cut(redact(value), MAX_TAG_CHARS) for key, value in (tags or {}).items()}
+    from_user = {key: cut(value, MAX_TAG_CHARS) for key, value in redacted(tags or {}).items()}
     with remote_errors(uri):
         uri = resolve_uri(uri)
         client = connect(uri)
@@ -119,8 +113,8 @@ def parent_run(
             run_name=name,
             tags=from_user | {KIND_TAG: STUDY_KIND},
         )
-        for key, value in (params or {}).items():
-            client.log_param(run.info.run_id, valid_key(key), cut(redact(value)))
+        for key, value in redacted(params or {}).items():
+            client.log_param(run.info.run_id, valid_key(key), cut(value))
     return str(run.info.run_id)
 
 

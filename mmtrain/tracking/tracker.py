@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from mmtrain.config.schema import TrackingConfig
+from mmtrain.safe_text import redact_uri, redacted
 from mmtrain.tracking.client import (
     TrackingError,
     check_uri,
@@ -27,8 +28,6 @@ from mmtrain.tracking.upload import Uploader
 from mmtrain.tracking.uri import (
     DISABLED,
     is_redacted,
-    redact,
-    redact_uri,
     resolve_uri,
     sqlite_path,
     without_userinfo,
@@ -78,8 +77,8 @@ class Tracker:
         check_uri(settings.uri)
         run_dir.mkdir(parents=True, exist_ok=True)
         state, uri = _state_for(run_dir, settings, run_name)
-        state.params = {key: redact(value) for key, value in params.items()}
-        state.tags = {key: redact(value) for key, value in (dict(settings.tags) | {**tags}).items()}
+        state.params = redacted(params)
+        state.tags = redacted({**settings.tags, **tags})
         prepare_environment()
         tracker = cls(run_dir, state, uri)
         tracker._save(state)

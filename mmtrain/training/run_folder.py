@@ -14,7 +14,7 @@ from typing import Any
 from mmtrain.config.load import difference, dump_run, flatten_run, load_run_file
 from mmtrain.config.schema import RunConfig
 from mmtrain.errors import ConfigError, MmtrainError
-from mmtrain.tracking.uri import redact_uri
+from mmtrain.safe_text import redacted
 
 # What may change between a run and its resume: how it is computed, not what is computed.
 _LAYOUT_KEYS = (
@@ -70,8 +70,8 @@ def prepare(config: RunConfig) -> Path:
 
 
 def _without_secrets(config: RunConfig) -> RunConfig:
-    """The run file as stored: a password in the tracking URI stays out of it."""
-    tracking = config.tracking.model_copy(update={"uri": redact_uri(config.tracking.uri)})
+    """The run file as stored: passwords, in the tracking URI or in tags, stay out of it."""
+    tracking = config.tracking.model_copy(update=redacted(config.tracking.model_dump()))
     return config.model_copy(update={"tracking": tracking})
 
 

@@ -41,6 +41,8 @@ def original_config(stored: Mapping[str, Any], options: ModelOptions) -> Any:
     folder = Path(str(options.checkpoint))
     _refuse_other_shapes(folder, stored)
     tower = tower_folder(folder, stored, options)
+    if tower is None and weights.has_weights(folder):
+        sources(stored, options)  # refuses a folder that has no tower inside either
     text = {key: stored[key] for key in _LLAMA_KEYS if key in stored}
     feature = stored.get("mm_vision_select_feature", "patch")
     translated = dict(
