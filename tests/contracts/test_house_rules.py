@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -290,45 +288,6 @@ def test_the_command_starts_without_the_heavy_libraries() -> None:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert "LOADED []" in result.stdout, result.stdout + result.stderr
-
-
-SKIPPED_IN_MANY_WAYS = {
-    "mark": "import pytest\n@pytest.mark.skip(reason='why')\ndef test_it(): pass\n",
-    "call": "import pytest\ndef test_it(): pytest.skip('why')\n",
-    "import": "import pytest\npytest.importorskip('absent', reason='why')\ndef test_it(): pass\n",
-}
-XFAIL = "import pytest\n@pytest.mark.xfail\ndef test_it(): assert False\n"
-
-
-def _run_pytest(folder: Path, place: str, source: str, ci: str) -> subprocess.CompletedProcess[str]:
-    (folder / "tests" / place).mkdir(parents=True)
-    shutil.copy(ROOT / "tests" / "no_skips.py", folder / "tests" / "conftest.py")
-    (folder / "tests" / place / "test_it.py").write_text(source)
-    (folder / "pytest.ini").write_text("[pytest]\n")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
-    return subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, env=os.environ | {"CI": ci}
-    )
-
-
-@pytest.mark.parametrize("way", SKIPPED_IN_MANY_WAYS)
-def test_ci_forbids_skips_of_distributed_tests(tmp_path: Path, way: str) -> None:
-    result = _run_pytest(tmp_path, "distributed", SKIPPED_IN_MANY_WAYS[way], ci="true")
-    assert result.returncode in {1, 2} and "may not be skipped in CI" in result.stdout
-    assert "why" in result.stdout
-
-
-@pytest.mark.parametrize(
-    ("place", "source", "ci"),
-    [
-        ("unit", SKIPPED_IN_MANY_WAYS["call"], "true"),
-        ("distributed", SKIPPED_IN_MANY_WAYS["call"], ""),
-        ("distributed", XFAIL, "true"),
-    ],
-)
-def test_other_skips_are_allowed(tmp_path: Path, place: str, source: str, ci: str) -> None:
-    result = _run_pytest(tmp_path, place, source, ci)
-    assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.parametrize(
