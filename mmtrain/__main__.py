@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from mmtrain.commands.listing import find_commands, help_line
 from mmtrain.commands.wording import explain
-from mmtrain.errors import ConfigError, MmtrainError, nearest
+from mmtrain.errors import ConfigError, MmtrainError, Terminated, nearest
 
 EXAMPLES = """examples:
   mmtrain init --family llava --task scienceqa --out run.yaml
@@ -28,7 +28,7 @@ EXAMPLES = """examples:
   mmtrain compare my-experiment --by components.llm.r --metric val/accuracy
 
 `mmtrain COMMAND --help` explains one command."""
-INTERRUPTED, BROKEN_PIPE, FAULT = 130, 141, 2
+INTERRUPTED, BROKEN_PIPE, TERMINATED, FAULT = 130, 141, 143, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,14 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        code = _dispatch(arguments)
-        sys.stdout.flush()  # a closed pipe must show here, not when Python exits
-        return code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+        return _unless_pipe_breaks(arguments)
     except KeyboardInterrupt:
         return INTERRUPTED
+    except Terminated:
+        return TERMINATED
     except Exception as error:
         message = str(error) if isinstance(error, MmtrainError) else explain(error)
         if message is None:  # a bug of ours: its traceback is the best message
@@ -55,6 +52,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             message = " ".join(message.split())
         print(f"error: {message}", file=sys.stderr)
         return error.exit_code if isinstance(error, MmtrainError) else FAULT
+
+
+def _unless_pipe_breaks(arguments: Sequence[str]) -> int:
+    try:
+        code = _dispatch(arguments)
+        sys.stdout.flush()  # a closed pipe must show here, not when Python exits
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
 
 
 def entry() -> None:

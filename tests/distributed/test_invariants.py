@@ -24,6 +24,8 @@ FILES = {
     "zero3_packaged": "zero3",
     "zero3_offload": "zero3_offload",
 }
+BAD_GRADIENTS = [("fp32", stage) for stage in FILES if stage != "zero3_packaged"]
+BAD_GRADIENTS += [("bf16", "zero1"), ("bf16", "zero2")]
 SPLIT_TOLERANCE = 1e-5  # relative, fp32
 BF16_SPREAD = 1e-3  # relative, measured 2.4e-4: ZeRO-3 linears round elsewhere than torch does
 
@@ -97,6 +99,11 @@ def _two_rank_jobs(walk: Walk) -> list[dict[str, Any]]:
         parallel = {"deepspeed": FILES[stage], "activation_checkpointing": True}
         jobs.append(walk.job(f"recomputed-{stage}", parallel=parallel))
     jobs.append(walk.job("moving", stop=3, **mid))
+    for dtype, stage in BAD_GRADIENTS:
+        sections = {"model": {"dtype": dtype}, "parallel": {"deepspeed": FILES[stage]}}
+        sections |= {"optim": {"max_steps": 2}, "checkpoint": {"every_steps": 1}}
+        job = walk.job(f"bad-{dtype}-{stage}", **sections)
+        jobs.append(job | {"bad_gradient": {"rank": 1, "position": 1, "part": "projector"}})
     return jobs
 
 
@@ -163,6 +170,20 @@ def test_resume_is_bit_equal_on_the_same_layout(walk: Walk, dtype: str, stage: s
     whole, cut = f"whole-{dtype}-{stage}", f"cut-{dtype}-{stage}"
     assert walk.losses(cut) == walk.losses(whole)
     assert walk.digest(cut) == walk.digest(whole)
+
+
+@pytest.mark.parametrize(("dtype", "stage"), BAD_GRADIENTS)
+def test_a_bad_gradient_of_one_rank_stops_all_before_the_step(
+    walk: Walk, dtype: str, stage: str
+) -> None:
+    folder = walk.root / f"bad-{dtype}-{stage}"
+    texts = {(folder / f"error-{rank}.txt").read_text() for rank in (0, 1)}
+    (text,) = texts
+    assert "the gradient of connector is NaN or infinite (1 of " in text, text
+    assert "No step was taken" in text and "rank 0: " in text and "rank 1: " in text
+    assert json.loads((folder / "status.json").read_text())["state"] == "failed"
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-1"]
+    assert len(walk.losses(folder.name)) == 1
 
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
