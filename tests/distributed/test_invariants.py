@@ -103,7 +103,10 @@ def _two_rank_jobs(walk: Walk) -> list[dict[str, Any]]:
         sections = {"model": {"dtype": dtype}, "parallel": {"deepspeed": FILES[stage]}}
         sections |= {"optim": {"max_steps": 2}, "checkpoint": {"every_steps": 1}}
         job = walk.job(f"bad-{dtype}-{stage}", **sections)
-        jobs.append(job | {"bad_gradient": {"rank": 1, "position": 1, "part": "projector"}})
+        jobs.append(job | {"fault": "gradient"})
+    jobs.append(walk.job("bug-on-main") | {"fault": "main"})
+    # The last: rank 1 leaves the group, as it does when it dies.
+    jobs.append(walk.job("rank-1-alone", **mid) | {"fault": "rank 1 alone"})
     return jobs
 
 
@@ -172,13 +175,29 @@ def test_resume_is_bit_equal_on_the_same_layout(walk: Walk, dtype: str, stage: s
     assert walk.digest(cut) == walk.digest(whole)
 
 
+def errors_of(folder: Path) -> list[str]:
+    """What a job with a fault ended with on either rank."""
+    return [(folder / f"error-{rank}.txt").read_text() for rank in (0, 1)]
+
+
+def test_whatever_fails_on_rank_0_reaches_the_others(walk: Walk) -> None:
+    wanted = ["KeyError: 'a bug'", "MmtrainError: KeyError: 'a bug'"]
+    assert errors_of(walk.root / "bug-on-main") == wanted
+
+
+def test_a_rank_that_fails_alone_says_so_in_the_folder(walk: Walk) -> None:
+    """Rank 0 waits for it in a collective, and may never learn why."""
+    status = json.loads((walk.root / "rank-1-alone" / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert status["reason"] == "rank 1: Interrupted: by hand"
+
+
 @pytest.mark.parametrize(("dtype", "stage"), BAD_GRADIENTS)
 def test_a_bad_gradient_of_one_rank_stops_all_before_the_step(
     walk: Walk, dtype: str, stage: str
 ) -> None:
     folder = walk.root / f"bad-{dtype}-{stage}"
-    texts = {(folder / f"error-{rank}.txt").read_text() for rank in (0, 1)}
-    (text,) = texts
+    (text,) = set(errors_of(folder))
     assert "the gradient of connector is NaN or infinite (1 of " in text, text
     assert "No step was taken" in text and "rank 0: " in text and "rank 1: " in text
     assert json.loads((folder / "status.json").read_text())["state"] == "failed"
