@@ -15,7 +15,10 @@ from typing import Any
 import pytest
 
 from mmtrain.errors import ConfigError, DataError, MmtrainError, Terminated, TrainingError
+from mmtrain.tracking.state import TrackingState, load_state
+from mmtrain.training import ending
 from mmtrain.training import run as training_run
+from mmtrain.training import run_folder
 from mmtrain.training.checkpoint import (
     MOMENTS,
     STATE,
@@ -228,6 +231,25 @@ def test_a_stopped_run_says_so_and_goes_on_later(make: Any, whole: str, tmp_path
     assert (status["state"], status["reason"]) == ("failed", "stopped by SIGTERM")
     train(run)
     assert trained_digest(tmp_path / "run") == whole
+
+
+def test_what_the_tracker_owes_is_known_before_the_run_counts_as_finished(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in between, the run is either not finished or can still be sent."""
+    owed: list[TrackingState | None] = []
+
+    def write_status(run_dir: Path, state: str, **facts: Any) -> None:
+        owed.append(load_state(run_dir))
+        run_folder.write_status(run_dir, state, **facts)
+
+    monkeypatch.setattr(ending, "write_status", write_status)
+    monkeypatch.setattr(ending, "SENT_WITHIN_S", 0.0)
+    nobody_listens = {"uri": f"http://127.0.0.1:{tiny.free_port()}"}
+    train(make(tmp_path / "run", tracking=nobody_listens))
+    (state,) = owed
+    assert state is not None and state.final_status == "FINISHED"
+    assert ("adapter", "adapter") in state.artifacts_owed
 
 
 def test_what_a_killed_save_left_is_no_checkpoint(
