@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from mmtrain.commands.listing import find_commands, help_line
 from mmtrain.commands.wording import explain
-from mmtrain.errors import MmtrainError, nearest
+from mmtrain.errors import MmtrainError, Terminated, nearest
 from mmtrain.safe_text import presentable
 
 EXAMPLES = """examples:
@@ -30,7 +30,7 @@ EXAMPLES = """examples:
   mmtrain compare my-experiment --by components.llm.r --metric val/accuracy
 
 `mmtrain COMMAND --help` explains one command."""
-INTERRUPTED, BROKEN_PIPE, FAULT = 130, 141, 2
+INTERRUPTED, BROKEN_PIPE, TERMINATED, FAULT = 130, 141, 143, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,14 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        code = _dispatch(arguments)
-        sys.stdout.flush()  # a closed pipe must show here, not when Python exits
-        return code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+        return _unless_pipe_breaks(arguments)
     except KeyboardInterrupt:
         return INTERRUPTED
+    except Terminated:
+        return TERMINATED
     except Exception as error:
         message = str(error) if isinstance(error, MmtrainError) else explain(error)
         if message is None:  # a bug of ours: its traceback is the best message
@@ -57,6 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             message = presentable(" ".join(message.split()))
         print(f"error: {message}", file=sys.stderr)
         return error.exit_code if isinstance(error, MmtrainError) else FAULT
+
+
+def _unless_pipe_breaks(arguments: Sequence[str]) -> int:
+    try:
+        code = _dispatch(arguments)
+        sys.stdout.flush()  # a closed pipe must show here, not when Python exits
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
 
 
 def entry() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -122,9 +122,11 @@ def _group_device() -> torch.device:
     return torch.device("cpu")
 
 
-def sum_over_ranks(values: list[float], dtype: torch.dtype = torch.float64) -> list[float]:
+def sum_over_ranks(
+    values: Sequence[float] | torch.Tensor, dtype: torch.dtype = torch.float64
+) -> list[float]:
     """Sum a few numbers over all ranks (use dtype int64 for counts)."""
-    tensor = torch.tensor(values, dtype=dtype, device=_group_device())
+    tensor = torch.as_tensor(values, dtype=dtype, device=_group_device())
     dist.all_reduce(tensor)
     return tensor.tolist()
 
@@ -353,3 +355,17 @@ def squared_gradient_norms(parameters: Mapping[str, torch.nn.Parameter]) -> dict
         gradient = safe_get_full_grad(parameter)
         norms[name] = 0.0 if gradient is None else float(gradient.double().square().sum())
     return norms
+
+
+def own_gradient_norm(engine: Any) -> torch.Tensor:
+    """Norm of what this rank's optimizer is about to use, on the device: no wait, no message."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "norm_for_param_grads"):  # offloaded, and measured on the way
+        pieces = list(optimizer.norm_for_param_grads.values())
+    elif hasattr(optimizer, "averaged_gradients"):
+        pieces = [piece for group in optimizer.averaged_gradients.values() for piece in group]
+    elif hasattr(optimizer, "fp32_groups_gradient_flat_partition"):
+        pieces = list(optimizer.fp32_groups_gradient_flat_partition)
+    else:
+        pieces = [tensor.grad for tensor in _optimizer_tensors(optimizer)]
+    return torch.nn.utils.get_total_norm([piece for piece in pieces if piece is not None])

@@ -65,6 +65,13 @@ class LaunchError(MmtrainError):
     exit_code = 4
 
 
+class Terminated(BaseException):
+    """SIGTERM arrived. No `Exception`: nothing that goes on after errors may go on after this."""
+
+    def __init__(self) -> None:
+        super().__init__("stopped by SIGTERM")
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A hint for a mistyped name: the nearest valid one, or the whole list."""
     names = sorted(valid)

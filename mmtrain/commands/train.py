@@ -38,6 +38,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("run_file", help="YAML run file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
+    parser.add_argument(
+        "--verify-base", action="store_true", help="hash the base's files again, cached or not"
+    )
     quick = parser.add_mutually_exclusive_group()
     quick.add_argument(
         "--max-steps", type=positive, metavar="N", help="stop after N optimizer steps"
@@ -59,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         # Before rank 0 joins the group: the others wait for it there, then touch the folder.
         remove_earlier_look(config)
     try:
-        run_training(config)
+        run_training(config, verify_base=args.verify_base)
     finally:
         if is_main:
             _plot(Path(config.run_dir))

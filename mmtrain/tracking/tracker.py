@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -101,15 +100,24 @@ class Tracker:
         self._save(self._state)
         self._new_lines.set()
 
-    def finish(self, status: Status = "FINISHED", timeout_s: float = 30.0) -> bool:
-        """End the MLflow run; False when not everything was sent within the time."""
+    def end(self, status: Status) -> None:
+        """Nothing more will come: write down that the MLflow run is to be ended."""
         if self._state is None:
-            return True
-        self._state.end_time_ms = int(time.time() * 1000)
-        self._state.final_status = status
+            return
+        self._state.end_as(status)
         self._save(self._state)
         self._ending.set()
         self._new_lines.set()
+
+    def finish(self, status: Status = "FINISHED", timeout_s: float = 30.0) -> bool:
+        """End the MLflow run; False when not everything was sent within the time."""
+        self.end(status)
+        return self.wait_until_sent(timeout_s)
+
+    def wait_until_sent(self, timeout_s: float) -> bool:
+        """After `end`: False when not everything was sent within the time."""
+        if self._state is None:
+            return True
         self._thread.join(timeout_s)
         if self._state.complete:
             return True
@@ -170,11 +178,12 @@ class Tracker:
         return True
 
 
-def sync(run_dir: Path, uri: str | None = None) -> str:
+def sync(run_dir: Path, uri: str | None = None, ended: Status | None = None) -> str:
     """Send what a run's folder still owes to MLflow; the id of its MLflow run.
 
-    `uri` is needed only where the stored one lost its credentials and MLFLOW_TRACKING_USERNAME
-    and MLFLOW_TRACKING_PASSWORD cannot replace them.
+    `ended` is how the run ended, where its own process could not write that down. `uri` is needed
+    only where the stored one lost its credentials and MLFLOW_TRACKING_USERNAME and
+    MLFLOW_TRACKING_PASSWORD cannot replace them.
     """
     run_dir = Path(run_dir)
     state = load_state(run_dir)
@@ -185,6 +194,8 @@ def sync(run_dir: Path, uri: str | None = None) -> str:
         )
     if state.complete and state.run_id:
         return state.run_id
+    if state.final_status is None and ended is not None:
+        state.end_as(ended)
     target = resolve_uri(uri) if uri else without_userinfo(state.uri)
     if is_redacted(target):
         raise TrackingError(
