@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("fp32", "bf16", "both"), default="both")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--preset", help="a published LLaVA shape instead of the 30 M one")
+    parser.add_argument(
+        "--questions", action="store_true", help="samples as long as ScienceQA's, not digits"
+    )
     parser.add_argument("--windows", type=int, default=3, help="timed windows per peer")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps per window")
     parser.add_argument("--batch", type=int, default=16, help="samples per optimizer step")
@@ -63,7 +67,9 @@ def measure(args: argparse.Namespace, dtype: str, folder: Path) -> Measured:
             stack.callback(peers[label].close)
 
         start("mmtrain", "benchmarks.peer_mmtrain", {})
-        for label, options in TRL_OPTIONS.items():
+        if find_spec("trl") is None:
+            print("trl is not installed: its columns are left out", flush=True)
+        for label, options in TRL_OPTIONS.items() if find_spec("trl") else ():
             workers = {"dataloader_num_workers": job["workers"]} if options else {}
             start(label, "benchmarks.peer_trl", {**options, **workers})
         print(f"{dtype}: starting {', '.join(peers)}", flush=True)

@@ -14,10 +14,8 @@ from mmtrain.config.schema import RESERVED_COMPONENT_KEYS, ComponentConfig, RunC
 from mmtrain.errors import ConfigError, MmtrainError, nearest
 from mmtrain.models.interface import Family, ModelOptions
 from mmtrain.peft.placement import sublayer_problems
+from mmtrain.tasks.interface import LOSS
 from mmtrain.tracking.uri import DISABLED, URI_EXAMPLES, uri_problem
-
-# What every validation gives, beside what the task scores.
-LOSS_METRIC = "loss"
 
 
 def resolve(
@@ -64,6 +62,7 @@ def model_options(config: RunConfig) -> ModelOptions:
         },
         allow_reinit=model.allow_reinit,
         max_pixels=model.max_pixels,
+        grounding_tokens=bool(model.grounding_tokens),
     )
 
 
@@ -150,7 +149,7 @@ def _validation_problems(validate: Mapping[str, Any], data: Mapping[str, Any]) -
     task, _ = _plugin("task", data.get("task"), "data.task")
     metric = validate.get("metric")
     if task and isinstance(metric, str):
-        known = (LOSS_METRIC, *task.metrics)
+        known = [given.name for given in (LOSS, *task.metrics)]
         if metric not in known:
             hint = nearest(metric, known)
             problems.append(f"validate.metric: '{data['task']}' gives no '{metric}'; {hint}")

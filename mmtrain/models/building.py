@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch import nn
 
 from mmtrain.distributed import sharded_construction, spans_ranks
 from mmtrain.errors import CheckpointError
+from mmtrain.models import sentencepiece_file
 from mmtrain.models.host_memory import returning_freed_memory
 from mmtrain.models.interface import ModelOptions
+from mmtrain.models.patches import use_patch_linears
 from mmtrain.models.weights import DTYPES, Source, initialise_weights, load_weights
 
 _SHARD_BYTES = 5 * 10**9
@@ -27,15 +30,12 @@ def build_empty(
     zero3_config: Mapping[str, Any] | None,
 ) -> nn.Module:
     """The module tree in its working precision on this rank's device, sharded under ZeRO-3."""
-    dtype = DTYPES[dtype_name]
     device = (
         torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
     )
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
+    with working_precision(dtype_name):
         sharded = zero3_config is not None
-        with returning_freed_memory(sharded), sharded_construction(zero3_config, dtype):
+        with returning_freed_memory(sharded), sharded_construction(zero3_config):
             if not sharded and device is not None:
                 with device:
                     model = skeleton(config)
@@ -43,9 +43,27 @@ def build_empty(
                 model = skeleton(config)
         if zero3_config is not None:
             _restore_buffers(model, skeleton, config)
+    use_patch_linears(model)
+    return model.eval()
+
+
+def build_on_meta(skeleton: Callable[[Any], nn.Module], config: Any, dtype_name: str) -> nn.Module:
+    """The same tree without any numbers."""
+    with working_precision(dtype_name), torch.device("meta"):
+        model = skeleton(config)
+    use_patch_linears(model)
+    return model
+
+
+@contextmanager
+def working_precision(dtype_name: str) -> Iterator[None]:
+    """Parameters made inside are of this type."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPES[dtype_name])
+    try:
+        yield
     finally:
         torch.set_default_dtype(previous)
-    return model.eval()
 
 
 def _restore_buffers(model: nn.Module, skeleton: Callable[[Any], nn.Module], config: Any) -> None:
@@ -73,6 +91,9 @@ def load_processor(folder: Path, image_token: str, image_token_id: int | None) -
         # As in training, and the same whether torchvision is installed or not.
         pictures = AutoImageProcessor.from_pretrained(str(folder), backend="pil", **safe)
         processor.image_processor = pictures
+        if sentencepiece_file.is_alone(folder):
+            legacy = sentencepiece_file.is_legacy(folder)
+            sentencepiece_file.cut_as_sentencepiece(processor.tokenizer, folder, legacy)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{folder}: no usable processor there ({str(error).splitlines()[0]}).",

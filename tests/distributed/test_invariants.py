@@ -28,6 +28,8 @@ FILES = {
     "zero3_packaged": "zero3",
     "zero3_offload": "zero3_offload",
 }
+BAD_GRADIENTS = [("fp32", stage) for stage in FILES if stage != "zero3_packaged"]
+BAD_GRADIENTS += [("bf16", "zero1"), ("bf16", "zero2")]
 SPLIT_TOLERANCE = 1e-5  # relative, fp32
 BF16_SPREAD = 1e-3  # relative, measured 2.4e-4: ZeRO-3 linears round elsewhere than torch does
 STAGES = ("zero0", "zero1", "zero2", "zero3")
@@ -118,6 +120,18 @@ def _quick_jobs(walk: Walk) -> list[dict[str, Any]]:
     jobs += [job for one in RESUMED for job in cut(walk, *one)]
     jobs.append(recomputed(walk, "zero3"))
     jobs.append(walk.job("moving", stop=3, **validated(walk.digits)))
+    for present in (True, False):
+        job = walk.job(f"fp16-kernels-{present}", parallel={"deepspeed": FILES["zero3"]})
+        jobs.append(job | {"fp16_kernels": present})
+    for dtype, stage in BAD_GRADIENTS:
+        sections = {"model": {"dtype": dtype}, "parallel": {"deepspeed": FILES[stage]}}
+        sections |= {"optim": {"max_steps": 2}, "checkpoint": {"every_steps": 1}}
+        job = walk.job(f"bad-{dtype}-{stage}", **sections)
+        jobs.append(job | {"fault": "gradient"})
+    jobs.append(walk.job("bug-on-main") | {"fault": "main"})
+    # The last: rank 1 leaves the group, as it does when it dies.
+    alone = walk.job("rank-1-alone", **validated(walk.digits))
+    jobs.append(alone | {"fault": "rank 1 alone"})
     return jobs
 
 
@@ -201,10 +215,47 @@ def test_resume_is_bit_equal_on_the_same_layout(walk: Walk, dtype: str, stage: s
     assert walk.digest(broken) == walk.digest(unbroken)
 
 
+def errors_of(folder: Path) -> list[str]:
+    """What a job with a fault ended with on either rank."""
+    return [(folder / f"error-{rank}.txt").read_text() for rank in (0, 1)]
+
+
+def test_whatever_fails_on_rank_0_reaches_the_others(walk: Walk) -> None:
+    wanted = ["KeyError: 'a bug'", "MmtrainError: KeyError: 'a bug'"]
+    assert errors_of(walk.root / "bug-on-main") == wanted
+
+
+def test_a_rank_that_fails_alone_says_so_in_the_folder(walk: Walk) -> None:
+    """Rank 0 waits for it in a collective, and may never learn why."""
+    status = json.loads((walk.root / "rank-1-alone" / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert status["reason"] == "rank 1: Interrupted: by hand"
+
+
+@pytest.mark.parametrize(("dtype", "stage"), BAD_GRADIENTS)
+def test_a_bad_gradient_of_one_rank_stops_all_before_the_step(
+    walk: Walk, dtype: str, stage: str
+) -> None:
+    folder = walk.root / f"bad-{dtype}-{stage}"
+    (text,) = set(errors_of(folder))
+    assert "the gradient of connector is NaN or infinite (1 of " in text, text
+    assert "No step was taken" in text and "rank 0: " in text and "rank 1: " in text
+    assert json.loads((folder / "status.json").read_text())["state"] == "failed"
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-1"]
+    assert len(walk.losses(folder.name)) == 1
+
+
 @pytest.mark.parametrize("stage", cases(["zero3"], ["zero2", "zero3"]))
 def test_bf16_stays_within_the_stated_spread(walk: Walk, stage: str) -> None:
     found, wanted = walk.losses(f"whole-bf16-{stage}"), walk.losses("whole-bf16-zero1")
     assert close(found, wanted, BF16_SPREAD), (found, wanted)
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_precision_is_the_run_files_whatever_the_cpu_can_do(walk: Walk, present: bool) -> None:
+    losses = walk.losses(f"fp16-kernels-{present}")
+    assert close(losses, walk.losses("whole-fp32-zero1"), SPLIT_TOLERANCE)
+    assert not close(losses, walk.losses("whole-bf16-zero1"), SPLIT_TOLERANCE)
 
 
 def test_resume_on_one_rank_and_back_equals_to_rounding(walk: Walk) -> None:

@@ -86,6 +86,12 @@ def mixed(processor: Any) -> list[Example]:
     ]
 
 
+def spaced(processor: Any) -> Example:
+    """Spaces around every text: LLaVA's code takes them away behind a picture only."""
+    earlier = [("\n Which digit? ", " 3 ")]
+    return example(processor, "spaced", " And now? ", " 2", [picture(1)], earlier)
+
+
 def logits_of(model: Any, batch: Any) -> torch.Tensor:
     """Our forward up to the logits, at every position."""
     from mmtrain.models.families.llava import embed

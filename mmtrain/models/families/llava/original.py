@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.errors import CheckpointError
-from mmtrain.models import configuration, weights
+from mmtrain.models import configuration, sentencepiece_file, weights
 from mmtrain.models.families.llava.layouts import is_tower_of_original, rename_clip, rename_original
 from mmtrain.models.families.llava.shapes import CLIP_L_336
 from mmtrain.models.interface import ModelOptions
@@ -41,6 +41,8 @@ def original_config(stored: Mapping[str, Any], options: ModelOptions) -> Any:
     folder = Path(str(options.checkpoint))
     _refuse_other_shapes(folder, stored)
     tower = tower_folder(folder, stored, options)
+    if tower is None and weights.has_weights(folder):
+        sources(stored, options)  # refuses a folder that has no tower inside either
     text = {key: stored[key] for key in _LLAMA_KEYS if key in stored}
     feature = stored.get("mm_vision_select_feature", "patch")
     translated = dict(
@@ -162,28 +164,29 @@ def original_processor(
 def _tokenizer(folder: Path) -> Any:
     """From `tokenizer.json` as it is, where somebody made one; else from `tokenizer.model`.
 
-    In training the text behind a picture was tokenised on its own, so that it began with a space:
-    `legacy` does the same. The begin-of-text token is asked for: files may leave it to the class.
+    The begin-of-text token is asked for: files may leave it to the class.
     """
     from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
     try:
-        if (folder / "tokenizer.json").exists() or not (folder / "tokenizer.model").exists():
+        if not sentencepiece_file.is_alone(folder):
             return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        legacy = sentencepiece_file.is_legacy(folder)
         tokenizer = LlamaTokenizer.from_pretrained(
             str(folder),
-            legacy=True,
+            legacy=legacy,
             add_bos_token=True,
             add_eos_token=False,
             local_files_only=True,
         )
+        sentencepiece_file.cut_as_sentencepiece(tokenizer, folder, legacy)
     except (OSError, ValueError, ImportError) as error:
         fault = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"{folder}: no usable tokenizer there ({fault}).",
             "Copy tokenizer.model or tokenizer.json from the published checkpoint.",
         ) from error
-    tokenizer.init_kwargs["legacy"] = True  # saved with it, for those who read it by this class
+    tokenizer.init_kwargs["legacy"] = legacy  # saved with it, for those who read it by this class
     return tokenizer
 
 
