@@ -20,7 +20,7 @@ from mmtrain.training.checkpoint import CheckpointFolder
 from tests import tiny
 from tests.in_process import one_rank, train, trained_digest
 
-KILLED_AT_STEP, NUM_STEPS = 10, 40
+KILLED_AT_STEP, NUM_STEPS = 10, 24
 
 
 def last_step(run_dir: Path) -> int:
@@ -158,7 +158,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system with room for one checkpoint (540 KB) and a half."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1000k", "tmpfs", str(folder)], check=True)
+    command = ["mount", "-t", "tmpfs", "-o", "size=1000k", "tmpfs", str(folder)]
+    made = subprocess.run(command, capture_output=True, text=True)
+    if made.returncode != 0:
+        pytest.skip(f"no file system could be mounted ({made.stderr.strip()}): run as root")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
