@@ -9,7 +9,8 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from io import BufferedReader, BytesIO
+from io import BytesIO
+from typing import BinaryIO
 
 from mmtrain.errors import DataError
 
@@ -49,7 +50,7 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, suffix.lower()
 
 
-def walk(file: BufferedReader, num_bytes: int) -> tuple[list[Place], str | None]:
+def walk(file: BinaryIO, num_bytes: int) -> tuple[list[Place], str | None]:
     """All files by their headers, and what is wrong if the walk does not end well."""
     places: list[Place] = []
     position = 0
@@ -89,7 +90,7 @@ def unpack_members(record: bytes) -> list[Member]:
     return members
 
 
-def _next_place(file: BufferedReader, position: int, num_bytes: int) -> tuple[Place, bool]:
+def _next_place(file: BinaryIO, position: int, num_bytes: int) -> tuple[Place, bool]:
     """The member whose header lies at `position`, and whether it is a file (else a folder)."""
     start, name = position, None
     header = _parse_header(_read(file, position, BLOCK_BYTES))
@@ -136,7 +137,7 @@ def _extended_name(data: bytes) -> str | None:
     return name
 
 
-def _tail_fault(file: BufferedReader, position: int) -> str | None:
+def _tail_fault(file: BinaryIO, position: int) -> str | None:
     """After an end mark everything must be zero: a zeroed header looks like an end mark."""
     file.seek(position)
     while chunk := file.read(_CHUNK_BYTES):
@@ -145,6 +146,6 @@ def _tail_fault(file: BufferedReader, position: int) -> str | None:
     return None
 
 
-def _read(file: BufferedReader, position: int, num_bytes: int) -> bytes:
+def _read(file: BinaryIO, position: int, num_bytes: int) -> bytes:
     file.seek(position)
     return file.read(num_bytes)

@@ -41,8 +41,8 @@ def verify_folder(folder: Path, progress: Progress | None = None) -> list[str]:
     try:
         manifest, _ = read_manifest(folder)
         task = plugins.load("task", manifest.task)
-    except MmtrainError as fault:
-        return [f"'{folder}': {fault}"]
+    except MmtrainError as error:
+        return [f"'{folder}': {error}"]
     problems = [
         f"'{folder / name}' is not in the manifest; remove it, or build the folder again."
         for name in surplus_shards(folder, manifest)
