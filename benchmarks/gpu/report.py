@@ -44,7 +44,8 @@ def markdown(record: Mapping[str, Any]) -> list[str]:
         "tests": _tests,
         "training": _runs,
         "families": _runs,
-        "peers": _peers,
+        "trl-tuned": _peers,
+        "trl": _peers,
         "profile": _profile,
     }
     for name, section in record["sections"].items():
