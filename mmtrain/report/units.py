@@ -40,6 +40,13 @@ def unit_of(name: str, declared: Mapping[str, Metric]) -> str:
     return declared[name].unit if name in declared else ""
 
 
+def with_arrow(name: str, declared: Mapping[str, Metric]) -> str:
+    """The name with an arrow that points where it is better, as papers write it."""
+    if name not in declared:
+        return name
+    return f"{name} {'↑' if declared[name].larger_is_better else '↓'}"
+
+
 def direction_text(metric: Metric) -> str:
     """`higher is better` or `lower is better`."""
     return f"{'higher' if metric.larger_is_better else 'lower'} is better"
