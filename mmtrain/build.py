@@ -62,6 +62,7 @@ def model_options(config: RunConfig) -> ModelOptions:
         },
         allow_reinit=model.allow_reinit,
         max_pixels=model.max_pixels,
+        grounding_tokens=bool(model.grounding_tokens),
     )
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from ray.tune import Callback
 
 from mmtrain.errors import nearest
+from mmtrain.safe_text import redact
 from mmtrain.tracking.journal import JOURNAL_NAME, RunJournal
-from mmtrain.tracking.uri import redact
 from ray_tune.cleaning import drop_checkpoints
 from ray_tune.failures import died_in_words, last_line
 from ray_tune.journal import FAILED, FINISHED, RUNNING, SETTLED, Journal, Record

@@ -20,8 +20,8 @@ from typing import IO, Any
 
 from mmtrain.config.problems import shown
 from mmtrain.errors import ConfigError, MmtrainError
+from mmtrain.safe_text import redacted
 from mmtrain.tasks.interface import Metric
-from mmtrain.tracking.uri import redact_uri
 from ray_tune.study import Study
 from ray_tune.trials import Trial
 
@@ -134,7 +134,7 @@ def open_journal(study: Study, trials: Sequence[Trial], metric: Metric, resume: 
     folder = Path(study.study_dir)
     path = folder / "study.json"
     stored = _stored_study(path) if path.exists() else {}
-    settings = _without_secrets(study.model_dump(mode="json"))
+    settings = redacted(study.model_dump(mode="json"))
     started = any((folder / "results").glob("*.json"))  # else there is nothing to lose
     if stored and started and not resume:
         raise MmtrainError(
@@ -147,9 +147,7 @@ def open_journal(study: Study, trials: Sequence[Trial], metric: Metric, resume: 
     content = {
         "format_version": FORMAT_VERSION,
         "study": settings,
-        "trials": [
-            {"id": t.id, "name": t.name, "params": _without_secrets(t.params)} for t in trials
-        ],
+        "trials": [{"id": t.id, "name": t.name, "params": redacted(t.params)} for t in trials],
         "parent_run_id": parent,
         "created_s": stored.get("created_s", time.time()),
     }
@@ -184,16 +182,7 @@ def _stored_study(path: Path) -> dict[str, Any]:
             f" {FORMAT_VERSION}.",
             "Go on with the version of mmtrain that wrote it, or choose another output_dir.",
         )
-    return _without_secrets(stored)
-
-
-def _without_secrets(value: Any) -> Any:
-    """Plain data with the passwords in its URIs hidden: on disk, and so in every comparison."""
-    if isinstance(value, str):
-        return redact_uri(value)
-    if isinstance(value, Mapping):
-        return {key: _without_secrets(item) for key, item in value.items()}
-    return [_without_secrets(item) for item in value] if isinstance(value, list) else value
+    return redacted(stored)
 
 
 def _refuse_difference(stored: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:

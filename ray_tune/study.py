@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from mmtrain.config import yaml_text
 from mmtrain.config.load import read_data, with_overrides
 from mmtrain.config.problems import checked, shown
-from mmtrain.config.schema import RUN_NAME_PATTERN, Section
+from mmtrain.config.schema import RUN_NAME_PATTERN, AnyPath, Section
 from mmtrain.errors import ConfigError, nearest
 
 # Where and under which name a run is kept does not change what it computes.
@@ -115,7 +115,7 @@ class Study(Section):
     by: list[str] | None = Field(
         None, description="search keys to group by; default: all but seeds"
     )
-    output_dir: str | None = Field(None, description="study folder; default studies/<name>")
+    output_dir: AnyPath | None = Field(None, description="study folder; default studies/<name>")
     tracking: StudyTracking = Field(default_factory=StudyTracking)
     baseline: float | str | None = Field(
         None, description="metric of the unadapted base: a number, or an evaluation's metrics.json"
@@ -179,14 +179,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
-    try:
-        data, problems = yaml_text.parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            ["there is no such file; give the path of a study file"], str(path)
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"cannot be read as text: {error}"], str(path)) from None
+    data, problems = yaml_text.read(path, "give the path of a study file")
     if not isinstance(data, dict):
         fault = f"the file holds {shown(data)}; a study file is a mapping with 'base' and 'search'"
         raise ConfigError(problems or [fault], str(path))

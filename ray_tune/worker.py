@@ -20,7 +20,7 @@ from typing import IO, Any
 from ray.train.backend import Backend, BackendConfig
 
 from mmtrain.errors import MmtrainError
-from mmtrain.tracking.uri import redact
+from mmtrain.safe_text import redact
 from ray_tune.cluster import TRAIN_ENVIRONMENT
 from ray_tune.failures import RankFailure, failure_in_words
 from ray_tune.messages import FAILURE, OUTCOME, STARTED, STEP, TRAINING_SECONDS

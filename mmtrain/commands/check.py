@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmtrain import build
-from mmtrain.commands.census import TEXT_TOKENS_PER_SAMPLE, Census, count
+from mmtrain.commands.arguments import positive
 from mmtrain.config.deepspeed import find_deepspeed_config, zero_stage
-from mmtrain.config.memory import GIB, Sizes, memory_per_rank_bytes
 from mmtrain.config.schema import RunConfig
 from mmtrain.data.manifest import read_manifest
 
@@ -26,7 +25,7 @@ EXAMPLES = """examples:
   mmtrain check run.yaml --json
 """
 DEFAULT_WORLD_SIZE = 8
-LABEL_TOKENS_PER_SAMPLE = 32
+GIB = 2**30
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -37,26 +36,32 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument(
         "--world-size",
-        type=int,
+        type=positive,
         metavar="N",
         help="ranks to plan for: checks the batch arithmetic and divides the memory "
         f"(default: $WORLD_SIZE, else memory for {DEFAULT_WORLD_SIZE} ranks)",
     )
     parser.add_argument(
         "--tokens",
-        type=int,
+        type=positive,
         metavar="N",
-        help="tokens per sample in the memory estimate (default: those of one picture plus "
-        f"{TEXT_TOKENS_PER_SAMPLE})",
+        help="tokens per sample in the memory estimate "
+        "(default: those of a picture and a question)",
+    )
+    parser.add_argument(
+        "--answer-tokens",
+        type=positive,
+        metavar="N",
+        help="of these, tokens of the answer (default: generation.max_new_tokens)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Check, count, print."""
     launched = os.environ.get("WORLD_SIZE", "")
-    world_size = args.world_size or (int(launched) if launched.isdigit() else None)
+    world_size = args.world_size or (int(launched) if launched.isdecimal() else None)
     config = build.resolve(args.run_file, args.overrides, world_size)
-    report = examine(config, world_size or DEFAULT_WORLD_SIZE, args.tokens)
+    report = examine(config, world_size or DEFAULT_WORLD_SIZE, args.tokens, args.answer_tokens)
     if args.json:
         json.dump(report, sys.stdout, indent=2)
         print()
@@ -65,11 +70,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def examine(config: RunConfig, world_size: int, tokens_per_sample: int | None) -> dict[str, Any]:
+def examine(
+    config: RunConfig,
+    world_size: int,
+    num_tokens: int | None = None,
+    num_answer_tokens: int | None = None,
+) -> dict[str, Any]:
     """Everything `check` reports, as JSON data."""
-    census = count(config, tokens_per_sample)
-    memory = memory_per_rank_bytes(_sizes(config, census), world_size)
-    deepspeed = find_deepspeed_config(config.parallel.deepspeed)
+    from mmtrain.planning.census import count, usual_size
+    from mmtrain.planning.memory import memory_by_stage
+
+    size = usual_size(config, num_tokens, num_answer_tokens)
+    census = count(config, size)
+    _check_weights(config)
+    stages = memory_by_stage(config, census, world_size)
     total = census.base_params + census.peft_params
     return {
         "total_params": total,
@@ -81,28 +95,25 @@ def examine(config: RunConfig, world_size: int, tokens_per_sample: int | None) -
         **_steps(config),
         "memory": {
             "world_size": world_size,
-            "tokens_per_sample": census.tokens_per_sample,
-            "micro_batch": config.optim.micro_batch,
-            "zero_stage": zero_stage(deepspeed),
-            "gib_per_rank": {f"zero{stage}": size / GIB for stage, size in memory.items()},
+            "micro_batch": size.samples,
+            "tokens_per_sample": size.tokens,
+            "answer_tokens_per_sample": size.answer_tokens,
+            "zero_stage": zero_stage(find_deepspeed_config(config.parallel.deepspeed)),
+            "gib_per_rank": {f"zero{n}": one.total / GIB for n, one in stages.items()},
+            "parts_gib_per_rank": {
+                f"zero{n}": {part: size / GIB for part, size in vars(one).items()}
+                for n, one in stages.items()
+            },
         },
     }
 
 
-def _sizes(config: RunConfig, census: Census) -> Sizes:
-    zero3 = find_deepspeed_config("zero3")["zero_optimization"]
-    micro_batch = config.optim.micro_batch
-    return Sizes(
-        weights=census.base_params + census.peft_params,
-        trainable=census.trainable_params,
-        bytes_per_weight=2 if config.model.dtype == "bf16" else 4,
-        blocks=census.blocks,
-        vocabulary=census.vocabulary,
-        num_label_tokens=micro_batch * LABEL_TOKENS_PER_SAMPLE,
-        num_live_parameters=zero3["stage3_max_live_parameters"]
-        + zero3["stage3_prefetch_bucket_size"],
-        activation_checkpointing=config.parallel.activation_checkpointing,
-    )
+def _check_weights(config: RunConfig) -> None:
+    """The folder's weight files, where they are there already: their headers, not their tensors."""
+    from mmtrain.models.weights import check_files, has_weights
+
+    if config.model.checkpoint is not None and has_weights(Path(config.model.checkpoint)):
+        check_files(Path(config.model.checkpoint))
 
 
 def _steps(config: RunConfig) -> dict[str, Any]:
@@ -110,7 +121,7 @@ def _steps(config: RunConfig) -> dict[str, Any]:
     unknown: dict[str, Any] = {"train_samples": None, "steps_per_epoch": None}
     if config.data is None or config.data.train is None:
         return unknown
-    samples = _num_samples(config.data.train)
+    samples = _num_samples(config.data.train, config.data.task)
     if samples is None:
         return unknown
     samples = min(samples, config.data.limit or samples)
@@ -120,16 +131,16 @@ def _steps(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _num_samples(shards: str) -> int | None:
+def _num_samples(shards: str, task: str) -> int | None:
     """Samples in a folder of shards, by its manifest; None where there is none yet."""
     folder = Path(shards)
-    return read_manifest(folder)[0].samples if folder.is_dir() else None
+    return read_manifest(folder, task)[0].samples if folder.is_dir() else None
 
 
 def _print_tables(report: dict[str, Any], config: RunConfig) -> None:
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     console.print(_component_table(report, f"{config.name}: {_base(config)}"))
     console.print(f"trainable: {report['trainable_percent']:.4f} % of base and added parameters")
     console.print(_steps_line(report, config))
@@ -137,8 +148,9 @@ def _print_tables(report: dict[str, Any], config: RunConfig) -> None:
     memory = report["memory"]
     recompute = " with activation checkpointing" * config.parallel.activation_checkpointing
     console.print(
-        f"{memory['micro_batch']} samples x {memory['tokens_per_sample']} tokens per forward"
-        f"{recompute}; plan others with --world-size N, --tokens N"
+        f"{memory['micro_batch']} samples x {memory['tokens_per_sample']} tokens"
+        f" ({memory['answer_tokens_per_sample']} of the answer) per forward{recompute};"
+        " plan others with --world-size N, --tokens N, --answer-tokens N"
     )
 
 
@@ -167,10 +179,16 @@ def _memory_table(memory: dict[str, Any]) -> Table:
 
     title = f"GPU memory per rank of {memory['world_size']}, estimated"
     table = Table(title=title, box=box.SIMPLE_HEAD)
+    table.add_column("GiB")
     for name in memory["gib_per_rank"]:
         chosen = " (chosen)" if name == f"zero{memory['zero_stage']}" else ""
         table.add_column(f"ZeRO-{name[-1]}{chosen}", justify="right")
-    table.add_row(*(f"{gib:.1f} GiB" for gib in memory["gib_per_rank"].values()))
+    stages = memory["parts_gib_per_rank"].values()
+    for part in next(iter(stages)):
+        table.add_row(part, *(f"{stage[part]:.1f}" for stage in stages))
+    table.add_section()
+    totals = memory["gib_per_rank"].values()
+    table.add_row("total", *(f"{total:.1f}" for total in totals), style="bold")
     return table
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from mmtrain.models.dropout import stable_hash
-from mmtrain.models.interface import Batch, Example
+from mmtrain.models.interface import Batch, BatchSize, Example
 from mmtrain.models.text import IGNORED
+
+TEXT_ID = 1  # any that is a word's
 
 
 def pad_ids(rows: Sequence[Sequence[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,3 +64,16 @@ def make_batch(
     num_tokens = sum(len(example.input_ids) for example in examples if example.weight > 0)
     ids = [example.id for example in examples]
     return Batch({**tensors, **targets}, ids, num_answer_tokens, num_tokens + num_decoder_tokens)
+
+
+def planned_examples(
+    size: BatchSize, picture_ids: Sequence[int], pixels: torch.Tensor, extras: Mapping[str, Any]
+) -> list[Example]:
+    """Samples of this size for a decoder-only model: a picture, then text that ends in answers."""
+    num_text = max(size.tokens - len(picture_ids), size.answer_tokens + 1)
+    ids = [*picture_ids, *[TEXT_ID] * num_text]
+    labels = [IGNORED] * (len(ids) - size.answer_tokens) + [TEXT_ID] * size.answer_tokens
+    return [
+        Example(f"{number}", number, ids, labels, [pixels], extras=extras)
+        for number in range(size.samples)
+    ]

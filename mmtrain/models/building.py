@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from mmtrain.distributed import sharded_construction, spans_ranks
 from mmtrain.errors import CheckpointError
 from mmtrain.models.host_memory import returning_freed_memory
 from mmtrain.models.interface import ModelOptions
+from mmtrain.models.patches import use_patch_linears
+from mmtrain.models.sentencepiece_file import cut_as_sentencepiece, read_where_alone
 from mmtrain.models.weights import DTYPES, Source, initialise_weights, load_weights
 
 _SHARD_BYTES = 5 * 10**9
@@ -27,15 +30,12 @@ def build_empty(
     zero3_config: Mapping[str, Any] | None,
 ) -> nn.Module:
     """The module tree in its working precision on this rank's device, sharded under ZeRO-3."""
-    dtype = DTYPES[dtype_name]
     device = (
         torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
     )
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
+    with working_precision(dtype_name):
         sharded = zero3_config is not None
-        with returning_freed_memory(sharded), sharded_construction(zero3_config, dtype):
+        with returning_freed_memory(sharded), sharded_construction(zero3_config):
             if not sharded and device is not None:
                 with device:
                     model = skeleton(config)
@@ -43,9 +43,27 @@ def build_empty(
                 model = skeleton(config)
         if zero3_config is not None:
             _restore_buffers(model, skeleton, config)
+    use_patch_linears(model)
+    return model.eval()
+
+
+def build_on_meta(skeleton: Callable[[Any], nn.Module], config: Any, dtype_name: str) -> nn.Module:
+    """The same tree without any numbers."""
+    with working_precision(dtype_name), torch.device("meta"):
+        model = skeleton(config)
+    use_patch_linears(model)
+    return model
+
+
+@contextmanager
+def working_precision(dtype_name: str) -> Iterator[None]:
+    """Parameters made inside are of this type."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPES[dtype_name])
+    try:
+        yield
     finally:
         torch.set_default_dtype(previous)
-    return model.eval()
 
 
 def _restore_buffers(model: nn.Module, skeleton: Callable[[Any], nn.Module], config: Any) -> None:
@@ -66,6 +84,7 @@ def load_processor(folder: Path, image_token: str, image_token_id: int | None) -
     """The folder's processor, checked against the model's configuration, if that names the id."""
     from transformers import AutoImageProcessor, AutoProcessor
 
+    sentencepiece = read_where_alone(folder)
     # Left open, the second is asked of whoever sits at the terminal.
     safe = {"local_files_only": True, "trust_remote_code": False}
     try:
@@ -78,6 +97,8 @@ def load_processor(folder: Path, image_token: str, image_token_id: int | None) -
             f"{folder}: no usable processor there ({str(error).splitlines()[0]}).",
             "Copy tokenizer and preprocessor files from the published checkpoint.",
         ) from error
+    if sentencepiece is not None:
+        cut_as_sentencepiece(processor.tokenizer, sentencepiece)
     found = processor.tokenizer.convert_tokens_to_ids(image_token)
     if image_token_id is not None and found != image_token_id:
         raise CheckpointError(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mmtrain.errors import nearest
+from mmtrain.safe_text import redact_uri
 from mmtrain.tasks.interface import Metric
 from mmtrain.tracking.client import (
     KIND_TAG,
@@ -16,7 +17,7 @@ from mmtrain.tracking.client import (
     remote_errors,
 )
 from mmtrain.tracking.declared import declared_in_tags
-from mmtrain.tracking.uri import redact_uri, resolve_uri, sqlite_path
+from mmtrain.tracking.uri import resolve_uri, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -20,7 +20,7 @@ from mmtrain.training.early_stopping import EarlyStopping
 from mmtrain.training.engine import Engine
 from mmtrain.training.optim import learning_rate, total_steps
 from mmtrain.training.progress import Progress
-from mmtrain.training.step import StepResult, train_step
+from mmtrain.training.step import StepResult, Trained, train_step
 
 # Of what `_metrics` records, that which is better one way: a learning rate is not.
 TRAINING_METRICS = (
@@ -65,13 +65,14 @@ class Loop:
         if start >= total or self.state.stopped_early:
             return
         self.engine.train_mode()
+        trained = Trained(self.parameters, self.owner)
         with Progress("train", total, self.engine.world.is_main, start) as progress:
             began_s = time.perf_counter()
             for batches in self.stream.steps(start, total):
                 self._key(batches.position)
                 rate = self._set_rates(batches.position, total, per_epoch)
                 audit = self._audit if batches.position == 0 else None
-                result = train_step(self.engine, batches, audit)
+                result = train_step(self.engine, batches, trained, audit)
                 self.state.step = batches.position + 1
                 ended_s = time.perf_counter()
                 metrics = self._metrics(result, batches.num_samples, rate, ended_s - began_s)

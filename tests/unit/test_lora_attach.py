@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
 
 from mmtrain.config.schema import ComponentConfig
 from mmtrain.models.dropout import scope_of
+from mmtrain.peft.interface import Placement
+from mmtrain.peft.methods.lora import METHOD, LoraOptions
 from mmtrain.peft.trainable import Trainable, make_trainable
-from tests.unit.llava_material import FAMILY, load, mixed, write_lively
+from tests.unit.llava_material import FAMILY, load, logits_of, mixed, write_lively
 
 SEED = 11
 
@@ -131,3 +136,68 @@ def test_activation_checkpointing_recomputes_with_the_same_masks(folder: Path) -
     assert set(gradients[0]) == set(gradients[1])
     for name, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][name], rtol=1e-4, atol=1e-6), name
+
+
+def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
+    return (module for module in model.modules() if isinstance(module, LoraLayer))
+
+
+def switch(model: nn.Module, enabled: bool) -> None:
+    for layer in lora_layers(model):
+        layer.enable_adapters(enabled)
+
+
+def merge_all(model: nn.Module) -> None:
+    for component in ("llm", "vision"):
+        METHOD.merge(model, component)
+
+
+def unmerge_all(model: nn.Module) -> None:
+    for layer in lora_layers(model):
+        layer.unmerge()
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ([merge_all], "adapted"),
+        ([merge_all, unmerge_all], "adapted"),
+        ([lambda model: switch(model, False)], "base"),
+        ([lambda model: switch(model, False), lambda model: switch(model, True)], "adapted"),
+        # As peft has it: the base's numbers, whatever was merged before.
+        ([merge_all, lambda model: switch(model, False)], "base"),
+    ],
+    ids=["merged", "unmerged", "off", "off and on", "merged and off"],
+)
+def test_an_adapter_counts_once_or_not_at_all(
+    folder: Path, change: list[Callable[[nn.Module], None]], wanted: str
+) -> None:
+    model, processor, _ = adapted(folder, llm=block(dropout=0.3), vision=block(r=2))
+    model.eval()
+    batch = FAMILY.collate(mixed(processor), processor)
+    with torch.no_grad():
+        logits = {"base": logits_of(model, batch)}
+        set_b(model, 0.02)
+        logits["adapted"] = logits_of(model, batch)
+        apart = float((logits["adapted"] - logits["base"]).abs().max())
+        for step in change:
+            step(model)
+        found = logits_of(model, batch)
+    assert apart > 0.1
+    assert float((found - logits[wanted]).abs().max()) < 1e-4 * apart
+
+
+def test_layers_that_read_their_own_output_in_backward_are_adapted_too() -> None:
+    class Bounded(nn.Linear):
+        """tanh's gradient is computed from its output."""
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input).tanh()
+
+    model = nn.Sequential(Bounded(4, 4))
+    METHOD.attach(model, Placement("llm", ("0",), "0"), LoraOptions(r=2, alpha=2, dropout=0), SEED)
+    x = torch.linspace(-1, 1, 8).view(2, 4).requires_grad_()
+    model(x).sum().backward()
+    bounded = model[0].base_layer
+    wanted = (1 - bounded(x).square()) @ bounded.weight
+    torch.testing.assert_close(x.grad, wanted)

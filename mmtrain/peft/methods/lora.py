@@ -108,10 +108,21 @@ def _forward(layer: Any, name: str, x: torch.Tensor, *args: Any, **kwargs: Any) 
     """peft's sum, scaled where it is narrow and added in place: two passes over the output less.
 
     The branches are still called as modules: under ZeRO-3 their weights arrive by module hooks.
+    What a merged or a switched-off adapter means, peft's own forward knows.
     """
+    if layer.merged or layer.disable_adapters:
+        return type(layer).forward(layer, x, *args, **kwargs)
     out = layer.base_layer(x, *args, **kwargs)
     narrow = layer.lora_A[name](layer.lora_dropout[name](x))
-    return out.add_(layer.lora_B[name](narrow * layer.scaling[name]))
+    added = layer.lora_B[name](narrow * layer.scaling[name])
+    return out.add_(added) if _is_plain(layer.base_layer) else out + added
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether a layer's output is its own, and its backward pass does not read it."""
+    from torch import nn
+
+    return type(layer) is nn.Linear
 
 
 def _initialise(a: Any, b: Any, seed: int, module_name: str) -> None:

@@ -40,7 +40,7 @@ def zhou2024(sample: Sample) -> Rendered:
         f"{letter}. {choice}" for letter, choice in zip(letters, sample.choices, strict=True)
     )
     prompt = f"{sample.question} {options}"
-    target = letters[sample.meta["answer_index"]]
+    target = letters[_answer_index(sample)]
     return Rendered((Turn("user", prompt),), target, candidates=tuple(letters))
 
 
@@ -52,8 +52,20 @@ def instructblip_peft(sample: Sample) -> Rendered:
     text = f"Context: {{{context}}} Question: {{{sample.question}}} Options: {{{options}}} Answer:"
     # The papers' text processor drops these four signs from prompts, not from answers.
     prompt = re.sub(r"[!*#;]", "", text)
-    target = candidates[sample.meta["answer_index"]]
+    target = candidates[_answer_index(sample)]
     return Rendered((Turn("user", prompt),), target, instruction=prompt, candidates=candidates)
+
+
+def _answer_index(sample: Sample) -> int:
+    """The number of the right choice; `meta` says it where two choices read the same."""
+    index = sample.meta.get("answer_index")
+    if index is None:
+        return sample.choices.index(sample.answers[0])
+    if type(index) is not int or not 0 <= index < len(sample.choices):
+        raise ValueError(f"answer_index {index!r} among {len(sample.choices)} choices")
+    if sample.choices[index] != sample.answers[0]:
+        raise ValueError(f"choice {index} is not the answer")
+    return index
 
 
 def _lettered_candidates(sample: Sample) -> tuple[str, ...]:
@@ -77,7 +89,7 @@ def chosen_letter(prediction: str) -> str | None:
 
 def _letter_scores(samples: Sequence[Sample], predictions: Sequence[str]) -> list[float]:
     return [
-        float(chosen_letter(prediction) == LETTERS[sample.meta["answer_index"]])
+        float(chosen_letter(prediction) == LETTERS[_answer_index(sample)])
         for sample, prediction in zip(samples, predictions, strict=True)
     ]
 

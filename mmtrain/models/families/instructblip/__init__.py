@@ -15,11 +15,13 @@ from mmtrain.models.families.instructblip.presets import PRESETS
 from mmtrain.models.interface import (
     AttentionShape,
     Batch,
+    BatchSize,
     DefaultRoles,
     Example,
     ForwardResult,
     LoadedModel,
     ModelOptions,
+    ProcessorCode,
     SublayerMap,
 )
 
@@ -101,6 +103,12 @@ class InstructBlip:
 
         return batches.collate(examples, processor)
 
+    def planned_batch(self, config: Any, size: BatchSize) -> Batch:
+        """A batch of this size, to measure what it costs."""
+        from mmtrain.models.families.instructblip import batches
+
+        return batches.planned_batch(config, size)
+
     def forward(self, model: Any, batch: Batch) -> ForwardResult:
         """Tower, norm, Q-Former, projection and LLM once each, whatever the batch holds."""
         from mmtrain.models.families.instructblip import computing
@@ -114,6 +122,12 @@ class InstructBlip:
         from mmtrain.models.families.instructblip import computing
 
         return computing.generate(model, processor, examples, settings)
+
+    def processor_code(self, options: ModelOptions) -> ProcessorCode | None:
+        """The folder's own."""
+        return ProcessorCode(
+            ("AutoProcessor",), ("processor = AutoProcessor.from_pretrained(base)",)
+        )
 
     def write_tiny(
         self, folder: Path, texts: Sequence[str], seed: int, preset: str = "tiny"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from mmtrain.models import batching
 from mmtrain.models.answers import answer_targets
-from mmtrain.models.interface import Batch, Example
+from mmtrain.models.interface import Batch, BatchSize, Example
 
 
 def collate(examples: Sequence[Example], processor: Any) -> Batch:
@@ -24,6 +26,21 @@ def collate(examples: Sequence[Example], processor: Any) -> Batch:
     targets = answer_targets(examples, tensors["decoder_input_ids"].shape[1], shift=0)
     num_decoder_tokens = sum(len(example.labels) for example in examples if example.weight > 0)
     return batching.make_batch(examples, tensors, targets, num_decoder_tokens)
+
+
+def planned_batch(config: Any, size: BatchSize) -> Batch:
+    """A batch of this size, to measure what it costs; its prompt is the instruction, too."""
+    side, text = config.vision_config.image_size, config.text_config
+    picture = [config.image_token_id] * config.num_query_tokens
+    start = 0 if text.model_type == "t5" else None
+    num_words = min(size.tokens, config.qformer_config.max_position_embeddings)
+    extras = {"instruction_ids": [batching.TEXT_ID] * num_words}
+    examples = batching.planned_examples(size, picture, torch.zeros(3, side, side), extras)
+    if start is not None:
+        answer = [batching.TEXT_ID] * size.answer_tokens
+        examples = [replace(one, labels=answer) for one in examples]
+    cutter = SimpleNamespace(size={"height": side, "width": side})
+    return collate(examples, SimpleNamespace(image_processor=cutter, decoder_start_token_id=start))
 
 
 def _pictures(examples: Sequence[Example], processor: Any) -> dict[str, torch.Tensor]:

@@ -15,11 +15,13 @@ from mmtrain.models.families.qwen2_vl.presets import PRESETS
 from mmtrain.models.interface import (
     AttentionShape,
     Batch,
+    BatchSize,
     DefaultRoles,
     Example,
     ForwardResult,
     LoadedModel,
     ModelOptions,
+    ProcessorCode,
 )
 
 if TYPE_CHECKING:
@@ -87,14 +89,17 @@ class Qwen2VL:
         """The module tree on the current default device, weights unset."""
         from transformers.initialization import no_init_weights
 
-        from mmtrain.models.families.qwen2_vl import shapes
+        from mmtrain.models.families.qwen2_vl import computing, shapes
 
         model_class = shapes.transformers_class(config.model_type, "ForConditionalGeneration")
         with no_init_weights():
             model = model_class(config)
             # As the smaller published models ask for; without initialisation nothing has done it.
             model.tie_weights()
-            return model
+        llm = model.model.language_model
+        if hasattr(llm, "_deepstack_process"):
+            setattr(llm, "_deepstack_process", computing.add_deep_features)
+        return model
 
     def load(self, options: ModelOptions, zero3_config: Mapping[str, Any] | None) -> LoadedModel:
         """Build and fill the base; a preset gets keyed random weights."""
@@ -145,6 +150,12 @@ class Qwen2VL:
 
         return batches.collate(examples, processor)
 
+    def planned_batch(self, config: Any, size: BatchSize) -> Batch:
+        """A batch of this size, to measure what it costs."""
+        from mmtrain.models.families.qwen2_vl import batches
+
+        return batches.planned_batch(config, size)
+
     def forward(self, model: Any, batch: Batch) -> ForwardResult:
         """Tower, merger and LLM once each, whatever the batch holds."""
         from mmtrain.models.families.qwen2_vl import computing
@@ -158,6 +169,19 @@ class Qwen2VL:
         from mmtrain.models.families.qwen2_vl import computing
 
         return computing.generate(model, processor, examples, settings)
+
+    def processor_code(self, options: ModelOptions) -> ProcessorCode | None:
+        """In two parts: transformers' processor of both asks for torchvision, for its videos."""
+        cap = f", max_pixels={options.max_pixels}" if options.max_pixels else ""
+        return ProcessorCode(
+            ("AutoImageProcessor", "AutoTokenizer"),
+            (
+                "tokenizer = AutoTokenizer.from_pretrained(base)",
+                "image_processor = AutoImageProcessor.from_pretrained(",
+                f'    base, backend="pil"{cap}',
+                ")",
+            ),
+        )
 
     def write_tiny(
         self, folder: Path, texts: Sequence[str], seed: int, preset: str = "tiny"

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 from mmtrain.models import answers, batching
 from mmtrain.models.families.qwen2_vl.encoding import num_tokens
-from mmtrain.models.families.qwen2_vl.processing import Processor
-from mmtrain.models.interface import Batch, Example
+from mmtrain.models.families.qwen2_vl.shapes import USUAL_PICTURE_SIDE, picture_tokens
+from mmtrain.models.interface import Batch, BatchSize, Example
 
 COLOURS = 3
 
 
-def collate(examples: Sequence[Example], processor: Processor) -> Batch:
+def collate(examples: Sequence[Example], processor: Any) -> Batch:
     """Right-padded texts; the patches of all pictures one after another."""
     rows = [example.input_ids for example in examples]
     tensors = batching.text_tensors(examples)
@@ -27,8 +29,27 @@ def collate(examples: Sequence[Example], processor: Processor) -> Batch:
     return replace(batch, host={"grid": grid})
 
 
+def planned_batch(config: Any, size: BatchSize) -> Batch:
+    """A batch of this size with square pictures of the usual size, to measure what it costs."""
+    vision = config.vision_config
+    merge, patch, frames = (
+        vision.spatial_merge_size,
+        vision.patch_size,
+        vision.temporal_patch_size,
+    )
+    side = USUAL_PICTURE_SIDE // (patch * merge) * merge
+    cutter = SimpleNamespace(temporal_patch_size=frames, patch_size=patch)
+    processor = SimpleNamespace(
+        merge_size=merge, image_token_id=config.image_token_id, image_processor=cutter
+    )
+    picture = [config.image_token_id] * picture_tokens(config, "llm")
+    pixels = torch.zeros(side * side, COLOURS * frames * patch**2)
+    grid = {"grid": [(1, side, side)]}
+    return collate(batching.planned_examples(size, picture, pixels, grid), processor)
+
+
 def picture_tensors(
-    examples: Sequence[Example], processor: Processor
+    examples: Sequence[Example], processor: Any
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Patches with their dropout keys, and the grid [pictures, 3] that they lie in.
 
@@ -56,7 +77,7 @@ def picture_tensors(
 def padded_positions(
     examples: Sequence[Example],
     rows: Sequence[Sequence[int]],
-    processor: Processor,
+    processor: Any,
     attention_mask: torch.Tensor,
 ) -> torch.Tensor:
     """Positions [3, rows, tokens] (time, height, width), zero where there is padding."""
@@ -67,9 +88,7 @@ def padded_positions(
     return padded
 
 
-def positions(
-    ids: Sequence[int], grids: Sequence[Sequence[int]], processor: Processor
-) -> torch.Tensor:
+def positions(ids: Sequence[int], grids: Sequence[Sequence[int]], processor: Any) -> torch.Tensor:
     """Positions [3, tokens] of one unpadded row.
 
     Text advances all three by one per token. A picture's tokens share their time and count height

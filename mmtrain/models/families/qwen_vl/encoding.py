@@ -15,11 +15,15 @@ are no answers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
 
+import torch
 from PIL.Image import Image
 
 from mmtrain.models import answers, batching, text
 from mmtrain.models.dropout import stable_hash
+from mmtrain.models.families.qwen_vl.configuration import QWenConfig, num_queries
 from mmtrain.models.families.qwen_vl.processing import Processor, pixel_values
 from mmtrain.models.families.qwen_vl.tokenizer import (
     IMAGE_END,
@@ -29,7 +33,7 @@ from mmtrain.models.families.qwen_vl.tokenizer import (
     TURN_START,
     QwenTokenizer,
 )
-from mmtrain.models.interface import Batch, Example
+from mmtrain.models.interface import Batch, BatchSize, Example
 
 SYSTEM = "You are a helpful assistant."
 
@@ -97,7 +101,7 @@ def _pictures(processor: Processor, count: int) -> list[int]:
     return ids
 
 
-def collate(examples: Sequence[Example], processor: Processor) -> Batch:
+def collate(examples: Sequence[Example], processor: Any) -> Batch:
     """Right-pad; a batch without any picture carries a blank one that nothing reads."""
     tensors = batching.text_tensors(examples)
     tensors["is_image"] = tensors["input_ids"] == processor.image_token_id
@@ -105,3 +109,12 @@ def collate(examples: Sequence[Example], processor: Processor) -> Batch:
     tensors |= batching.picture_tensors(examples, side, side)
     targets = answers.answer_targets(examples, tensors["input_ids"].shape[1])
     return batching.make_batch(examples, tensors, targets)
+
+
+def planned_batch(config: QWenConfig, size: BatchSize) -> Batch:
+    """A batch of this size, to measure what it costs."""
+    assert config.visual is not None
+    side, image_id = config.visual["image_size"], config.visual["image_start_id"]
+    picture = [image_id] * num_queries(config)
+    examples = batching.planned_examples(size, picture, torch.zeros(3, side, side), {})
+    return collate(examples, SimpleNamespace(image_token_id=image_id, image_size=side))

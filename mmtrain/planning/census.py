@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from mmtrain import build, plugins
-from mmtrain.config.memory import Blocks
+from mmtrain.assemble import adapt
 from mmtrain.config.schema import ComponentConfig, RunConfig
-from mmtrain.models.interface import Family
-from mmtrain.peft.placement import component_of, layer_numbers, select, select_parameters
+from mmtrain.models.building import build_on_meta, working_precision
+from mmtrain.models.interface import BatchSize, Family
+from mmtrain.peft.placement import component_of, select, select_parameters
+from mmtrain.planning.live_bytes import peak_bytes
 
 # A question, its options and a short answer, where the data set is not known.
 TEXT_TOKENS_PER_SAMPLE = 128
+_FLASH = "flash_attention_2"
 _FROZEN = ComponentConfig(mode="freeze")
 
 
@@ -31,12 +36,11 @@ class ComponentCount:
 
 @dataclass(frozen=True)
 class Census:
-    """The counts of a whole run, and what backward passes through."""
+    """The counts of a whole run, and what a step of it holds beside them."""
 
     components: Mapping[str, ComponentCount]
-    blocks: Sequence[Blocks]
-    vocabulary: int
-    tokens_per_sample: int
+    size: BatchSize  # of the micro-batch that was measured
+    activation_bytes: int
 
     @property
     def base_params(self) -> int:
@@ -56,64 +60,63 @@ class Census:
 
 @dataclass(frozen=True)
 class _Skeleton:
-    """Names and sizes of a model on the meta device."""
+    """A model on the meta device, with its names and sizes before anything is attached."""
 
     family: Family
     config: Any
+    model: Any
     parameters: Mapping[str, int]
     weights: Mapping[str, tuple[int, ...]]  # module name -> shape of its weight
     modules: Sequence[str]
 
 
-def count(config: RunConfig, tokens_per_sample: int | None = None) -> Census:
-    """Build the skeleton on the meta device and count every component."""
+def count(config: RunConfig, size: BatchSize | None = None) -> Census:
+    """Build the run's model on the meta device, count every component, measure one step."""
     skeleton = _skeleton(config)
     family = skeleton.family
     components: dict[str, ComponentCount] = {}
-    trained: dict[str, Sequence[str]] = {}
     for name in family.components:
         block = config.components.get(name, _FROZEN)
-        trained[name], added = _placed(skeleton, name, block)
+        trained, added = _placed(skeleton, name, block)
         owned = [n for n in skeleton.parameters if component_of(family, n) == name]
-        full = sum(skeleton.parameters[n] for n in trained[name]) if block.mode == "full" else 0
+        full = sum(skeleton.parameters[n] for n in trained) if block.mode == "full" else 0
         components[name] = ComponentCount(
             mode=block.mode,
             method=block.method,
-            modules=len(trained[name]) if block.mode == "peft" else 0,
+            modules=len(trained) if block.mode == "peft" else 0,
             params=sum(skeleton.parameters[n] for n in owned),
             peft_params=added,
             trainable_params=added + full,
         )
-    picture_tokens = {
-        name: family.picture_tokens(skeleton.config, name) for name in family.sublayers
-    }
-    tokens = tokens_per_sample or picture_tokens["llm"] + TEXT_TOKENS_PER_SAMPLE
-    if config.data and config.data.max_length and not tokens_per_sample:
-        tokens = min(tokens, config.data.max_length)
-    micro_batch = config.optim.micro_batch
-    blocks = [
-        _blocks(
-            skeleton,
-            name,
-            depth,
-            micro_batch * (tokens if name == "llm" else picture_tokens[name]),
-        )
-        for name, depth in _depths(skeleton, trained).items()
-    ]
-    vocabulary = skeleton.config.get_text_config().vocab_size
-    return Census(components, blocks, vocabulary, tokens)
+    size = size or usual_size(config)
+    return Census(components, size, _activation_bytes(config, skeleton, size))
+
+
+def usual_size(
+    config: RunConfig, num_tokens: int | None = None, num_answer_tokens: int | None = None
+) -> BatchSize:
+    """A micro-batch of samples with a picture, a question, and an answer as long as allowed."""
+    family: Family = plugins.load("family", config.model.family)
+    model_config = family.model_config(build.model_options(config))
+    usual = family.picture_tokens(model_config, "llm") + TEXT_TOKENS_PER_SAMPLE
+    if config.data and config.data.max_length:
+        usual = min(usual, config.data.max_length)
+    answer = num_answer_tokens or config.generation.max_new_tokens
+    return BatchSize(config.optim.micro_batch, num_tokens or usual, answer)
 
 
 def _skeleton(config: RunConfig) -> _Skeleton:
-    import torch
-
     family: Family = plugins.load("family", config.model.family)
-    model_config = family.model_config(build.model_options(config))
-    with torch.device("meta"):
-        model = family.skeleton(model_config)
+    options = build.model_options(config)
+    if options.attention == _FLASH:
+        # Its package is not needed to plan; fused kernels of torch keep the same tensors.
+        options = replace(options, attention="sdpa")
+    model_config = family.model_config(options)
+    model = build_on_meta(family.skeleton, model_config, options.dtype)
     return _Skeleton(
         family=family,
         config=model_config,
+        model=model,
         parameters={name: value.numel() for name, value in model.named_parameters()},
         weights={
             name.removesuffix(".weight"): tuple(value.shape)
@@ -122,6 +125,16 @@ def _skeleton(config: RunConfig) -> _Skeleton:
         },
         modules=[name for name, _ in model.named_modules()],
     )
+
+
+def _activation_bytes(config: RunConfig, skeleton: _Skeleton, size: BatchSize) -> int:
+    """What one micro-batch holds at most; the skeleton is adapted as the run file says."""
+    meta = torch.device("meta")
+    with meta, working_precision(config.model.dtype):
+        adapt(skeleton.model, skeleton.family, config)
+    batch = skeleton.family.planned_batch(skeleton.config, size).to(meta)
+    is_flash = config.model.attention == _FLASH
+    return peak_bytes(skeleton.family, skeleton.model, batch, is_flash)
 
 
 def _placed(
@@ -137,34 +150,3 @@ def _placed(
     method = plugins.load("method", str(block.method))
     shapes = {name: skeleton.weights[name] for name in names}
     return names, method.count(shapes, build.method_options(block))
-
-
-def _depths(skeleton: _Skeleton, trained: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    """How many blocks of each component keep activations: those from the lowest that trains up.
-
-    Whatever trains outside the LLM lies below it, so that backward then crosses all of the LLM.
-    """
-    depths = {}
-    for component in skeleton.family.sublayers:
-        num_layers = skeleton.family.attention(skeleton.config, component).layers
-        numbers = layer_numbers(skeleton.family, component, trained[component])
-        unnumbered = len(numbers) < len(trained[component])
-        below = any(trained[other] for other in trained if other != component)
-        if unnumbered or (component == "llm" and below):
-            depths[component] = num_layers
-        elif numbers:
-            depths[component] = num_layers - min(numbers.values())
-    return depths
-
-
-def _blocks(skeleton: _Skeleton, component: str, depth: int, num_tokens: int) -> Blocks:
-    shape = skeleton.family.attention(skeleton.config, component)
-    in_blocks = layer_numbers(skeleton.family, component, skeleton.weights)
-    widths = [skeleton.weights[name][0] for name in in_blocks if len(skeleton.weights[name]) == 2]
-    return Blocks(
-        num_blocks=depth,
-        hidden=shape.hidden,
-        kv_width=shape.kv_heads * shape.head_dim,
-        mlp_width=max(widths),
-        num_tokens=num_tokens,
-    )

@@ -1,0 +1,149 @@
+"""The bytes that a forward and a backward pass hold at once, counted on the meta device.
+
+Nothing is computed there, but every tensor is made, saved for backward and freed as on a GPU:
+what a model keeps is watched, not described by a formula.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mmtrain.models.interface import Batch, Family
+
+
+def peak_bytes(family: Family, model: nn.Module, batch: Batch, flash_attention: bool) -> int:
+    """The most that is alive at once beside parameters, gradients, buffers and batch.
+
+    All are on the meta device. The model is left in training mode, with its gradients dropped.
+    """
+    model.train()
+    parameters = list(model.parameters())
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        for parameter in parameters
+        if parameter.requires_grad
+    ]
+    counted = LiveBytes([*parameters, *model.buffers(), *batch.tensors.values()])
+    try:
+        with _gpu_attention(flash_attention), _MasksAreMade(), counted:
+            loss = family.forward(model, batch).answer_loss_sum
+            if loss.requires_grad:
+                loss.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return counted.peak
+
+
+def _drop_gradient(parameter: torch.Tensor) -> None:
+    """As ZeRO does: it adds gradients to buffers of its own as they come."""
+    parameter.grad = None
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages that are made inside and still in use."""
+
+    def __init__(self, known: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.peak = 0
+        self._now = 0
+        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run one operator and count what it made; views share a storage."""
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._sizes:
+            return
+        self._sizes[key] = storage.nbytes()
+        self._now += storage.nbytes()
+        self.peak = max(self.peak, self._now)
+        weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        self._now -= self._sizes.pop(key)
+
+
+class _MasksAreMade(TorchFunctionMode):
+    """As for a batch of different lengths: whether one is needed, nobody can look on meta."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """One call of torch's."""
+        if func is torch.Tensor.__bool__ and args[0].is_meta:
+            return False
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _gpu_attention(flash_attention: bool) -> Iterator[None]:
+    """A fused kernel, which keeps no table of weights; on meta torch would write it out.
+
+    The function itself is exchanged: recomputed blocks run where no TorchFunctionMode reaches.
+    """
+    written_out = functional.scaled_dot_product_attention
+
+    def fused(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if flash_attention:
+            kwargs["attn_mask"] = None  # that package cuts padding out instead
+        return _fused_attention(*args, **kwargs)
+
+    setattr(functional, "scaled_dot_product_attention", fused)
+    try:
+        yield
+    finally:
+        setattr(functional, "scaled_dot_product_attention", written_out)
+
+
+def _fused_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """torch's choice on a GPU: flash without a mask in half precision, else memory-efficient."""
+    if enable_gqa:
+        copies = query.shape[1] // key.shape[1]
+        key, value = (one.repeat_interleave(copies, dim=1) for one in (key, value))
+    if attn_mask is None and query.dtype != torch.float32:
+        return torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, dropout_p, is_causal, scale=scale
+        )[0]
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            attn_mask = attn_mask.to(query.dtype)  # every call makes an additive one of it
+        attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
+    return torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
+    )[0]
