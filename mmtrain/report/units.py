@@ -35,6 +35,16 @@ def gain_text(unit: str, gain: float) -> str:
     return f"{gain:+.4g} {unit}".rstrip()
 
 
+def table_unit(metric: Metric) -> tuple[str, str]:
+    """The unit behind each number of a table, and what its column's name ends with.
+
+    A longer unit than percent stands once, at the top.
+    """
+    if metric.unit in ("", PERCENT):
+        return metric.unit, ""
+    return "", f" in {metric.unit}"
+
+
 def unit_of(name: str, declared: Mapping[str, Metric]) -> str:
     """The unit that a run declares; none for what it does not."""
     return declared[name].unit if name in declared else ""

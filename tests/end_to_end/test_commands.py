@@ -86,7 +86,7 @@ def test_report_and_compare_read_it_back(launched: Path, tmp_path: Path) -> None
     assert "val/accuracy (higher is better)" in shown and " %" in shown
     # What the loop measures has a direction, too; a learning rate has none.
     shown = tiny.run_cli(*arguments, "--metric", "memory/peak_gib").stdout
-    assert "memory/peak_gib (lower is better)" in shown and " GiB" in shown
+    assert "memory/peak_gib (lower is better)" in shown and "in GiB" in shown
     refused = tiny.run_cli(*arguments, "--metric", "train/lr", check=False)
     assert refused.returncode == 2 and "Give --mode max" in refused.stderr
     assert "components.llm.r" in table.read_text() or "r" in table.read_text().splitlines()[0]
