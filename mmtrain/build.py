@@ -17,6 +17,9 @@ from mmtrain.peft.placement import sublayer_problems
 from mmtrain.tasks.interface import LOSS
 from mmtrain.tracking.uri import DISABLED, URI_EXAMPLES, uri_problem
 
+# Beyond this none is proposed.
+_LARGEST_MICRO_BATCH = 65_536
+
 
 def resolve(
     source: str | Path | Mapping[str, Any],
@@ -186,8 +189,11 @@ def _layout_problems(data: Mapping[str, Any], world_size: int | None) -> list[st
     ranks = world_size or 1
     if total % (micro * ranks):
         product = f"micro_batch {micro}" + (f" x {ranks} ranks" if world_size else "")
-        divisors = [size for size in range(1, micro) if total % (size * ranks) == 0]
-        remedy = f"micro_batch {divisors[-1]}" if divisors else f"a multiple of {ranks} ranks"
+        # The numbers are the user's, of any size: the search for a better one must end.
+        largest = min(micro - 1, total // ranks, _LARGEST_MICRO_BATCH)
+        sizes = (size for size in range(largest, 0, -1) if total % (size * ranks) == 0)
+        better = next(sizes, None)
+        remedy = f"micro_batch {better}" if better else f"a multiple of {ranks} ranks"
         problems.append(
             f"optim.global_batch: {shown(total)} is no multiple of {product}; use {remedy}"
         )
