@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,13 @@ import pytest
 import yaml
 
 from mmtrain.commands import check
-from mmtrain.config.schema import ComponentConfig
+from mmtrain.config.schema import ComponentConfig, ParallelConfig
+from mmtrain.config.yaml_text import parse
 from mmtrain.errors import ConfigError
 from mmtrain.peft.placement import chosen_layers, chosen_roles, select
 
 ROOT = Path(__file__).resolve().parents[2]
+CARD_GIB = 78  # of an "80 GB" card
 LORA = {"mode": "peft", "method": "lora", "r": 128, "alpha": 256}
 BASE_7B, BASE_13B = 7_062_902_784, 13_350_839_296
 CONNECTOR_7B, CONNECTOR_13B = 20_979_712, 31_467_520
@@ -154,20 +157,45 @@ def run_files() -> list[Path]:
 
 
 @pytest.mark.parametrize("file", run_files(), ids=lambda file: file.stem)
-def test_examples_pass(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_examples_pass_and_fit(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # The demo makes its own checkpoints, of the tiny preset's shape.
     made = "demo_output/" in file.read_text()
     overrides = ["model.checkpoint=null", "model.preset=tiny"] if made else []
     arguments = argparse.Namespace(
         run_file=str(file),
         overrides=overrides,
-        json=False,
+        json=True,
         world_size=None,
         tokens=None,
         answer_tokens=None,
     )
     assert check.run(arguments) == 0
-    assert "trainable" in capsys.readouterr().out
+    report = json.loads(capsys.readouterr().out)
+    assert report["trainable_params"] > 0
+    memory = report["memory"]
+    assert memory["gib_per_rank"][f"zero{memory['zero_stage']}"] < CARD_GIB
+
+
+def published_runs() -> list[dict[str, Any]]:
+    """The README's run file and the bases of the packaged studies."""
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    studies = [file.read_text() for file in (ROOT / "ray_tune" / "studies").glob("*.yaml")]
+    found = [parse(text)[0] for text in [*blocks, *studies]]
+    return [data.get("base", data) for data in found if "model" in data.get("base", data)]
+
+
+def test_the_readme_and_the_studies_hold_no_more_than_the_example_that_fits() -> None:
+    example = parse((ROOT / "docs/examples/scienceqa-lora-7b.yaml").read_text())[0]
+    runs = published_runs()
+    assert len(runs) == 3
+    for run in runs:
+        assert "llava-1.5-7b" in run["model"]["checkpoint"]
+        assert run["parallel"] == {"deepspeed": ParallelConfig().deepspeed}  # the example's
+        for component in ("connector", "llm"):
+            sizes = ("mode", "method", "sublayers", "r")
+            ours, theirs = (data["components"][component] for data in (run, example))
+            assert [ours.get(key) for key in sizes] == [theirs.get(key) for key in sizes]
+        assert run["optim"]["micro_batch"] <= example["optim"]["micro_batch"]
 
 
 def test_there_are_examples() -> None:
