@@ -14,10 +14,10 @@ from torch import nn
 
 from mmtrain.distributed import sharded_construction, spans_ranks
 from mmtrain.errors import CheckpointError
-from mmtrain.models import sentencepiece_file
 from mmtrain.models.host_memory import returning_freed_memory
 from mmtrain.models.interface import ModelOptions
 from mmtrain.models.patches import use_patch_linears
+from mmtrain.models.sentencepiece_file import cut_as_sentencepiece, read_where_alone
 from mmtrain.models.weights import DTYPES, Source, initialise_weights, load_weights
 
 _SHARD_BYTES = 5 * 10**9
@@ -84,6 +84,7 @@ def load_processor(folder: Path, image_token: str, image_token_id: int | None) -
     """The folder's processor, checked against the model's configuration, if that names the id."""
     from transformers import AutoImageProcessor, AutoProcessor
 
+    sentencepiece = read_where_alone(folder)
     # Left open, the second is asked of whoever sits at the terminal.
     safe = {"local_files_only": True, "trust_remote_code": False}
     try:
@@ -91,14 +92,13 @@ def load_processor(folder: Path, image_token: str, image_token_id: int | None) -
         # As in training, and the same whether torchvision is installed or not.
         pictures = AutoImageProcessor.from_pretrained(str(folder), backend="pil", **safe)
         processor.image_processor = pictures
-        if sentencepiece_file.is_alone(folder):
-            legacy = sentencepiece_file.is_legacy(folder)
-            sentencepiece_file.cut_as_sentencepiece(processor.tokenizer, folder, legacy)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{folder}: no usable processor there ({str(error).splitlines()[0]}).",
             "Copy tokenizer and preprocessor files from the published checkpoint.",
         ) from error
+    if sentencepiece is not None:
+        cut_as_sentencepiece(processor.tokenizer, sentencepiece)
     found = processor.tokenizer.convert_tokens_to_ids(image_token)
     if image_token_id is not None and found != image_token_id:
         raise CheckpointError(

@@ -6,8 +6,9 @@ to build in fp32, builds in bf16 on every CPU without fp16 kernels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -74,7 +75,7 @@ def _other_device(
 def _other_attention(asked: Asked, model: nn.Module) -> Iterator[str]:
     found = {}
     for name, module in model.named_modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if hasattr(config, "_attn_implementation"):
             chosen = config._attn_implementation
             if chosen not in asked.attentions:
@@ -82,7 +83,7 @@ def _other_attention(asked: Asked, model: nn.Module) -> Iterator[str]:
     yield from _summary(found, f"model.attention {asked.attention}")
 
 
-def _summary(found: dict[str, object], wanted: str) -> Iterator[str]:
+def _summary(found: Mapping[str, object], wanted: str) -> Iterator[str]:
     """One line for all of a kind."""
     if found:
         name, first = next(iter(found.items()))

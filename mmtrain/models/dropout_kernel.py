@@ -16,7 +16,7 @@ _MIX_2 = tl.constexpr(0x846CA68B - (1 << 32))
 
 
 @triton.jit
-def _keep_or_zero(x, keys, out, width, threshold, scale, BLOCK: tl.constexpr):  # type: ignore
+def _keep_or_zero(x, keys, out, width, threshold, scale, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < width

@@ -24,7 +24,7 @@ class PatchLinear(nn.Module):
         """[pictures, colours, *sizes] to [pictures, channels, *grid]; a remainder is not read."""
         grid = [size // length for size, length in zip(x.shape[2:], self.kernel, strict=True)]
         read = [slice(count * length) for count, length in zip(grid, self.kernel, strict=True)]
-        cut = x[(..., *read)]
+        cut = x[:, :, *read]
         for place in range(len(grid)):
             cut = cut.unflatten(2 + 2 * place, (grid[place], self.kernel[place]))
         of_grid, in_patch = range(2, cut.dim(), 2), range(3, cut.dim(), 2)

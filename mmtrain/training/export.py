@@ -193,7 +193,10 @@ def model_card(
     data = config.data.task if config.data else "none"
     options = ", ".join(f"{key} {value}" for key, value in attachment.options)
     snippet = loading_snippet(config, trainable, base_class, several)
-    full = ", ".join(trainable.full_components) or "none"
+    full = "none"
+    if trainable.full_components:
+        # Otherwise a reader of this folder alone would get half of what was trained.
+        full = f"{', '.join(trainable.full_components)} (AutoPeftModel does not load these)"
     return f"""---
 base_model: {base}
 library_name: peft

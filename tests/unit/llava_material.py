@@ -86,6 +86,12 @@ def mixed(processor: Any) -> list[Example]:
     ]
 
 
+def inputs_of(one: Example, processor: Any) -> dict[str, torch.Tensor]:
+    """A sample as transformers' own model wants it."""
+    inputs = {"input_ids": torch.tensor([one.input_ids])}
+    return inputs | ({"pixel_values": torch.stack(list(one.pixels))} if one.pixels else {})
+
+
 def spaced(processor: Any) -> Example:
     """Spaces around every text: LLaVA's code takes them away behind a picture only."""
     earlier = [("\n Which digit? ", " 3 ")]

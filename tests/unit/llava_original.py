@@ -6,6 +6,7 @@ import io
 import json
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -165,6 +166,7 @@ def load_original(folder: Path, vision_tower: Path | None = None) -> LoadedModel
     return FAMILY.load(options, None)
 
 
+@cache
 def train_sentencepiece(size: int) -> bytes:
     """A Llama-like sentencepiece model: BPE, bytes for what is unknown, a space put in front.
 

@@ -7,8 +7,8 @@ import random
 _WORDS = (
     "two spaces Which digit is in the picture? def return self None USER: ASSISTANT: # Heading"
     " - item `code` | a | b | 12 345 {'a': 1} __init__ <0x0A> <0x41> <s > \\n http://a.b/c_d"
-    " \u00e9 \u00df e\u0301 \u4e16\u754c \u05e9\u05dc\u05d5\u05dd \U0001f642 \u2581"
-    " \u2581\u2581 \ufb01 \u0663"
+    " \u00e9 \u00df e\u0301 \u4e16\u754c \u05e9\u05dc\u05d5\u05dd \U0001f642"
+    " \u2581 \u2581\u2581 \ufb01 \u0663"
 ).split(" ")
 _BETWEEN = (" ", " ", "  ", "   ", "\n", "\n\n", "\n    ", "\t", " \t ", "", "\u00a0", "\u3000")
 WRITTEN = (

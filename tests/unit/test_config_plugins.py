@@ -24,8 +24,10 @@ def problems(data: dict[str, Any], world_size: int | None = None) -> set[str]:
 
 
 def test_a_key_that_the_family_does_not_read_is_an_error() -> None:
-    assert problems({"model": MODEL | {"max_pixels": 1000, "vision_tower": "/data/clip"}}) == {
-        "model.max_pixels: 'llava' does not read it (only qwen2_vl); remove it"
+    others = {"max_pixels": 1000, "grounding_tokens": False}
+    assert problems({"model": MODEL | others | {"vision_tower": "/data/clip"}}) == {
+        "model.max_pixels: 'llava' does not read it (only qwen2_vl); remove it",
+        "model.grounding_tokens: 'llava' does not read it (only qwen_vl); remove it",
     }
 
 

@@ -11,12 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
+from mmtrain.build import model_options, resolve
 from mmtrain.errors import DataError
 from mmtrain.models.families.qwen_vl.processing import pixel_values
 from mmtrain.models.families.qwen_vl.tokenizer import SPECIAL_TOKENS
 from mmtrain.models.interface import Example
 from mmtrain.models.text import IGNORED, prompt_ids
+from mmtrain.peft.trainable import Trainable
+from mmtrain.training.export import loading_snippet
 from tests.unit.qwen_vl_material import (
+    FAMILY,
     GOLDEN,
     example,
     load,
@@ -127,6 +131,20 @@ def test_grounding_data_has_control_tokens_of_its_own(
     assert decoded_answer.rstrip("\n") == said.replace("e\u0301", "\u00e9")
     # Both spell the same text.
     assert decoded(allowed, samples[0].input_ids) == decoded(allowed, samples[1].input_ids)
+
+
+@pytest.mark.parametrize("given", [{}, {"grounding_tokens": True}])
+def test_run_file_and_model_card_say_whether_tags_are_tokens(
+    tmp_path: Path, given: dict[str, bool]
+) -> None:
+    folder = write_plain(tmp_path / "folder")
+    config = resolve({"model": {"family": "qwen_vl", "checkpoint": str(folder), **given}})
+    found: dict[str, Any] = {}
+    exec(loading_snippet(config, Trainable({}, (), ()), None, several=False), found)
+    loaded = FAMILY.load(model_options(config), None)
+    for tokenizer in (loaded.processor.tokenizer, found["processor"].tokenizer):
+        is_token = tokenizer.ids("<box>") == [tokenizer.special["<box>"]]
+        assert is_token == ("grounding_tokens" in given)
 
 
 def test_newlines_of_a_question_join_the_one_before_it(processor: Any) -> None:

@@ -110,12 +110,13 @@ def test_the_launcher_names_the_cause_of_a_stop(tmp_path: Path) -> None:
 def test_a_launch_whose_ranks_were_killed_says_so_in_the_folder(tmp_path: Path) -> None:
     """A python that dies of SIGKILL where it should become a rank."""
     python = tmp_path / "python"
-    killed = 'case "$*" in "-P -m mmtrain train"*) kill -9 $$;; esac'
+    killed = 'case "$*" in "-P -m mmtrain train --verify-base "*) kill -9 $$;; esac'
     python.write_text(f'#!/bin/sh\n{killed}\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     write_status(tmp_path, "running")
     run = tiny.write_run(tmp_path, {**RUN, "output_dir": str(tmp_path)})
-    result = tiny.run_cli("launch", str(run), "--ranks", "2", "--python", str(python), check=False)
+    options = ("--ranks", "2", "--python", str(python), "--verify-base")
+    result = tiny.run_cli("launch", str(run), *options, check=False)
     assert result.returncode == LaunchError.exit_code, result.stderr
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["state"] == "failed" and "was killed by signal 9" in status["reason"], status

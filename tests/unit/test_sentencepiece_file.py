@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from mmtrain.models.sentencepiece_file import cut_as_sentencepiece, is_legacy
+from mmtrain.errors import CheckpointError
+from mmtrain.models.sentencepiece_file import cut_as_sentencepiece, read_where_alone
 from tests.unit import instructblip_material
 from tests.unit.folder_faults import copied, edit_json
 from tests.unit.llava_material import load, write_lively
@@ -90,7 +91,10 @@ def test_the_texts_tell_scores_from_numbers(tmp_path: Path) -> None:
     tokenizer = LlamaTokenizer.from_pretrained(str(tmp_path))
     library = library_of(tmp_path)
     assert len(wrong(tokenizer, library, TEXTS)) > 200
-    cut_as_sentencepiece(tokenizer, tmp_path, legacy=False)
+    (tmp_path / "tokenizer_config.json").write_text('{"legacy": false}')
+    file = read_where_alone(tmp_path)
+    assert file is not None
+    cut_as_sentencepiece(tokenizer, file)
     assert not wrong(tokenizer, library, TEXTS)
 
 
@@ -111,8 +115,19 @@ def test_legacy_is_the_folders(
     wanted: bool,
     reason: str,
 ) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece(380))
     if settings is not None:
         (tmp_path / "tokenizer_config.json").write_text(settings)
     with caplog.at_level(logging.INFO, "mmtrain"):
-        assert is_legacy(tmp_path) is wanted
+        file = read_where_alone(tmp_path)
+    assert file is not None and file.legacy is wanted
     assert reason in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["another", "cut", "empty"])
+def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
+    data = {"another": b"\x99no model at all", "cut": train_sentencepiece(380)[:5000], "empty": b""}
+    (tmp_path / "tokenizer.model").write_bytes(data[damage])
+    with pytest.raises(CheckpointError, match="tokenizer.model: no sentencepiece model") as caught:
+        read_where_alone(tmp_path)
+    assert "\n" not in str(caught.value)

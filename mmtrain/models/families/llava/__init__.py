@@ -1,15 +1,14 @@
 """LLaVA-1.5 and ShareGPT4V: CLIP ViT-L/14-336, a two-layer projector, Vicuna.
 
 The conversation is vicuna_v1, the turn behind a picture is stripped and pictures are padded to
-squares, as the published models were trained. Written folders make transformers do the same.
+squares, as the published models were trained; written folders make transformers do the same.
 LLaVA's own code leaves out of the loss what it cannot cut (its `tokenization mismatch`: an empty
-answer, or `ASSISTANT:` inside a question); here the loss falls on such an answer and its end as on
-any other.
+answer, or `ASSISTANT:` inside a question); here the loss falls on such an answer and its end, too.
 
 Folders are those of transformers, or of LLaVA's own code. A `tokenizer.model` without
 tokenizer.json is cut as sentencepiece cuts it, and as `legacy` in tokenizer_config.json says:
-`false` puts no space before the text behind `</s>`. A file that says nothing means `true`, as for
-the published code.
+`false` puts no space before the text behind `</s>`. Where nothing is said it is `true`, as for the
+published code.
 """
 
 from __future__ import annotations

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.errors import CheckpointError
-from mmtrain.models import configuration, sentencepiece_file, weights
+from mmtrain.models import configuration, weights
 from mmtrain.models.families.llava.layouts import is_tower_of_original, rename_clip, rename_original
 from mmtrain.models.families.llava.shapes import CLIP_L_336
 from mmtrain.models.interface import ModelOptions
+from mmtrain.models.sentencepiece_file import cut_as_sentencepiece, read_where_alone
 
 _LLAMA_KEYS = (
     "attention_bias attention_dropout bos_token_id eos_token_id head_dim hidden_act hidden_size"
@@ -168,25 +169,26 @@ def _tokenizer(folder: Path) -> Any:
     """
     from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
+    sentencepiece = read_where_alone(folder)
     try:
-        if not sentencepiece_file.is_alone(folder):
+        if sentencepiece is None:
             return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
-        legacy = sentencepiece_file.is_legacy(folder)
         tokenizer = LlamaTokenizer.from_pretrained(
             str(folder),
-            legacy=legacy,
+            legacy=sentencepiece.legacy,
             add_bos_token=True,
             add_eos_token=False,
             local_files_only=True,
         )
-        sentencepiece_file.cut_as_sentencepiece(tokenizer, folder, legacy)
     except (OSError, ValueError, ImportError) as error:
         fault = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"{folder}: no usable tokenizer there ({fault}).",
             "Copy tokenizer.model or tokenizer.json from the published checkpoint.",
         ) from error
-    tokenizer.init_kwargs["legacy"] = legacy  # saved with it, for those who read it by this class
+    cut_as_sentencepiece(tokenizer, sentencepiece)
+    # Saved with it, for those who read it by this class.
+    tokenizer.init_kwargs["legacy"] = sentencepiece.legacy
     return tokenizer
 
 
