@@ -129,10 +129,11 @@ def synchronizer(device: str) -> Callable[[], None]:
 
 
 def batch_digest(tensors: Mapping[str, Any]) -> str:
-    """What identifies a batch: token ids, picture values, and where the loss falls."""
+    """What identifies a batch: its token ids, whatever it is padded with, and picture values."""
     import hashlib
 
     digest = hashlib.sha256()
-    for name in ("input_ids", "attention_mask", "pixel_values"):
-        digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
+    mask = tensors["attention_mask"]
+    for values in (tensors["input_ids"] * mask, mask, tensors["pixel_values"]):
+        digest.update(values.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from benchmarks import shapes
 from mmtrain import plugins
 from mmtrain.data.shards import ShardFolder
 from mmtrain.data.stream import plan_step
@@ -61,14 +60,27 @@ SEED = 42
 
 
 def prepare(args: argparse.Namespace, dtype: str, folder: Path) -> dict[str, Any]:
-    """Write everything the peers read; the job that all of them are given."""
+    """Write everything the peers read; the job that all of them are given.
+
+    A published shape comes without weights: every peer draws the same ones where it trains.
+    """
     shards = folder / "shards" / "train"
-    command = [sys.executable, "-m", "mmtrain", "shards", "build", "digits"]
-    subprocess.run([*command, "--split", "train", "--out", str(shards.parent)], check=True)
+    task = "digits"
     max_steps = args.steps * (args.windows + WARM_UP_WINDOWS)
-    texts = write_samples(shards, folder, max_steps, args.batch)
-    write_model(folder / "model", args.preset, texts, dtype)
+    if args.questions:
+        task = "scienceqa"
+        shapes.write_shards(shards, (max_steps + 1) * args.batch)
+    else:
+        command = [sys.executable, "-m", "mmtrain", "shards", "build", task]
+        subprocess.run([*command, "--split", "train", "--out", str(shards.parent)], check=True)
+    texts = write_samples(task, shards, folder, max_steps, args.batch)
+    if args.preset:
+        shapes.write_folder(folder / "model", "llava", args.preset, texts)
+    else:
+        write_model(folder / "model", texts, dtype)
     return {
+        "task": task,
+        "draws_weights": args.preset is not None,
         "device": args.device,
         "threads": args.threads,
         "dtype": dtype,
@@ -86,9 +98,9 @@ def prepare(args: argparse.Namespace, dtype: str, folder: Path) -> dict[str, Any
     }
 
 
-def write_samples(shards: Path, folder: Path, max_steps: int, batch: int) -> list[str]:
+def write_samples(task: str, shards: Path, folder: Path, max_steps: int, batch: int) -> list[str]:
     """The samples in mmtrain's order as TRL reads them; their texts."""
-    render = next(iter(plugins.load("task", "digits").templates.values()))
+    render = next(iter(plugins.load("task", task).templates.values()))
     source = ShardFolder.open(shards)
     pictures = folder / "pictures"
     pictures.mkdir()
@@ -106,12 +118,12 @@ def write_samples(shards: Path, folder: Path, max_steps: int, batch: int) -> lis
     return [row["prompt"] + row["completion"] for row in rows]
 
 
-def write_model(folder: Path, preset: str | None, texts: list[str], dtype: str) -> None:
+def write_model(folder: Path, texts: list[str], dtype: str) -> None:
     """A folder as published ones are: configuration, safetensors, tokenizer, processor."""
     from transformers import CLIPImageProcessor, LlavaConfig, LlavaProcessor
 
     family = plugins.load("family", "llava")
-    config: Any = LlavaConfig(**dict(family.presets[preset] if preset else SMALL))
+    config: Any = LlavaConfig(**dict(SMALL))
     tokenizer = tiny.train_tokenizer(texts, IMAGE_TOKEN)
     config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     size = config.vision_config.image_size
@@ -129,5 +141,3 @@ def write_model(folder: Path, preset: str | None, texts: list[str], dtype: str) 
     initialise_weights(dict(model.named_parameters()), seed=0)
     model.save_pretrained(str(folder))
     processor.save_pretrained(str(folder))
-    del model
-    torch.cuda.empty_cache()  # the peers need the room; without a GPU this does nothing

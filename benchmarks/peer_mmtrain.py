@@ -6,6 +6,7 @@ Only the pace comes from the benchmark, between optimizer steps, as on TRL's sid
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.gate import Gate, batch_digest, read_job, synchronizer
+from benchmarks.shapes import random_weights
 from mmtrain.build import resolve
 from mmtrain.training import loop
 from mmtrain.training.run import run_training
@@ -33,8 +35,11 @@ def run_file(job: dict[str, Any]) -> dict[str, Any]:
         "deterministic": False,  # TRL's default, too
         "seed": job["seed"],
         "model": {"family": "llava", "checkpoint": job["model"], "dtype": job["dtype"]},
-        "components": {"llm": adapted | {"r": lora["r"], "alpha": lora["alpha"]}},
-        "data": {"task": "digits", "train": job["shards"], "workers": job["workers"]},
+        "components": {
+            "connector": {"mode": "full"},
+            "llm": adapted | {"r": lora["r"], "alpha": lora["alpha"]},
+        },
+        "data": {"task": job["task"], "train": job["shards"], "workers": job["workers"]},
         "optim": {
             "lr": job["lr"],
             "schedule": "constant",
@@ -79,8 +84,10 @@ def main() -> None:
         return result
 
     setattr(loop, "train_step", paced_step)
+    weights = random_weights() if job["draws_weights"] else nullcontext()
     try:
-        run_training(resolve(run_file(job)))
+        with weights:
+            run_training(resolve(run_file(job)))
     except Enough:
         pass
 

@@ -14,10 +14,19 @@ import torch
 from datasets import Dataset, Image
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoProcessor, LlavaForConditionalGeneration, TrainerCallback
+from transformers import (
+    AutoImageProcessor,
+    AutoProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    TrainerCallback,
+)
+from transformers.initialization import no_init_weights
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.gate import Gate, batch_digest, read_job, synchronizer
+from benchmarks.shapes import WEIGHT_SEED
+from mmtrain.models.weights import initialise_weights
 
 
 class Pace(TrainerCallback):
@@ -99,22 +108,45 @@ def record(trainer: SFTTrainer, pace: Pace, digests_file: Path) -> None:
     setattr(trainer, "training_step", recorded)
 
 
+def base_model(job: dict[str, Any]) -> Any:
+    """The base, from its folder, or with the random weights that mmtrain's side has as well."""
+    dtype = torch.float32 if job["dtype"] == "fp32" else torch.bfloat16
+    if not job["draws_weights"]:
+        return LlavaForConditionalGeneration.from_pretrained(job["model"], dtype=dtype)
+    config = LlavaConfig.from_pretrained(job["model"])
+    torch.set_default_dtype(dtype)
+    with torch.device(job["device"]), no_init_weights():
+        model = LlavaForConditionalGeneration(config)
+    torch.set_default_dtype(torch.float32)
+    initialise_weights(dict(model.named_parameters()), WEIGHT_SEED)
+    return model
+
+
+def processor(folder: str) -> Any:
+    """The folder's processor, its pictures prepared as on the other side: batches are compared."""
+    found: Any = AutoProcessor.from_pretrained(folder)
+    found.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    return found
+
+
 def main() -> None:
     """Train until the benchmark has seen enough windows."""
     job, read_fd, write_fd = read_job()
     gate = Gate(read_fd, write_fd, synchronizer(job["device"]))
     torch.set_num_threads(job["threads"])
-    dtype = torch.float32 if job["dtype"] == "fp32" else torch.bfloat16
-    model = LlavaForConditionalGeneration.from_pretrained(job["model"], dtype=dtype)
     lora = job["lora"]
     pace = Pace(gate, Path(job["lora_init"]))
     trainer = SFTTrainer(
-        model=model,
+        model=base_model(job),
         args=settings(job),
         train_dataset=dataset(Path(job["samples"])),
-        processing_class=AutoProcessor.from_pretrained(job["model"]),
+        processing_class=processor(job["model"]),
         peft_config=LoraConfig(
-            r=lora["r"], lora_alpha=lora["alpha"], lora_dropout=0.0, target_modules=lora["pattern"]
+            r=lora["r"],
+            lora_alpha=lora["alpha"],
+            lora_dropout=0.0,
+            target_modules=lora["pattern"],
+            modules_to_save=["multi_modal_projector"],
         ),
         callbacks=[pace],
     )

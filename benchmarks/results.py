@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def machine(device: str) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": _num_cores(),
         "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
+        **{name: installed_version(name) for name in PACKAGES},
     }
     if device == "cuda":
         import torch
@@ -112,6 +112,14 @@ def machine(device: str) -> dict[str, Any]:
         facts["gpu"] = torch.cuda.get_device_name()
         facts["cuda"] = torch.version.cuda
     return facts
+
+
+def installed_version(package: str) -> str:
+    """A package's version; a peer may be missing."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _num_cores() -> int:
@@ -174,13 +182,15 @@ def _markdown(record: Mapping[str, Any], results: Sequence[Measured]) -> list[st
         "mmtrain runs with `deterministic: false`, TRL's default too; on a CPU neither side",
         "prepares data ahead of the step.",
         "",
-        "| precision | mmtrain | trl | trl-tuned | ratio to trl | to trl-tuned | loss difference |",
-        "|---|---|---|---|---|---|---|",
     ]
+    labels = results[0].labels
+    others = [label for label in labels if label != OURS]
+    heads = ["precision", *labels, *(f"mmtrain / {label}" for label in others), "loss difference"]
+    lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for result in results:
-        others = [label for label in result.labels if label != OURS]
         cells = [result.dtype, *(_shown(result.samples_per_s(label)) for label in result.labels)]
         cells += [_shown(result.ratios(label)) for label in others]
-        cells.append(f"{max(result.loss_difference(label) for label in others):.1e}")
+        differences = [result.loss_difference(label) for label in others]
+        cells.append(f"{max(differences):.1e}" if differences else "–")
         lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel
 
-from data_shards.writer import DEFAULT_SAMPLES_PER_SHARD, ShardWriter, published, write_synced
+from data_shards.publish import published, write_synced
+from data_shards.writer import DEFAULT_SAMPLES_PER_SHARD, ShardWriter
 from mmtrain import plugins
 from mmtrain.data.manifest import MANIFEST_NAME, Manifest
 from mmtrain.data.order import epoch_order

@@ -1,4 +1,4 @@
-"""`mmtrain shards`: build shard folders from raw files, and verify them."""
+"""`mmtrain shards`: build shard folders from raw files, take in others', and verify them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,28 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 from rich.table import Table
 
 from data_shards.build import Recipe, build_split
-from data_shards.writer import DEFAULT_SAMPLES_PER_SHARD, exclusive
+from data_shards.index import take_inventory, write_manifest
+from data_shards.publish import exclusive
+from data_shards.writer import DEFAULT_SAMPLES_PER_SHARD
 from mmtrain import plugins
 from mmtrain.commands.arguments import positive
-from mmtrain.data.manifest import INDEX_NAME, MANIFEST_NAME, SHARD_GLOB, read_manifest
-from mmtrain.data.verify import verify_folder
+from mmtrain.data.manifest import (
+    INDEX_NAME,
+    MANIFEST_NAME,
+    Manifest,
+    read_manifest,
+    shard_files,
+)
+from mmtrain.data.verify import shortened, verify_folder
 from mmtrain.errors import ConfigError, DataError, nearest
 from mmtrain.tasks.interface import Task
 
-HELP = "build shards from raw files, and verify them"
+HELP = "build shards from raw files, index those of other programs, and verify them"
 _EXAMPLES = """examples:
   mmtrain shards build digits --out shards/digits
   mmtrain shards build digits --out shards/shifted --set domain=shifted
   mmtrain shards build scienceqa --raw ~/ScienceQA --out shards/scienceqa --split train --split val
+  mmtrain shards index /data/their-tars/train --task scienceqa
   mmtrain shards verify shards/digits
 """
 
@@ -35,7 +44,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `mmtrain shards`."""
     parser.epilog = _EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    actions = parser.add_subparsers(dest="shards_action", metavar="build|verify", required=True)
+    actions = parser.add_subparsers(
+        dest="shards_action", metavar="build|index|verify", required=True
+    )
     build = actions.add_parser("build", help="write OUT/<split>/ for each split of a task")
     build.add_argument("task", help=f"one of: {', '.join(plugins.names('task'))}")
     build.add_argument("--raw", type=Path, help="folder with the files as downloaded")
@@ -60,15 +71,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
     build.add_argument(
         "--overwrite", action="store_true", help="replace a folder built from something else"
     )
-    verify = actions.add_parser("verify", help="check every byte against the manifest")
+    index = actions.add_parser(
+        "index", help="give a stock webdataset folder a manifest, so that it trains here"
+    )
+    index.add_argument("folder", type=Path, metavar="DIR", help="folder with the tars of one split")
+    index.add_argument("--task", required=True, help=f"one of: {', '.join(plugins.names('task'))}")
+    index.add_argument("--split", metavar="S", help="default: the folder's name")
+    index.add_argument(
+        "--overwrite", action="store_true", help="replace the manifest that is there"
+    )
+    verify = actions.add_parser("verify", help="check every byte and every sample")
     verify.add_argument(
         "folders", nargs="+", type=Path, metavar="DIR", help="folder, or its parent"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `mmtrain shards build` or `mmtrain shards verify`."""
-    return {"build": _build, "verify": _verify}[args.shards_action](args)
+    """Run `mmtrain shards build`, `index` or `verify`."""
+    return {"build": _build, "index": _index, "verify": _verify}[args.shards_action](args)
 
 
 def _build(args: argparse.Namespace) -> int:
@@ -83,13 +103,14 @@ def _build(args: argparse.Namespace) -> int:
             )
             with _counting(f"{args.task} {split}") as count:
                 built = build_split(recipe, args.out / split, args.overwrite, count)
-            found = built.manifest
             how = "reused, nothing has changed" if built.reused else "written"
-            print(
-                f"{built.folder}: {found.samples} samples, {len(found.shards)} shard(s),"
-                f" {found.num_bytes / 2**20:.1f} MiB, {how}"
-            )
+            print(_summary(built.folder, built.manifest, how))
     return 0
+
+
+def _summary(folder: Path, found: Manifest, how: str) -> str:
+    size = f"{found.num_bytes / 2**20:.1f} MiB"
+    return f"{folder}: {found.samples} samples, {len(found.shards)} shard(s), {size}, {how}"
 
 
 def _splits(name: str, task: Task, asked: list[str] | None) -> list[str]:
@@ -134,6 +155,32 @@ def _options(name: str, task: Task, settings: list[str]) -> BaseModel:
     return options
 
 
+# --- index --------------------------------------------------------------------------------------
+
+
+def _index(args: argparse.Namespace) -> int:
+    folder, task = args.folder, plugins.load("task", args.task)
+    if not folder.is_dir() or not shard_files(folder):
+        raise DataError(
+            f"'{folder}' holds no .tar;", "give the folder with the unpacked .tar files."
+        )
+    split = args.split or folder.resolve().name
+    if split not in task.splits:
+        splits = ", ".join(task.splits)
+        raise DataError(f"task '{args.task}' has no split '{split}';", f"give --split: {splits}.")
+    with exclusive(folder):
+        if (folder / MANIFEST_NAME).exists() and not args.overwrite:
+            raise DataError(
+                f"'{folder}' has a manifest;", "verify it, or pass --overwrite to write another."
+            )
+        with _measuring(f"index {folder}") as advance:
+            inventory = take_inventory(folder, args.task, advance)
+        if inventory.problems:
+            return _failed(shortened(inventory.problems))
+        print(_summary(folder, write_manifest(folder, inventory, args.task, split), "indexed"))
+    return 0
+
+
 # --- verify -------------------------------------------------------------------------------------
 
 
@@ -149,9 +196,13 @@ def _verify(args: argparse.Namespace) -> int:
         result = f"{len(found)} problem{'s' if len(found) > 1 else ''}" if found else "ok"
         table.add_row(str(folder), *_described(folder), result)
     Console().print(table)
+    return _failed(problems) if problems else 0
+
+
+def _failed(problems: list[str]) -> int:
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
-    return DataError.exit_code if problems else 0
+    return DataError.exit_code
 
 
 def _shard_folders(folder: Path) -> list[Path]:
@@ -172,7 +223,7 @@ def _shard_folders(folder: Path) -> list[Path]:
 def _looks_like_shards(folder: Path) -> bool:
     # Not the manifest alone: a folder that lost it must be reported, not passed over.
     named = any((folder / name).exists() for name in (MANIFEST_NAME, INDEX_NAME))
-    return named or any(folder.glob(SHARD_GLOB))
+    return named or bool(shard_files(folder))
 
 
 def _described(folder: Path) -> list[str]:

@@ -11,18 +11,16 @@ import importlib.metadata
 import os
 import select
 import selectors
-import shutil
 import signal
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from launcher.messages import SILENCE_LIMIT_S, decode, encode
 from launcher.plan import HostSpec, rank_command, rank_environment
 from launcher.ranks import Rank, Stream, adopt_orphans, kill_children, start_rank
+from launcher.run_file_folder import run_file_folder
 from mmtrain import network
 from mmtrain.errors import LaunchError
 
@@ -267,15 +265,14 @@ def _run(wire: Wire, spec: HostSpec, interface: str, port: int) -> int:
     stop = StopFlag()
     stop.install()
     adopt_orphans()
-    folder = tempfile.mkdtemp(prefix="mmtrain-launch-")
-    try:
-        run_path = Path(folder) / spec.job.run_name
+    with run_file_folder() as folder:
+        run_path = folder / spec.job.run_name
         run_path.write_text(spec.job.run_text, encoding="utf-8")
-        ranks = start_all(spec, interface, port, str(run_path))
-        clean = Watch(wire, ranks, stop).run()
-    finally:
-        kill_children()
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            ranks = start_all(spec, interface, port, str(run_path))
+            clean = Watch(wire, ranks, stop).run()
+        finally:
+            kill_children()
     wire.send("stopped", clean=clean)
     return 0 if clean else 1
 

@@ -15,7 +15,8 @@ from launcher.plan import TRAIN_PROGRAM, HostSpec, Job, Master, make_plan
 from launcher.ssh import SshSettings, agent_command, destination, master_address
 from launcher.supervise import run_launch
 from mmtrain.build import resolve
-from mmtrain.errors import ConfigError
+from mmtrain.errors import ConfigError, LaunchError
+from mmtrain.training.run_folder import note_failure
 
 HELP = "start the ranks of a run on this machine or on the hosts of a hostfile"
 _EPILOG = """examples:
@@ -46,14 +47,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ssh-config", metavar="FILE", help="as ssh -F")
     parser.add_argument("--workdir", help="working directory of the ranks; default: this one")
     parser.add_argument("--python", help="python of the ranks; default: this one's path")
+    parser.add_argument("--verify-base", action="store_true", help="as in `mmtrain train`")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, start nothing")
 
 
 def run(args: argparse.Namespace) -> int:
     """Check the run file once, here; then launch it."""
     world_size = sum(len(host.slots) for host in _hosts(args))
-    resolve(args.run, args.overrides, world_size)
-    return launch(args)
+    config = resolve(args.run, args.overrides, world_size)
+    try:
+        return launch(args, (*TRAIN_PROGRAM, *(["--verify-base"] if args.verify_base else [])))
+    except LaunchError as error:
+        # Where the run's folder is seen from here. A rank that was killed could not say so.
+        note_failure(Path(args.workdir or "", config.run_dir), error.fault)
+        raise
 
 
 def launch(args: argparse.Namespace, program: Sequence[str] = TRAIN_PROGRAM) -> int:

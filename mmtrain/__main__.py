@@ -14,10 +14,12 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from mmtrain.commands.listing import find_commands, help_line
 from mmtrain.commands.wording import explain
-from mmtrain.errors import ConfigError, MmtrainError, nearest
+from mmtrain.errors import MmtrainError, Terminated, nearest
+from mmtrain.safe_text import presentable
 
 EXAMPLES = """examples:
   mmtrain init --family llava --task scienceqa --out run.yaml
@@ -28,7 +30,7 @@ EXAMPLES = """examples:
   mmtrain compare my-experiment --by components.llm.r --metric val/accuracy
 
 `mmtrain COMMAND --help` explains one command."""
-INTERRUPTED, BROKEN_PIPE, FAULT = 130, 141, 2
+INTERRUPTED, BROKEN_PIPE, TERMINATED, FAULT = 130, 141, 143, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,24 +39,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        code = _dispatch(arguments)
-        sys.stdout.flush()  # a closed pipe must show here, not when Python exits
-        return code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+        return _unless_pipe_breaks(arguments)
     except KeyboardInterrupt:
         return INTERRUPTED
+    except Terminated:
+        return TERMINATED
     except Exception as error:
         message = str(error) if isinstance(error, MmtrainError) else explain(error)
         if message is None:  # a bug of ours: its traceback is the best message
             raise
         if debug:
             traceback.print_exc()
-        if not isinstance(error, ConfigError):
-            message = " ".join(message.split())
+        if not isinstance(error, MmtrainError):
+            message = presentable(" ".join(message.split()))
         print(f"error: {message}", file=sys.stderr)
         return error.exit_code if isinstance(error, MmtrainError) else FAULT
+
+
+def _unless_pipe_breaks(arguments: Sequence[str]) -> int:
+    try:
+        code = _dispatch(arguments)
+        sys.stdout.flush()  # a closed pipe must show here, not when Python exits
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
 
 
 def entry() -> None:
@@ -101,7 +110,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
     if name not in commands:
         raise MmtrainError(f"unknown command '{name}';", nearest(name, commands))
     command = importlib.import_module(commands[name])
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"mmtrain {name}",
         description=command.HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -109,6 +118,13 @@ def _dispatch(arguments: Sequence[str]) -> int:
     )
     command.configure(parser)
     return command.run(_parse(parser, arguments[1:]))
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse repeats a wrong argument as it is."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(presentable(message))
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:

@@ -7,10 +7,10 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from mmtrain import plugins
@@ -19,8 +19,22 @@ from mmtrain.config.schema import DataConfig, RunConfig
 from mmtrain.data.shards import ShardFolder
 from mmtrain.data.source import Source
 from mmtrain.errors import CheckpointError, ConfigError
+from mmtrain.models.built import Asked
 from mmtrain.models.interface import Family
 from mmtrain.peft.trainable import Trainable, make_trainable
+
+# Of a base's folder, beside its weights; results and notes that lie there may change.
+_SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*token*.json",
+    "*processor_config.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template.*",
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,11 @@ def build_model(
         base_files=loaded.weight_files,
         standard_folder=loaded.standard_folder,
     )
+
+
+def asked_of(config: RunConfig) -> Asked:
+    """What the built model is compared with."""
+    return Asked(config.model.dtype, config.model.attention, config.model.base_dropout)
 
 
 def adapt(model: Any, family: Family, config: RunConfig) -> Trainable:
@@ -105,46 +124,66 @@ def build_source(
             assembled.processor, sample_id, rendered, images, max_length, data.truncation_side
         )
 
-    return Source(ShardFolder.open(Path(folder)), template, encode, limit, blank_images)
+    shards = ShardFolder.open(Path(folder), data.task)
+    return Source(shards, template, encode, limit, blank_images)
 
 
-def base_digest(files: Sequence[Path]) -> str:
-    """One sha256 over the base's weight files, cached by (path, size, mtime)."""
-    if not files:
-        return "preset"
-    cache_path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mmtrain"
-    cache_file = cache_path / "base-digests.json"
+def base_digests(weights: Sequence[Path], afresh: bool = False) -> dict[str, str]:
+    """sha256 of all the base's weight files ("weights"), and of each small file that is read.
+
+    Cached by all that the file system tells of a file's change, unless asked for `afresh`.
+    """
+    if not weights:
+        return {"weights": "preset"}
+    cache_file = _cache_folder() / "base-digests.json"
+    cache = _read_cache(cache_file)
+    small: dict[str, list[str]] = {}
+    for path in _small_files(weights):
+        small.setdefault(path.name, []).append(_file_digest(path, cache, afresh))
+    listed = [f"{path.name}:{_file_digest(path, cache, afresh)}" for path in weights]
     try:
-        cache = json.loads(cache_file.read_text())
-    except (OSError, ValueError):
-        cache = {}
-    digests = []
-    for path in files:
-        stat = path.stat()
-        key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-        if key not in cache:
-            with open(path, "rb") as file:
-                cache[key] = hashlib.file_digest(file, "sha256").hexdigest()
-        digests.append(f"{path.name}:{cache[key]}")
-    try:
-        cache_path.mkdir(parents=True, exist_ok=True)
+        cache_file.parent.mkdir(parents=True, exist_ok=True)
         temporary = cache_file.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(json.dumps(cache))
         temporary.replace(cache_file)
     except OSError:
         pass  # without a cache the digests are only computed again next time
+    return {"weights": _joined(listed)} | {name: _joined(found) for name, found in small.items()}
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mmtrain"
+
+
+def _read_cache(path: Path) -> dict[str, str]:
+    try:
+        cache = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return cache if isinstance(cache, dict) else {}
+
+
+def _small_files(weights: Sequence[Path]) -> list[Path]:
+    """What is read beside the weights: shapes, tokenizer, picture processing."""
+    folders = sorted({path.parent for path in weights})
+    return [
+        path
+        for folder in folders
+        for path in sorted(folder.iterdir())
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _SMALL_FILES)
+    ]
+
+
+def _file_digest(path: Path, cache: dict[str, str], afresh: bool) -> str:
+    stat = path.stat()
+    # Size and mtime can be set back; ctime cannot, and another file has another inode.
+    marks = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+    key = ":".join(map(str, (path.resolve(), *marks)))
+    if afresh or key not in cache:
+        with open(path, "rb") as file:
+            cache[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    return cache[key]
+
+
+def _joined(digests: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
-
-
-def pin_numerics(config: RunConfig, local_size: int) -> int:
-    """Threads and deterministic kernels, before anything is computed; the thread count."""
-    cores = len(os.sched_getaffinity(0))
-    threads = config.parallel.threads or max(1, cores // local_size)
-    torch.set_num_threads(threads)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        # Nothing here reads memory it has not written; filling DeepSpeed's communication buckets
-        # took more than half of a small step.
-        setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    return threads

@@ -14,10 +14,11 @@ from mmtrain.config.schema import RESERVED_COMPONENT_KEYS, ComponentConfig, RunC
 from mmtrain.errors import ConfigError, MmtrainError, nearest
 from mmtrain.models.interface import Family, ModelOptions
 from mmtrain.peft.placement import sublayer_problems
+from mmtrain.tasks.interface import LOSS
 from mmtrain.tracking.uri import DISABLED, URI_EXAMPLES, uri_problem
 
-# What every validation gives, beside what the task scores.
-LOSS_METRIC = "loss"
+# Beyond this none is proposed.
+_LARGEST_MICRO_BATCH = 65_536
 
 
 def resolve(
@@ -64,6 +65,7 @@ def model_options(config: RunConfig) -> ModelOptions:
         },
         allow_reinit=model.allow_reinit,
         max_pixels=model.max_pixels,
+        grounding_tokens=bool(model.grounding_tokens),
     )
 
 
@@ -150,7 +152,7 @@ def _validation_problems(validate: Mapping[str, Any], data: Mapping[str, Any]) -
     task, _ = _plugin("task", data.get("task"), "data.task")
     metric = validate.get("metric")
     if task and isinstance(metric, str):
-        known = (LOSS_METRIC, *task.metrics)
+        known = [given.name for given in (LOSS, *task.metrics)]
         if metric not in known:
             hint = nearest(metric, known)
             problems.append(f"validate.metric: '{data['task']}' gives no '{metric}'; {hint}")
@@ -187,8 +189,11 @@ def _layout_problems(data: Mapping[str, Any], world_size: int | None) -> list[st
     ranks = world_size or 1
     if total % (micro * ranks):
         product = f"micro_batch {micro}" + (f" x {ranks} ranks" if world_size else "")
-        divisors = [size for size in range(1, micro) if total % (size * ranks) == 0]
-        remedy = f"micro_batch {divisors[-1]}" if divisors else f"a multiple of {ranks} ranks"
+        # The numbers are the user's, of any size: the search for a better one must end.
+        largest = min(micro - 1, total // ranks, _LARGEST_MICRO_BATCH)
+        sizes = (size for size in range(largest, 0, -1) if total % (size * ranks) == 0)
+        better = next(sizes, None)
+        remedy = f"micro_batch {better}" if better else f"a multiple of {ranks} ranks"
         problems.append(
             f"optim.global_batch: {shown(total)} is no multiple of {product}; use {remedy}"
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mmtrain import network
-from mmtrain.errors import LaunchError
+from mmtrain import network, ranks
+from mmtrain.errors import ConfigError, LaunchError
 
 _joined = False
 
@@ -29,19 +29,12 @@ class World:
 
     rank: int
     size: int
-    local_rank: int
-    local_size: int
     device: torch.device
 
     @property
     def is_main(self) -> bool:
         """Whether this is the rank that writes files and logs."""
         return self.rank == 0
-
-
-def _environment_int(name: str, default: int) -> int:
-    value = os.environ.get(name, "")
-    return int(value) if value.strip() else default
 
 
 def quieten_libraries() -> None:
@@ -54,47 +47,50 @@ def quieten_libraries() -> None:
 
 
 def initialise(timeout_minutes: float = 10.0) -> World:
-    """Join the process group named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
+    """Join the process group that the launcher named, on this rank's own device."""
     quieten_libraries()
-    rank, size = _environment_int("RANK", 0), _environment_int("WORLD_SIZE", 1)
-    local_rank = _environment_int("LOCAL_RANK", 0)
-    # torchrun and our launcher say LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE.
-    local_size = _environment_int("LOCAL_WORLD_SIZE", _environment_int("LOCAL_SIZE", size))
+    place = ranks.place_of(os.environ)
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    index = place.local_rank
     if cuda:
-        torch.cuda.set_device(device)
+        index = ranks.device_index(place.local_rank, torch.cuda.device_count())
+        torch.cuda.set_device(index)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    device = torch.device("cuda", index) if cuda else torch.device("cpu")
+    # DeepSpeed reads these even when the group exists, and takes LOCAL_RANK for a device's number.
+    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.size), LOCAL_RANK=str(index))
     if not dist.is_initialized():
         global _joined
-        _initialise_group(rank, size, cuda, timeout_minutes)
+        _initialise_group(place, device, timeout_minutes)
         _joined = True
-    return World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, device)
+    return World(dist.get_rank(), dist.get_world_size(), device)
 
 
-def _initialise_group(rank: int, size: int, cuda: bool, timeout_minutes: float) -> None:
+def _initialise_group(place: ranks.Place, device: torch.device, timeout_minutes: float) -> None:
     arguments: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes)}
-    if size == 1 and "MASTER_ADDR" not in os.environ:
+    if device.type == "cuda":
+        # NCCL would guess the device from the rank, which is wrong beyond the first host.
+        arguments.update(device_id=device)
+    if place.size == 1 and "MASTER_ADDR" not in os.environ:
         arguments.update(store=dist.HashStore(), rank=0, world_size=1)
-        # DeepSpeed reads these even when the group already exists.
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
-            os.environ.setdefault(name, value)
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
     else:
-        arguments.update(init_method="env://", rank=rank, world_size=size)
-        if not cuda:
+        ranks.refuse_missing_master(place, os.environ)
+        arguments.update(init_method="env://", rank=place.rank, world_size=place.size)
+        if device.type != "cuda":
             # Gloo would take whatever address the host name has, often 127.0.0.1.
-            master = network.resolve(os.environ.get("MASTER_ADDR", "127.0.0.1"))
+            master = network.resolve(os.environ["MASTER_ADDR"])
             os.environ.setdefault("GLOO_SOCKET_IFNAME", network.interface_towards(master))
     try:
-        dist.init_process_group("nccl" if cuda else "gloo", **arguments)
-    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
-        address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **arguments)
+    except (dist.DistNetworkError, dist.DistStoreError, dist.DistBackendError, ValueError) as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         fault = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise LaunchError(
-            f"rank {rank} of {size} could not join the process group at {address} ({fault}).",
+            f"rank {place.rank} of {place.size} could not join the process group at {address}"
+            f" ({fault}).",
             "Check that the master is reachable and that its port is free, or choose another port.",
         ) from error
 
@@ -126,9 +122,11 @@ def _group_device() -> torch.device:
     return torch.device("cpu")
 
 
-def sum_over_ranks(values: list[float], dtype: torch.dtype = torch.float64) -> list[float]:
+def sum_over_ranks(
+    values: Sequence[float] | torch.Tensor, dtype: torch.dtype = torch.float64
+) -> list[float]:
     """Sum a few numbers over all ranks (use dtype int64 for counts)."""
-    tensor = torch.tensor(values, dtype=dtype, device=_group_device())
+    tensor = torch.as_tensor(values, dtype=dtype, device=_group_device())
     dist.all_reduce(tensor)
     return tensor.tolist()
 
@@ -150,9 +148,20 @@ def from_main(value: Any) -> Any:
 # --- ZeRO-3: building and touching sharded parameters ----------------------------------------
 
 
-def prepare_deepspeed() -> None:
+def prepare_deepspeed(config: Mapping[str, Any]) -> None:
     """Tell DeepSpeed of the process group; to be called before anything else of it."""
     import deepspeed
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**config["zero_optimization"])
+    except ValidationError as error:
+        raise ConfigError(
+            f"parallel.deepspeed: zero_optimization.{'.'.join(map(str, fault['loc']))}:"
+            f" {fault['msg']}"
+            for fault in error.errors()
+        ) from None
 
     # On a CPU DeepSpeed would compile a C++ operator at the first start, for an inference
     # reduction that training never calls; a rank killed meanwhile leaves a lock others wait for.
@@ -166,9 +175,7 @@ def prepare_deepspeed() -> None:
 
 
 @contextmanager
-def sharded_construction(
-    deepspeed_config: Mapping[str, Any] | None, dtype: torch.dtype
-) -> Iterator:
+def sharded_construction(deepspeed_config: Mapping[str, Any] | None) -> Iterator:
     """Inside, every module's parameters are sharded as soon as they are made (ZeRO-3 only)."""
     if deepspeed_config is None:
         with nullcontext():
@@ -176,14 +183,20 @@ def sharded_construction(
         return
     import deepspeed
 
-    prepare_deepspeed()
-    with deepspeed.zero.Init(config_dict_or_path=dict(deepspeed_config), dtype=dtype):
+    prepare_deepspeed(deepspeed_config)
+    # No `dtype` beside the configuration: where the CPU has no fp16 kernels, it means bf16.
+    with deepspeed.zero.Init(config_dict_or_path=dict(deepspeed_config)):
         yield
 
 
 def is_sharded(parameter: torch.Tensor) -> bool:
     """Whether ZeRO-3 holds only a piece of this parameter here."""
     return hasattr(parameter, "ds_id")
+
+
+def stored_part(parameter: Any) -> torch.Tensor:
+    """What this rank keeps of a parameter: the piece that ZeRO-3 left it, else the whole."""
+    return parameter.ds_tensor if is_sharded(parameter) else parameter
 
 
 def full_shape(parameter: Any) -> torch.Size:
@@ -342,3 +355,17 @@ def squared_gradient_norms(parameters: Mapping[str, torch.nn.Parameter]) -> dict
         gradient = safe_get_full_grad(parameter)
         norms[name] = 0.0 if gradient is None else float(gradient.double().square().sum())
     return norms
+
+
+def own_gradient_norm(engine: Any) -> torch.Tensor:
+    """Norm of what this rank's optimizer is about to use, on the device: no wait, no message."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "norm_for_param_grads"):  # offloaded, and measured on the way
+        pieces = list(optimizer.norm_for_param_grads.values())
+    elif hasattr(optimizer, "averaged_gradients"):
+        pieces = [piece for group in optimizer.averaged_gradients.values() for piece in group]
+    elif hasattr(optimizer, "fp32_groups_gradient_flat_partition"):
+        pieces = list(optimizer.fp32_groups_gradient_flat_partition)
+    else:
+        pieces = [tensor.grad for tensor in _optimizer_tensors(optimizer)]
+    return torch.nn.utils.get_total_norm([piece for piece in pieces if piece is not None])

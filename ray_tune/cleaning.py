@@ -17,7 +17,7 @@ def drop_checkpoints(study: Study, journal: Journal) -> list[Path]:
     """
     if study.keep_checkpoints == "all":
         return []
-    best = journal.best(study.metric, study.mode) if study.keep_checkpoints == "best" else None
+    best = journal.best() if study.keep_checkpoints == "best" else None
     dropped = []
     for record in journal.records.values():
         folder = Path(study.study_dir) / "trials" / record.name / "checkpoints"

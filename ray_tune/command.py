@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mmtrain.tasks.interface import Metric
     from ray_tune.journal import Journal
     from ray_tune.study import Study
     from ray_tune.trials import Trial
@@ -46,19 +47,21 @@ def run(args: argparse.Namespace) -> int:
 
     study = load_study(args.study_file, args.overrides)
     trials = expand(study)
-    check_trials(study, trials, args.study_file)
+    metric = check_trials(study, trials, args.study_file)
     console = Console(highlight=False, soft_wrap=True)
     if args.dry_run:
         console.print(_listing(study, trials))
         return 0
-    return _run_study(study, trials, args, console)
+    return _run_study(study, trials, metric, args, console)
 
 
-def _run_study(study: Study, trials: list[Trial], args: argparse.Namespace, out: Console) -> int:
+def _run_study(
+    study: Study, trials: list[Trial], metric: Metric, args: argparse.Namespace, out: Console
+) -> int:
     from ray_tune.journal import open_journal, study_lock
 
     with study_lock(Path(study.study_dir)) as lock:
-        journal = open_journal(study, trials, args.resume)
+        journal = open_journal(study, trials, metric, args.resume)
         tracking = trials[0].tracking
         from ray_tune.outcome import baseline_value, open_parent
 
@@ -78,7 +81,7 @@ def _execute(
     from ray_tune.executor import run_trials
     from ray_tune.progress import View
 
-    with View(study, journal) as view:
+    with View(journal) as view:
         try:
             run_trials(study, trials, journal, view, address, lock)
         except KeyboardInterrupt:
@@ -104,7 +107,7 @@ def _conclude(study: Study, journal: Journal, uri: str, out: Console) -> int:
     out.print(comparison.table())
     for line in comparison.lines():
         out.print(Text(line))
-    best = journal.best(study.metric, study.mode)
+    best = journal.best()
     assert best is not None, "a finished trial has a value of the metric"
     out.print(Text(f"best trial's folder: {Path(study.study_dir) / 'trials' / best.name}"))
     out.print(Text(f"page with plots: {comparison.paths['html']}"))

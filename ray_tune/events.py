@@ -10,9 +10,10 @@ from typing import Any
 from ray.tune import Callback
 
 from mmtrain.errors import nearest
+from mmtrain.safe_text import redact
 from mmtrain.tracking.journal import JOURNAL_NAME, RunJournal
-from mmtrain.tracking.uri import redact
 from ray_tune.cleaning import drop_checkpoints
+from ray_tune.failures import died_in_words, last_line
 from ray_tune.journal import FAILED, FINISHED, RUNNING, SETTLED, Journal, Record
 from ray_tune.messages import FAILURE, OUTCOME, STARTED, TRAINING_SECONDS
 from ray_tune.progress import View
@@ -67,9 +68,11 @@ class StudyCallback(Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The trial's driver itself died."""
         record = self._record(trial)
-        text = str(trial.get_error() or "").strip()
-        self._settle(record, f"its driver died: {text.splitlines()[-1] if text else 'no reason'}")
-        record.seconds += time.time() - self._started_s.get(record.name, time.time())
+        # Where Ray writes it first; `get_error` reads a copy that is not made yet.
+        text = Path(trial.error_file).read_text("utf-8") if trial.error_file else ""
+        self._settle(record, f"its driver died: {died_in_words(text) or last_line(text)}")
+        now_s = time.time()
+        record.seconds += now_s - self._started_s.get(record.name, now_s)
         self._without_ranks.pop(record.name, None)
         self._journal.save(record)
         self._view.ended(record)
@@ -93,7 +96,7 @@ class StudyCallback(Callback):
         if record.status in SETTLED:
             return
         _take_missing_reports(record, Path(self._study.study_dir) / "trials" / record.name)
-        if not failure and record.best(self._study.metric, self._study.mode) is None:
+        if not failure and record.best(self._journal.metric) is None:
             failure = _no_metric(record, self._study.metric)
         record.status, record.reason = (FAILED, redact(failure)) if failure else (FINISHED, "")
         self._journal.save(record)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,8 @@ from typing import IO, Any
 
 from mmtrain.config.problems import shown
 from mmtrain.errors import ConfigError, MmtrainError
-from mmtrain.tracking.uri import redact_uri
+from mmtrain.safe_text import redacted
+from mmtrain.tasks.interface import Metric
 from ray_tune.study import Study
 from ray_tune.trials import Trial
 
@@ -30,7 +32,7 @@ STOPPED, FAILED = "stopped", "failed"
 SETTLED = frozenset({FINISHED, STOPPED})
 # These say how trials are run and shown, not what they compute: they may change on a resume.
 _FREE_KEYS = frozenset(
-    {"max_concurrent", "resources_per_rank", "by", "baseline", "keep_checkpoints", "output_dir"}
+    "max_concurrent resources_per_rank by baseline keep_checkpoints output_dir mode".split()
 )
 
 
@@ -71,23 +73,31 @@ class Record:
             self.reports.sort(key=lambda report: report.step)
         return [report.step for report in self.reports].index(step) + 1
 
-    def best(self, metric: str, mode: str) -> tuple[float, int] | None:
+    def best(self, metric: Metric) -> tuple[float, int] | None:
         """The best value of a metric over the validations, and its step; NaN is never best."""
         known = [
-            (report.metrics[metric], report.step)
+            (report.metrics[metric.name], report.step)
             for report in self.reports
-            if report.metrics.get(metric, float("nan")) == report.metrics.get(metric)
+            if not math.isnan(report.metrics.get(metric.name, math.nan))
         ]
-        if not known:
-            return None
-        return max(known, key=lambda pair: (pair[0] if mode == "max" else -pair[0], -pair[1]))
+        return min(known, key=lambda pair: (metric.cost(pair[0]), pair[1]), default=None)
 
 
 class Journal:
-    """The study's folder. Holds paths and records only, so that Ray may copy it about."""
+    """The study's folder. Holds plain data only, so that Ray may copy it about.
 
-    def __init__(self, folder: Path, records: Sequence[Record], parent_run_id: str | None) -> None:
+    `metric` ranks the trials.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        records: Sequence[Record],
+        metric: Metric,
+        parent_run_id: str | None,
+    ) -> None:
         self.folder = folder
+        self.metric = metric
         self.records = {record.name: record for record in records}
         self.parent_run_id = parent_run_id
 
@@ -103,15 +113,14 @@ class Journal:
         """How many trials have this status."""
         return sum(record.status == status for record in self.records.values())
 
-    def best(self, metric: str, mode: str, statuses: Sequence[str] = (FINISHED,)) -> Record | None:
+    def best(self, statuses: Sequence[str] = (FINISHED,)) -> Record | None:
         """The trial with the best value among those of these statuses; the first one on a tie."""
-        sign = 1 if mode == "max" else -1
         ranked = [
-            (sign * found[0], -number, record)
+            (self.metric.cost(found[0]), number, record)
             for number, record in enumerate(self.records.values())
-            if record.status in statuses and (found := record.best(metric, mode)) is not None
+            if record.status in statuses and (found := record.best(self.metric)) is not None
         ]
-        return max(ranked, key=lambda item: item[:2])[2] if ranked else None
+        return min(ranked)[2] if ranked else None
 
     def remember_parent(self, run_id: str) -> None:
         """Keep the id of the study's MLflow run: a resumed study goes on in the same one."""
@@ -120,12 +129,12 @@ class Journal:
         _write_json(path, {**json.loads(path.read_text("utf-8")), "parent_run_id": run_id})
 
 
-def open_journal(study: Study, trials: Sequence[Trial], resume: bool) -> Journal:
+def open_journal(study: Study, trials: Sequence[Trial], metric: Metric, resume: bool) -> Journal:
     """Start the study's folder, or go on with it; a folder of another study is an error."""
     folder = Path(study.study_dir)
     path = folder / "study.json"
     stored = _stored_study(path) if path.exists() else {}
-    settings = _without_secrets(study.model_dump(mode="json"))
+    settings = redacted(study.model_dump(mode="json"))
     started = any((folder / "results").glob("*.json"))  # else there is nothing to lose
     if stored and started and not resume:
         raise MmtrainError(
@@ -138,14 +147,13 @@ def open_journal(study: Study, trials: Sequence[Trial], resume: bool) -> Journal
     content = {
         "format_version": FORMAT_VERSION,
         "study": settings,
-        "trials": [
-            {"id": t.id, "name": t.name, "params": _without_secrets(t.params)} for t in trials
-        ],
+        "trials": [{"id": t.id, "name": t.name, "params": redacted(t.params)} for t in trials],
         "parent_run_id": parent,
         "created_s": stored.get("created_s", time.time()),
     }
     _write_json(path, content)
-    return Journal(folder, [_stored_record(folder, trial) for trial in trials], parent)
+    records = [_stored_record(folder, trial) for trial in trials]
+    return Journal(folder, records, metric, parent)
 
 
 @contextmanager
@@ -174,16 +182,7 @@ def _stored_study(path: Path) -> dict[str, Any]:
             f" {FORMAT_VERSION}.",
             "Go on with the version of mmtrain that wrote it, or choose another output_dir.",
         )
-    return _without_secrets(stored)
-
-
-def _without_secrets(value: Any) -> Any:
-    """Plain data with the passwords in its URIs hidden: on disk, and so in every comparison."""
-    if isinstance(value, str):
-        return redact_uri(value)
-    if isinstance(value, Mapping):
-        return {key: _without_secrets(item) for key, item in value.items()}
-    return [_without_secrets(item) for item in value] if isinstance(value, list) else value
+    return redacted(stored)
 
 
 def _refuse_difference(stored: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:

@@ -35,7 +35,7 @@ def write_results(study: Study, journal: Journal) -> Path:
         writer = csv.writer(file)
         writer.writerow([*header, "attempts", "reason"])
         for record in journal.records.values():
-            value, step = record.best(study.metric, study.mode) or ("", "")
+            value, step = record.best(journal.metric) or ("", "")
             values = [_cell(record.params[key]) for key in keys]
             times = [f"{record.seconds:.1f}", f"{record.training_seconds:.1f}"]
             row = [record.name, record.status, *values, value, step, *times]
@@ -61,17 +61,16 @@ def compare_trials(study: Study, journal: Journal) -> Comparison:
     return write_comparison(
         rows,
         study.group_by,
-        study.metric,
+        journal.metric,
         journal.folder,
         baseline=baseline_value(study),
         title=f"Study {study.name}",
         notes=_notes(study, journal),
-        mode=study.mode,
     )
 
 
 def _row(study: Study, journal: Journal, record: Record) -> dict[str, Any]:
-    found = record.best(study.metric, study.mode)
+    found = record.best(journal.metric)
     path = journal.folder / "trials" / record.name / JOURNAL_NAME
     entries = RunJournal.read(path) if path.exists() else []
     curve = [(entry.step, entry.metrics[_CURVE]) for entry in entries if _CURVE in entry.metrics]
@@ -121,7 +120,7 @@ def open_parent(study: Study, journal: Journal, tracking: Mapping[str, Any]) -> 
         return journal.parent_run_id
     params = {
         "study.metric": study.metric,
-        "study.mode": study.mode,
+        "study.mode": journal.metric.mode,
         "study.algorithm": study.algorithm,
         "study.trials": str(len(journal.records)),
         "study.scheduler": study.scheduler.type,
@@ -145,8 +144,8 @@ def close_parent(study: Study, journal: Journal, uri: str, files: list[Path]) ->
     """Send the results, and end the MLflow runs that the scheduler cut off."""
     if journal.parent_run_id is None:
         return
-    best = journal.best(study.metric, study.mode)
-    found = best.best(study.metric, study.mode) if best else None
+    best = journal.best()
+    found = best.best(journal.metric) if best else None
     metrics = {
         "trials/finished": float(journal.count(FINISHED)),
         "trials/stopped": float(journal.count(STOPPED)),

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from mmtrain.report.units import value_text
 from ray_tune.journal import FAILED, FINISHED, RUNNING, STOPPED, Journal, Record
-from ray_tune.study import Study
 
 _MARKS = {FINISHED: "green", STOPPED: "yellow", FAILED: "red"}
 
@@ -17,14 +17,14 @@ _MARKS = {FINISHED: "green", STOPPED: "yellow", FAILED: "red"}
 class View:
     """What the person at the terminal sees of a study. Copies of it (Ray makes one) are mute."""
 
-    def __init__(self, study: Study, journal: Journal) -> None:
-        self._study, self._journal = study, journal
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
         self._console = Console(highlight=False, soft_wrap=True)
         self._live: Live | None = None
         self.at_a_time = 1
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (View, (self._study, self._journal))
+        return (View, (self._journal,))
 
     def __enter__(self) -> View:
         if self._console.is_terminal:
@@ -54,26 +54,29 @@ class View:
         line.append(f"{record.name}  {self._result(record)}", style="default")
         self._console.print(line)
         if self._live is None:
-            self.say(f"          {summary(self._study, self._journal, self.at_a_time)}")
+            self.say(f"          {summary(self._journal, self.at_a_time)}")
         self.refresh()
 
     def refresh(self) -> None:
         """Draw the live line anew."""
         if self._live is not None:
-            line = Text(summary(self._study, self._journal, self.at_a_time))
+            line = Text(summary(self._journal, self.at_a_time))
             self._live.update(line, refresh=True)
 
     def _result(self, record: Record) -> str:
         if record.status == FAILED:
             return record.reason
-        best = record.best(self._study.metric, self._study.mode)
-        value = f"{self._study.metric} {best[0]:.4f} at step {best[1]}" if best else "no value"
+        metric = self._journal.metric
+        best = record.best(metric)
+        value = "no value"
+        if best:
+            value = f"{metric.name} {value_text(metric.unit, best[0])} at step {best[1]}"
         trained = f", {record.training_seconds:.0f} s of them training"
         return f"{value}, {record.seconds:.0f} s{trained if record.training_seconds else ''}"
 
 
-def summary(study: Study, journal: Journal, at_a_time: int) -> str:
-    """`5/8 trials done, 1 running, 1 failed; about 2 min left; best val/accuracy 0.9471 (name)`."""
+def summary(journal: Journal, at_a_time: int) -> str:
+    """`5/8 trials done, 1 running, 1 failed; about 2 min left; best val/accuracy 94.7 % (name)`."""
     total = len(journal.records)
     failed = journal.count(FAILED)
     done = journal.count(FINISHED) + journal.count(STOPPED)
@@ -81,10 +84,11 @@ def summary(study: Study, journal: Journal, at_a_time: int) -> str:
     left_s = seconds_left(journal, at_a_time)
     if left_s is not None:
         parts.append(f"about {_duration(left_s)} left")
-    best = journal.best(study.metric, study.mode, (FINISHED, STOPPED, RUNNING))
-    found = best.best(study.metric, study.mode) if best else None
+    metric = journal.metric
+    best = journal.best((FINISHED, STOPPED, RUNNING))
+    found = best.best(metric) if best else None
     if best and found:
-        parts.append(f"best {study.metric} {found[0]:.4f} ({best.name})")
+        parts.append(f"best {metric.name} {value_text(metric.unit, found[0])} ({best.name})")
     return "; ".join(parts)
 
 

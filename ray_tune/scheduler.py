@@ -13,9 +13,10 @@ from typing import Any
 
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
+from mmtrain.tasks.interface import Metric
 from ray_tune.journal import STOPPED, Journal, Record
 from ray_tune.messages import STEP
-from ray_tune.study import Study
+from ray_tune.study import SchedulerConfig, Study
 
 _TIME, _VALUE = "validations", "value"
 
@@ -23,14 +24,13 @@ _TIME, _VALUE = "validations", "value"
 class Rungs:
     """ASHA's rungs, or none: whether a trial goes on after a validation."""
 
-    def __init__(self, study: Study) -> None:
-        self._metric = study.metric
-        settings = study.scheduler
+    def __init__(self, settings: SchedulerConfig, metric: Metric) -> None:
+        self._metric = metric.name
         self._asha: Any = (
             ASHAScheduler(
                 time_attr=_TIME,
                 metric=_VALUE,
-                mode=study.mode,
+                mode=metric.mode,
                 max_t=settings.max,
                 grace_period=settings.grace,
                 reduction_factor=settings.reduction_factor,
@@ -69,7 +69,7 @@ class StudyScheduler(FIFOScheduler):
     def __init__(self, study: Study, journal: Journal) -> None:
         super().__init__()
         self._journal = journal
-        self._rungs = Rungs(study)
+        self._rungs = Rungs(study.scheduler, journal.metric)
         self._rungs.replay(journal.records)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from mmtrain.config import yaml_text
 from mmtrain.config.load import read_data, with_overrides
 from mmtrain.config.problems import checked, shown
-from mmtrain.config.schema import RUN_NAME_PATTERN, Section
+from mmtrain.config.schema import RUN_NAME_PATTERN, AnyPath, Section
 from mmtrain.errors import ConfigError, nearest
 
 # Where and under which name a run is kept does not change what it computes.
@@ -103,7 +103,9 @@ class Study(Section):
     num_samples: int | None = Field(None, ge=1, description="random: points drawn")
     seed: int = Field(0, ge=0, description="keys what random search draws")
     metric: str = Field("val/loss", description="validation metric that ranks the trials")
-    mode: Literal["max", "min"] = Field("min", description="whether more or less of it is better")
+    mode: Literal["max", "min"] | None = Field(
+        None, description="whether more or less of it is better, as the task declares it"
+    )
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
     ranks_per_trial: int = Field(1, ge=1, description="processes per trial")
     resources_per_rank: RankResources = Field(default_factory=RankResources)
@@ -113,7 +115,7 @@ class Study(Section):
     by: list[str] | None = Field(
         None, description="search keys to group by; default: all but seeds"
     )
-    output_dir: str | None = Field(None, description="study folder; default studies/<name>")
+    output_dir: AnyPath | None = Field(None, description="study folder; default studies/<name>")
     tracking: StudyTracking = Field(default_factory=StudyTracking)
     baseline: float | str | None = Field(
         None, description="metric of the unadapted base: a number, or an evaluation's metrics.json"
@@ -177,14 +179,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
-    try:
-        data, problems = yaml_text.parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            ["there is no such file; give the path of a study file"], str(path)
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"cannot be read as text: {error}"], str(path)) from None
+    data, problems = yaml_text.read(path, "give the path of a study file")
     if not isinstance(data, dict):
         fault = f"the file holds {shown(data)}; a study file is a mapping with 'base' and 'search'"
         raise ConfigError(problems or [fault], str(path))

@@ -11,9 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mmtrain import plugins
 from mmtrain.config.problems import shown
 from mmtrain.config.schema import RunConfig, TrackingConfig
-from mmtrain.errors import ConfigError
+from mmtrain.errors import ConfigError, nearest
+from mmtrain.tasks.interface import Metric, validation_metrics
 from ray_tune.study import BOOKKEEPING, SearchKey, Study
 
 _MAX_NAME_LENGTH = 80
@@ -52,35 +54,46 @@ def expand(study: Study) -> list[Trial]:
     return list(trials.values())
 
 
-def check_trials(study: Study, trials: Sequence[Trial], source: str) -> None:
-    """Raise with every distinct problem that any trial's run file has in this study."""
+def check_trials(study: Study, trials: Sequence[Trial], source: str) -> Metric:
+    """The metric that ranks the trials, as their task declares it.
+
+    Raises with every distinct problem that any trial's run file has in this study.
+    """
     from mmtrain.build import resolve
 
     first_seen: dict[str, str] = {}
+    metrics: dict[Metric, str] = {}
     for trial in trials:
         try:
             config = resolve(trial.run, (), study.ranks_per_trial)
-            problems = _ranking_problems(study, config)
+            metrics.setdefault(_ranking_metric(study, config), trial.name)
         except ConfigError as error:
-            problems = list(error.problems)
-        for problem in problems:
-            first_seen.setdefault(problem, trial.name)
+            for problem in error.problems:
+                first_seen.setdefault(problem, trial.name)
+    if len(metrics) > 1:
+        fault = f"metric: {study.metric} does not mean the same in {' and '.join(metrics.values())}"
+        first_seen[f"{fault}; search one task at a time"] = trials[0].name
     if first_seen:
         raise ConfigError([f"{text} (trial {name})" for text, name in first_seen.items()], source)
+    return next(iter(metrics))
 
 
-def _ranking_problems(study: Study, config: RunConfig) -> list[str]:
+def _ranking_metric(study: Study, config: RunConfig) -> Metric:
     """The best trial's adapter must be that of the step which made it the best."""
-    kept = config.validation.metric
-    if not study.metric.startswith("val/"):
-        return []
-    if study.metric == f"val/{kept}":
-        direction = "min" if kept.endswith("loss") else "max"
-        fault = f"mode: '{study.mode}' of {study.metric} would rank the worst trial first"
-        return [] if study.mode == direction else [f"{fault}; set mode: {direction}"]
-    wanted = study.metric.removeprefix("val/")
-    fault = f"metric: {study.metric} ranks the trials, but each exports its step of best val/{kept}"
-    return [f"{fault}; set validate.metric: {wanted} in the base run"]
+    task = plugins.load("task", config.data.task) if config.data else None
+    declared, name = validation_metrics(task), study.metric
+    if name not in declared:
+        hint = nearest(name, declared)
+        raise ConfigError([f"metric: validation of the trials gives no '{name}'; {hint}"])
+    metric, kept = declared[name], config.validation.metric
+    if name != f"val/{kept}":
+        fault = f"metric: {name} ranks the trials, but each exports its step of best val/{kept}"
+        remedy = f"set validate.metric: {name.removeprefix('val/')} in the base run"
+        raise ConfigError([f"{fault}; {remedy}"])
+    if study.mode not in (None, metric.mode):
+        fault = f"mode: '{study.mode}' of {name} would rank the worst trial first"
+        raise ConfigError([f"{fault}; set mode: {metric.mode}, or leave it out"])
+    return metric
 
 
 def _points(study: Study) -> Iterator[dict[str, Any]]:
@@ -130,17 +143,22 @@ def _trial(study: Study, params: Mapping[str, Any]) -> Trial:
     content = {key: value for key, value in run.items() if key not in BOOKKEEPING}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     trial_id = hashlib.sha256(text.encode()).hexdigest()[:10]
-    name = f"{_label(params)[: _MAX_NAME_LENGTH - 11].rstrip('-._')}-{trial_id}"
+    label = _label(params)[: _MAX_NAME_LENGTH - 11].strip("-._")
+    name = f"{label}-{trial_id}" if label else trial_id
     run.update(name=name, output_dir=f"{study.study_dir}/trials/{name}")
     run["tracking"] = _tracking(study, run.get("tracking"))
     return Trial(trial_id, name, dict(params), run)
 
 
-def _tracking(study: Study, of_base: Any) -> dict[str, Any]:
+def _tracking(study: Study, of_base: Any) -> Any:
+    """The base's settings with the study's; what is no such thing is left to the run's check."""
+    tags = of_base.get("tags") if isinstance(of_base, Mapping) else of_base
+    if not isinstance(tags, Mapping | None):
+        return of_base
     tracking = dict(of_base or {})
     ours = {"uri": study.tracking.uri, "experiment": study.tracking.experiment}
     tracking.update({key: value for key, value in ours.items() if value is not None})
-    tracking["tags"] = {**(tracking.get("tags") or {}), "study": study.name}
+    tracking["tags"] = {**(tags or {}), "study": study.name}
     return tracking
 
 
@@ -178,7 +196,7 @@ def _short(key: str, keys: Mapping[str, Any]) -> str:
 
 def _value_text(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:g}"
+        return re.sub(r"e\+0*", "e", f"{value:g}")  # names hold no plus sign
     if isinstance(value, str):  # of a path, its last part tells more than its first
         return f"_{_slug(value.rstrip('/').rsplit('/', 1)[-1])[:24]}"
     return _slug(json.dumps(value))[:24]

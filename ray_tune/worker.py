@@ -20,8 +20,9 @@ from typing import IO, Any
 from ray.train.backend import Backend, BackendConfig
 
 from mmtrain.errors import MmtrainError
-from mmtrain.tracking.uri import redact
+from mmtrain.safe_text import redact
 from ray_tune.cluster import TRAIN_ENVIRONMENT
+from ray_tune.failures import RankFailure, failure_in_words
 from ray_tune.messages import FAILURE, OUTCOME, STARTED, STEP, TRAINING_SECONDS
 
 # A driver that was killed leaves ranks that notice it only after a moment.
@@ -38,10 +39,6 @@ class Plan:
     cwd: str
     results_dir: str
     storage: str
-
-
-class RankFailure(Exception):
-    """A rank's error in words; other exceptions may not survive the way between processes."""
 
 
 class EnvironmentBackend(Backend):
@@ -188,35 +185,3 @@ def _rank_lock(path: Path) -> IO[str]:
                     f"another process still trains this trial (it holds {path})"
                 ) from None
             time.sleep(0.2)
-
-
-def failure_in_words(error: Exception) -> str:
-    """One line: the rank that failed first for a reason of its own, else whichever failed."""
-    failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
-    lines = {rank: _root_cause(failure) for rank, failure in sorted(failures.items())}
-    if not lines:
-        return _last_line(str(error))
-    own = {rank: line for rank, line in lines.items() if not _is_echo(line)}
-    rank, line = next(iter((own or lines).items()))
-    return f"rank {rank}: {line}"
-
-
-def _root_cause(failure: Exception) -> str:
-    cause = getattr(failure, "_base_exc", failure)
-    text = str(cause)
-    if isinstance(cause, RankFailure):
-        return text
-    if "process has died" in text or "process died" in text:
-        return "its process was killed or crashed (out of memory?); see the trial's logs/"
-    return f"{type(cause).__name__}: {_last_line(text)}"
-
-
-def _is_echo(line: str) -> bool:
-    """Whether a rank only noticed that another one is gone."""
-    signs = ("Connection closed by peer", "Connection reset by peer", "NCCL", "recvBytes")
-    return any(sign in line for sign in signs)
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "no reason given"

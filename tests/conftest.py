@@ -1,15 +1,29 @@
-"""Fixtures shared by all tests, and the rule that CI skips no distributed test."""
+"""Fixtures shared by all tests; cheap tests first; what CI never skips and others are told of."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tests import tiny
-from tests.no_skips import pytest_make_collect_report, pytest_runtest_makereport
+from tests.no_skips import (
+    pytest_make_collect_report,
+    pytest_runtest_makereport,
+    pytest_terminal_summary,
+)
+from tests.order import pytest_collection_modifyitems
 
-__all__ = ["pytest_make_collect_report", "pytest_runtest_makereport"]
+__all__ = [
+    "pytest_collection_modifyitems",
+    "pytest_make_collect_report",
+    "pytest_runtest_makereport",
+    "pytest_terminal_summary",
+]
+
+# A second thread gains nothing on tiny models, and waits for its turn where a machine is busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,8 @@ from typing import Any
 import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+# With these a CPU that has more plays one that has AVX2 and nothing above: bf16 is emulated there.
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 DIGITS_TEXTS = [
     "Which digit is in the picture? Options: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9. Answer:",
     "USER: ASSISTANT: 0 1 2 3 4 5 6 7 8 9 A. B. C. D.",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmtrain import build
+from mmtrain.commands.arguments import positive
 from mmtrain.config.deepspeed import find_deepspeed_config, zero_stage
 from mmtrain.config.schema import RunConfig
 from mmtrain.data.manifest import read_manifest
@@ -35,21 +36,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument(
         "--world-size",
-        type=int,
+        type=positive,
         metavar="N",
         help="ranks to plan for: checks the batch arithmetic and divides the memory "
         f"(default: $WORLD_SIZE, else memory for {DEFAULT_WORLD_SIZE} ranks)",
     )
     parser.add_argument(
         "--tokens",
-        type=int,
+        type=positive,
         metavar="N",
         help="tokens per sample in the memory estimate "
         "(default: those of a picture and a question)",
     )
     parser.add_argument(
         "--answer-tokens",
-        type=int,
+        type=positive,
         metavar="N",
         help="of these, tokens of the answer (default: generation.max_new_tokens)",
     )
@@ -58,7 +59,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check, count, print."""
     launched = os.environ.get("WORLD_SIZE", "")
-    world_size = args.world_size or (int(launched) if launched.isdigit() else None)
+    world_size = args.world_size or (int(launched) if launched.isdecimal() else None)
     config = build.resolve(args.run_file, args.overrides, world_size)
     report = examine(config, world_size or DEFAULT_WORLD_SIZE, args.tokens, args.answer_tokens)
     if args.json:
@@ -81,6 +82,7 @@ def examine(
 
     size = usual_size(config, num_tokens, num_answer_tokens)
     census = count(config, size)
+    _check_weights(config)
     stages = memory_by_stage(config, census, world_size)
     total = census.base_params + census.peft_params
     return {
@@ -106,12 +108,20 @@ def examine(
     }
 
 
+def _check_weights(config: RunConfig) -> None:
+    """The folder's weight files, where they are there already: their headers, not their tensors."""
+    from mmtrain.models.weights import check_files, has_weights
+
+    if config.model.checkpoint is not None and has_weights(Path(config.model.checkpoint)):
+        check_files(Path(config.model.checkpoint))
+
+
 def _steps(config: RunConfig) -> dict[str, Any]:
     """Samples and steps per epoch, where the training shards are at hand."""
     unknown: dict[str, Any] = {"train_samples": None, "steps_per_epoch": None}
     if config.data is None or config.data.train is None:
         return unknown
-    samples = _num_samples(config.data.train)
+    samples = _num_samples(config.data.train, config.data.task)
     if samples is None:
         return unknown
     samples = min(samples, config.data.limit or samples)
@@ -121,16 +131,16 @@ def _steps(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _num_samples(shards: str) -> int | None:
+def _num_samples(shards: str, task: str) -> int | None:
     """Samples in a folder of shards, by its manifest; None where there is none yet."""
     folder = Path(shards)
-    return read_manifest(folder)[0].samples if folder.is_dir() else None
+    return read_manifest(folder, task)[0].samples if folder.is_dir() else None
 
 
 def _print_tables(report: dict[str, Any], config: RunConfig) -> None:
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     console.print(_component_table(report, f"{config.name}: {_base(config)}"))
     console.print(f"trainable: {report['trainable_percent']:.4f} % of base and added parameters")
     console.print(_steps_line(report, config))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mmtrain.errors import MmtrainError, nearest
 
 if TYPE_CHECKING:
-    from mmtrain.report.comparison import Mode
+    from mmtrain.tasks.interface import Metric
     from mmtrain.tracking.reading import RunStore, StoredRun
 
 HELP = "compare the runs of an MLflow experiment: mean ± std, n, best"
@@ -40,7 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="of each run, its best or its last value (default: best)",
     )
     parser.add_argument(
-        "--mode", choices=("max", "min"), help="what is better (default: by the metric's name)"
+        "--mode", choices=("max", "min"), help="what is better (default: as the runs declare it)"
     )
     parser.add_argument("--baseline", type=float, help="value of the unadapted base")
     parser.add_argument(
@@ -56,18 +56,22 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.text import Text
 
-    from mmtrain.report.comparison import compare, headline, mode_of
+    from mmtrain.report.comparison import compare, headline
+    from mmtrain.report.direction import agreed_metric
     from mmtrain.report.tables import rich_table
     from mmtrain.report.write import all_notes, write_files
     from mmtrain.tracking.reading import RunStore
 
     store = RunStore(args.uri or os.environ.get("MLFLOW_TRACKING_URI") or _DEFAULT_URI)
     finished, notes = _finished(store.runs(args.experiment, args.study), args.experiment)
-    mode: Mode = args.mode or mode_of(args.metric)
     _check_names(finished, args.by, args.metric)
-    rows = [_row(store, run, args, mode) for run in finished]
-    result = compare(rows, args.by, args.metric, mode, args.baseline)
-    notes.insert(0, f"each run counts with its {args.value} {args.metric}")
+    declared = [
+        (run.name, run.declared(args.metric)) for run in finished if args.metric in run.metrics
+    ]
+    metric, more = agreed_metric(args.metric, declared, args.mode)
+    rows = [_row(store, run, args, metric) for run in finished]
+    result = compare(rows, args.by, metric, args.baseline)
+    notes = [f"each run counts with its {args.value} {args.metric}", *more, *notes]
     console = Console()
     console.print(rich_table(result))
     for line in [*headline(result), *all_notes(result, notes)]:
@@ -102,7 +106,9 @@ def _check_names(runs: Sequence[StoredRun], by: Sequence[str], metric: str) -> N
         raise MmtrainError(f"--metric {metric}: no run has it;", nearest(metric, metrics))
 
 
-def _row(store: RunStore, run: StoredRun, args: argparse.Namespace, mode: Mode) -> dict[str, Any]:
+def _row(
+    store: RunStore, run: StoredRun, args: argparse.Namespace, metric: Metric
+) -> dict[str, Any]:
     row: dict[str, Any] = {
         **run.params,
         "name": run.name,
@@ -111,8 +117,7 @@ def _row(store: RunStore, run: StoredRun, args: argparse.Namespace, mode: Mode) 
     if args.value == "best" and args.metric in run.metrics:
         points = store.points(run.run_id, args.metric)
         values = [value for _, value in points if math.isfinite(value)]
-        choose = max if mode == "max" else min
-        row[args.metric] = choose(values, default=None)
+        row[args.metric] = min(values, key=metric.cost, default=None)
     if args.html and _CURVE in run.metrics:
         row["curve"] = store.points(run.run_id, _CURVE)
     return row

@@ -66,13 +66,14 @@ def run(args: argparse.Namespace) -> int:
     """Print all findings; non-zero when one is a fault."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     findings = list(examine(Path(args.path)))
     table = Table("what", "state", "seen", "remedy", title="mmtrain doctor")
     colours = {OK: "green", WARNING: "yellow", FAULT: "red"}
     for item in findings:
-        state = f"[{colours[item.state]}]{item.state}[/]"
-        table.add_row(item.subject, state, item.seen, item.remedy)
+        state = Text(item.state, style=colours[item.state])
+        table.add_row(item.subject, state, Text(item.seen), Text(item.remedy))
     Console(highlight=False).print(table)
     return 1 if any(item.state == FAULT for item in findings) else 0
 

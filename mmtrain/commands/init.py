@@ -119,7 +119,7 @@ def run_file(
         other_prompts=_others(templates),
         train_split=task.splits[0],
         val_split=_validation(task.splits),
-        metric=task.primary_metric,
+        metric=task.primary_metric.name,
     )
 
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 HELP = "answer one question with a trained run"
 _EXAMPLES = """examples:
@@ -24,17 +28,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Answer and print."""
     from mmtrain import distributed
-    from mmtrain.data.codec import decode_image
-    from mmtrain.errors import DataError
     from mmtrain.tasks.interface import Rendered, Turn
     from mmtrain.training.inference import ready_from_argument
 
-    pictures = []
-    for name in args.image:
-        try:
-            pictures.append(decode_image(Path(name).read_bytes(), name))
-        except OSError as error:
-            raise DataError(f"--image {name}: {error.strerror}.", "Correct the path.") from error
+    pictures = [_picture(Path(name)) for name in args.image]
     ready = ready_from_argument(args.run, ["parallel.deepspeed=zero1"], args.base)
     rendered = Rendered((Turn("user", args.question),), target="")
     data = ready.config.data
@@ -50,3 +47,22 @@ def run(args: argparse.Namespace) -> int:
     print(ready.engine.generate([example], ready.config.generation)[0])
     distributed.shut_down()
     return 0
+
+
+def _picture(path: Path) -> Image:
+    from mmtrain.data.codec import MAX_PIXELS, decode_image
+    from mmtrain.errors import DataError
+
+    try:
+        if not path.is_file():  # a device or a pipe may have no end
+            raise DataError(f"--image {path}: there is no such file.", "Correct the path.")
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"--image {path}: {error.strerror}.", "Correct the path.") from error
+    try:
+        return decode_image(data, path.name)
+    except DataError as error:
+        raise DataError(
+            f"--image {path}: no picture that can be read here.",
+            f"Give an intact JPEG, PNG or WebP file of at most {MAX_PIXELS:,} pixels.",
+        ) from error

@@ -35,8 +35,10 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     if args.sync:
         from mmtrain.tracking.tracker import sync
+        from mmtrain.training.run_folder import ended_as
 
-        console.print(Text(f"sent to MLflow run {sync(args.run_dir, args.uri)}"))
+        run_id = sync(args.run_dir, args.uri, ended_as(args.run_dir))
+        console.print(Text(f"sent to MLflow run {run_id}"))
     for title, facts in ((summary.name, results(summary)), ("settings", summary.params)):
         table = Table(title=Text(title), title_justify="left", show_header=False, box=None)
         for name, value in facts.items():

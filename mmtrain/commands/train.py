@@ -14,6 +14,7 @@ from mmtrain.commands.arguments import positive
 from mmtrain.config.load import load_run_file
 from mmtrain.config.schema import RunConfig
 from mmtrain.errors import ConfigError, MmtrainError
+from mmtrain.ranks import place_of
 from mmtrain.tracking.uri import DISABLED
 from mmtrain.training.run_folder import exclusive
 
@@ -37,6 +38,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("run_file", help="YAML run file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
+    parser.add_argument(
+        "--verify-base", action="store_true", help="hash the base's files again, cached or not"
+    )
     quick = parser.add_mutually_exclusive_group()
     quick.add_argument(
         "--max-steps", type=positive, metavar="N", help="stop after N optimizer steps"
@@ -51,13 +55,14 @@ def run(args: argparse.Namespace) -> int:
     from mmtrain import distributed
     from mmtrain.training.run import run_training
 
-    is_main = int(os.environ.get("RANK") or 0) == 0
-    config = resolved(args, int(os.environ.get("WORLD_SIZE") or 1))
+    place = place_of(os.environ)
+    is_main = place.rank == 0
+    config = resolved(args, place.size)
     if is_main and (args.max_steps or args.overfit):
         # Before rank 0 joins the group: the others wait for it there, then touch the folder.
         remove_earlier_look(config)
     try:
-        run_training(config)
+        run_training(config, verify_base=args.verify_base)
     finally:
         if is_main:
             _plot(Path(config.run_dir))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
@@ -10,17 +11,32 @@ from typing import Any
 
 from mmtrain.errors import ConfigError, nearest
 
-# What the run file decides. DeepSpeed would silently prefer its own file, so none may be there.
-_DECIDED_BY_RUN_FILE = {
-    "train_batch_size": "optim.global_batch",
-    "train_micro_batch_size_per_gpu": "optim.micro_batch",
-    "gradient_accumulation_steps": "optim.global_batch and optim.micro_batch",
-    "optimizer": "optim",
-    "scheduler": "optim.schedule",
-    "gradient_clipping": "optim.max_grad_norm",
-    "fp16": "model.dtype",
-    "bf16": "model.dtype",
+_OBEYED = (
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "aio",
+)
+# Everything else is refused, not overridden: DeepSpeed would silently prefer its own file.
+_DECIDED_ELSEWHERE = {
+    "train_batch_size": "the run file's optim.global_batch decides it",
+    "train_micro_batch_size_per_gpu": "the run file's optim.micro_batch decides it",
+    "gradient_accumulation_steps": "the run file's optim.global_batch and optim.micro_batch"
+    " decide it",
+    "optimizer": "the run file's optim decides it",
+    "scheduler": "the run file's optim.schedule decides it",
+    "gradient_clipping": "the run file's optim.max_grad_norm decides it",
+    "fp16": "the run file's model.dtype decides it",
+    "bf16": "the run file's model.dtype decides it",
+    "bfloat16": "the run file's model.dtype decides it",
+    "amp": "the run file's model.dtype decides it",
+    "torch_autocast": "the run file's model.dtype decides it",
+    "activation_checkpointing": "the run file's parallel.activation_checkpointing decides it",
+    "data_types": "gradients are always summed in fp32",
+    "communication_data_type": "gradients always travel in fp32",
+    "steps_per_print": "progress is logged by mmtrain",
 }
+_LARGEST_FILE_BYTES = 2**20
 
 
 def deepspeed_names() -> list[str]:
@@ -31,16 +47,17 @@ def deepspeed_names() -> list[str]:
 
 def find_deepspeed_config(name_or_path: str) -> dict[str, Any]:
     """The DeepSpeed settings of a name in ds_configs/ or of a JSON file."""
-    source = _read(name_or_path)
     try:
-        settings = json.loads(source)
-    except json.JSONDecodeError as error:
+        settings = json.loads(_read(name_or_path), object_pairs_hook=_without_repeats)
+        if not isinstance(settings, dict):
+            raise _problem(name_or_path, "must be a JSON object")
+        problems = list(_problems(settings))
+    except ValueError as error:
         raise _problem(name_or_path, f"is not valid JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise _problem(name_or_path, "must be a JSON object")
-    problems = list(_problems(settings))
+    except RecursionError:
+        raise _problem(name_or_path, "is nested too deeply to be a DeepSpeed file") from None
     if problems:
-        raise ConfigError(f"parallel.deepspeed: '{name_or_path}': {item}" for item in problems)
+        raise ConfigError(f"parallel.deepspeed: {name_or_path!r}: {item}" for item in problems)
     return settings
 
 
@@ -56,23 +73,54 @@ def _read(name_or_path: str) -> str:
     if not is_path:
         remedy = nearest(name_or_path, deepspeed_names())
         raise _problem(name_or_path, f"no such file in ds_configs; {remedy} or a path ending .json")
+    return _text_of(name_or_path)
+
+
+def _text_of(name_or_path: str) -> str:
+    """The content of a file that may be anything."""
     try:
-        return Path(name_or_path).read_text(encoding="utf-8")
+        path = Path(name_or_path)
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise _problem(name_or_path, "is no regular file")
+        with open(path, "rb") as file:
+            content = file.read(_LARGEST_FILE_BYTES + 1)
+        if len(content) > _LARGEST_FILE_BYTES:
+            raise _problem(name_or_path, "is larger than 1 MiB, no DeepSpeed file")
+        return content.decode()
     except OSError as error:
         raise _problem(name_or_path, f"cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise _problem(name_or_path, "is no text, so no JSON") from None
+    except ValueError:
+        raise _problem(name_or_path, "is no path: it holds a NUL character") from None
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that stands there twice, json would silently take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"'{max(keys, key=keys.count)}' stands there twice")
+    return found
 
 
 def _problems(settings: Mapping[str, Any]) -> Iterator[str]:
-    for key, owner in _DECIDED_BY_RUN_FILE.items():
-        if key in settings:
-            yield f"'{key}' does not belong here, the run file's {owner} decides it; remove it"
-    for place in _autos(settings, ""):
-        if place.split(".")[0] not in _DECIDED_BY_RUN_FILE:
-            yield f"'{place}' is 'auto', which only the Hugging Face Trainer fills in; remove it"
+    for key in settings:
+        if key in _DECIDED_ELSEWHERE:
+            yield f"'{key}' does not belong here, {_DECIDED_ELSEWHERE[key]}; remove it"
+        elif key not in _OBEYED:
+            yield f"'{key}' does not say how state is spread; {nearest(key, _OBEYED)}; or remove it"
+        else:
+            for place in _autos(settings[key], key):
+                yield f"'{place}' is 'auto', which only Hugging Face's Trainer fills in; remove it"
+    if settings.get("zero_allow_untested_optimizer", True) is not True:
+        yield "'zero_allow_untested_optimizer' must be true: torch's AdamW trains; remove it"
     zero = settings.get("zero_optimization", {})
     stage = zero.get("stage", 0) if isinstance(zero, dict) else None
-    if stage not in (0, 1, 2, 3):
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
         yield f"zero_optimization.stage is {stage!r}; give 0, 1, 2 or 3"
+    elif "offload_optimizer" in zero and settings.get("zero_force_ds_cpu_optimizer") is not False:
+        yield 'offload_optimizer needs "zero_force_ds_cpu_optimizer": false: torch\'s AdamW trains'
 
 
 def _autos(value: Any, place: str) -> Iterator[str]:
@@ -80,8 +128,8 @@ def _autos(value: Any, place: str) -> Iterator[str]:
         yield place
     elif isinstance(value, dict):
         for key, inner in value.items():
-            yield from _autos(inner, f"{place}.{key}" if place else key)
+            yield from _autos(inner, f"{place}.{key}")
 
 
 def _problem(name: str, text: str) -> ConfigError:
-    return ConfigError([f"parallel.deepspeed: '{name}': {text}"])
+    return ConfigError([f"parallel.deepspeed: {name!r}: {text}"])

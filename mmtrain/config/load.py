@@ -33,14 +33,8 @@ def parse_run(
 
 def read_data(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], list[str]]:
     """The raw mapping of a run file with overrides, and the problems met on the way."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        remedy = "give the path of a run file; `mmtrain init` writes one"
-        raise ConfigError([f"there is no such file; {remedy}"], str(path)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"cannot be read as text: {error}"], str(path)) from None
-    data, problems = yaml_text.parse(text)
+    remedy = "give the path of a run file; `mmtrain init` writes one"
+    data, problems = yaml_text.read(path, remedy)
     if problems and data is None:
         raise ConfigError(problems, str(path))
     if not isinstance(data, dict):
@@ -85,7 +79,9 @@ def _set(data: dict[str, Any], keys: Sequence[str], value: Any) -> list[str]:
         here = here[key]
         if not isinstance(here, dict):
             above = ".".join(keys[:depth])
-            return [f"{'.'.join(keys)}: cannot be set, {above} is {shown(here)}, not a section"]
+            return [
+                f"{'.'.join(keys)}: cannot be set, {above} is {shown(here, above)}, not a section"
+            ]
     here[keys[-1]] = value
     return []
 

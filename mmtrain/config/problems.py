@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from mmtrain.config.schema import LAYERS_PATTERN, RUN_NAME_PATTERN
+from mmtrain.config.schema import LAYERS_PATTERN, PATH_PATTERN, RUN_NAME_PATTERN
 from mmtrain.errors import nearest
+from mmtrain.safe_text import redact_user_text, redacted
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -64,6 +65,7 @@ PATTERN_WORDS = {
     RUN_NAME_PATTERN: "a name of at most 100 letters, digits, '.', '_' or '-' that starts with a "
     "letter or digit",
     LAYERS_PATTERN: "all, first-N, last-N",
+    PATH_PATTERN: "a path",
 }
 
 
@@ -87,8 +89,9 @@ def _conflicts_behind(
     error: ValidationError, model: type[BaseModel], data: Any, prefix: str, known: Sequence[str]
 ) -> list[str]:
     """Conflicts between keys, which pydantic looks for only where every single key is valid."""
-    for item in error.errors(include_url=False):
-        _without(data, _real_path(item, data))
+    paths = [_real_path(item, data) for item in error.errors(include_url=False)]
+    for path in paths:
+        _without(data, path)
     try:
         model.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as second:
@@ -122,7 +125,7 @@ def _in_words(
         if sentence:
             sentences[place] = f"{place}: {sentence}" if place else sentence
         else:
-            expected = _expected(item)
+            expected = _expected(item, place)
             seen[place] = item["input"]
             known = expectations.setdefault(place, [])
             if expected not in known:
@@ -130,7 +133,9 @@ def _in_words(
     for place, known in expectations.items():
         if any(deeper.startswith(f"{place}.") for deeper in expectations):
             continue  # the other branch of a union: the deeper one saw what was meant
-        sentences.setdefault(place, f"{place}: got {shown(seen[place])}; give {' or '.join(known)}")
+        sentences.setdefault(
+            place, f"{place}: got {shown(seen[place], place)}; give {' or '.join(known)}"
+        )
     return list(sentences.values())
 
 
@@ -149,13 +154,13 @@ def _whole_sentence(
     return ""
 
 
-def _expected(item: Any) -> str:
+def _expected(item: Any, place: str) -> str:
     """What would be right there, as a noun."""
     context = {key: _number(value) for key, value in item.get("ctx", {}).items()}
     if item["type"] == "string_pattern_mismatch":
         return PATTERN_WORDS.get(context["pattern"], item["msg"])
     if item["type"] == "string_type" and isinstance(item["input"], (bool, int, float)):
-        return f"text, as in '{shown(item['input'])}' with its quotes"
+        return f"text, as in '{shown(item['input'], place)}' with its quotes"
     return _EXPECTED.get(item["type"], item["msg"]).format(**context)
 
 
@@ -218,9 +223,10 @@ def _model_of(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def shown(value: Any) -> str:
-    """A value as the user wrote it, cut to a readable length."""
+def shown(value: Any, place: str = "") -> str:
+    """A value as the user wrote it, without secrets and cut to a readable length."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    plain = json.dumps(redacted(value, place), ensure_ascii=False, default=str)
+    text = redact_user_text(plain)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -11,9 +11,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 RUN_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
-LAYERS_PATTERN = r"^(all|(first|last)-[1-9][0-9]*)$"
+LAYERS_PATTERN = r"^(all|(first|last)-[1-9][0-9]{0,8})$"
+MOST_THREADS = 1024  # no host has more cores; torch dies of more threads than it can start
 # A method's own options may not reuse these keys of a component block.
 RESERVED_COMPONENT_KEYS = frozenset({"mode", "method", "sublayers", "layers", "lr", "weight_decay"})
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -24,13 +28,20 @@ class Section(BaseModel):
     )
 
 
+# An empty path would mean the current folder, and one with a NUL no path at all.
+PATH_PATTERN = r"^[^\x00]*[^\x00\s][^\x00]*$"
+AnyPath = Annotated[str, Field(pattern=PATH_PATTERN)]
+
+
 class ShapeOverrides(Section):
     """Shapes of one component that differ from the checkpoint's."""
 
-    hidden_size: int | None = Field(None, ge=1, description="width of the residual stream")
-    layers: int | None = Field(None, ge=1, description="number of blocks")
+    hidden_size: int | None = Field(
+        None, ge=1, le=2**17, description="width of the residual stream"
+    )
+    layers: int | None = Field(None, ge=1, le=1024, description="number of blocks")
     heads: int | None = Field(None, ge=1, description="attention heads; must divide the width")
-    intermediate_size: int | None = Field(None, ge=1, description="width inside the MLP")
+    intermediate_size: int | None = Field(None, ge=1, le=2**20, description="width inside the MLP")
     activation: str | None = Field(None, description="activation by transformers' name, e.g. gelu")
 
 
@@ -38,7 +49,7 @@ class ModelConfig(Section):
     """Which base model: a checkpoint folder, or a preset's published shape without weights."""
 
     family: str = Field(description="plug-in in mmtrain/models/families, e.g. llava")
-    checkpoint: str | None = Field(None, description="folder in Hugging Face format")
+    checkpoint: AnyPath | None = Field(None, description="folder in Hugging Face format")
     preset: str | None = Field(
         None, description="published shape, random weights, e.g. llava-1.5-7b"
     )
@@ -50,7 +61,7 @@ class ModelConfig(Section):
     base_dropout: Literal[0, "checkpoint"] = Field(
         0, description="0 turns the base's own dropout off, 'checkpoint' keeps what its config says"
     )
-    vision_tower: str | None = Field(
+    vision_tower: AnyPath | None = Field(
         None, description="folder of the tower, where a checkpoint in LLaVA's own format lacks it"
     )
     overrides: dict[str, ShapeOverrides] = Field(
@@ -63,6 +74,9 @@ class ModelConfig(Section):
     max_pixels: int | None = Field(
         None, ge=1, description="largest picture, in families that keep its size; default: folder's"
     )
+    grounding_tokens: bool | None = Field(
+        None, description="texts hold <ref>, <box> and <quad> as control tokens (qwen_vl)"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
@@ -70,6 +84,8 @@ class ModelConfig(Section):
             raise ValueError("give exactly one of 'checkpoint' and 'preset'")
         if self.allow_reinit and not self.overrides:
             raise ValueError("'allow_reinit' does nothing without 'overrides'; leave it out")
+        if self.attention == "flash_attention_2" and self.dtype == "fp32":
+            raise ValueError("attention 'flash_attention_2' has no fp32; use 'sdpa', or dtype bf16")
         return self
 
 
@@ -113,8 +129,8 @@ class DataConfig(Section):
 
     task: str = Field(description="plug-in in mmtrain/tasks/datasets, e.g. scienceqa")
     template: str | None = Field(None, description="prompt template; default: the task's first")
-    train: str | None = Field(None, description="folder of training shards")
-    val: str | None = Field(None, description="folder of validation shards")
+    train: AnyPath | None = Field(None, description="folder of training shards")
+    val: AnyPath | None = Field(None, description="folder of validation shards")
     limit: int | None = Field(None, ge=1, description="use only the first N training samples")
     val_limit: int | None = Field(None, ge=1, description="use only the first N validation samples")
     seed: int | None = Field(None, ge=0, description="order of samples; default: the run's seed")
@@ -131,7 +147,7 @@ class OptimConfig(Section):
     """AdamW and its schedule."""
 
     lr: float = Field(2e-4, gt=0, description="peak learning rate")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW betas")
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     max_grad_norm: float = Field(1.0, ge=0, description="clip the global norm; 0 turns it off")
@@ -186,12 +202,14 @@ class GenerationConfig(Section):
 class ParallelConfig(Section):
     """How the model is spread over ranks."""
 
-    deepspeed: str = Field("zero1", description="name in ds_configs/ or path of a DeepSpeed JSON")
+    deepspeed: AnyPath = Field(
+        "zero1", description="name in ds_configs/ or path of a DeepSpeed JSON"
+    )
     activation_checkpointing: bool = Field(
         False, description="recompute activations in backward: less memory, about 1.3x the time"
     )
     threads: int | None = Field(
-        None, ge=1, description="CPU threads per rank; default: cores/ranks"
+        None, ge=1, le=MOST_THREADS, description="CPU threads per rank; default: cores/ranks"
     )
 
 
@@ -211,7 +229,7 @@ class RunConfig(Section):
     name: str = Field("run", pattern=RUN_NAME_PATTERN, description="name of the run and its folder")
     seed: int = Field(42, ge=0, lt=2**31, description="keys initialisation, order and dropout")
     deterministic: bool = Field(True, description="deterministic kernels: bit-exact repeats")
-    output_dir: str | None = Field(None, description="run folder; default runs/<name>")
+    output_dir: AnyPath | None = Field(None, description="run folder; default runs/<name>")
     model: ModelConfig
     components: dict[str, ComponentConfig] = Field(
         default_factory=dict, description="per component; what is not named is frozen"

@@ -3,15 +3,30 @@
 YAML 1.1, which PyYAML reads, takes `2e-4` for text, `010` for 8, `12:30` for 750 and `no` for
 false. Reading and writing here use YAML 1.2's scalars instead, so that what is written is what
 is read back.
+
+What a file may ask of the reader is bounded before anything is built from it: its size, how deep
+it nests, and how large its aliases make it.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import yaml
+
+from mmtrain.errors import ConfigError
+
+# A run file has a few kB. The reader takes about a second for 100 kB.
+MAX_FILE_BYTES = 2**18
+_MAX_DEPTH = 50
+# Nodes and characters, aliases written out: a file of the size above has fewer without them.
+_MAX_SIZE = 500_000
+_MAX_INTEGER_DIGITS = 18
+# NUL ends a path, and half of a surrogate pair cannot be written anywhere.
+_UNUSABLE = re.compile("[\0\ud800-\udfff]")
 
 _INTEGER = re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$")
 # A dot or an exponent is required: `007` is a name, not seven.
@@ -41,6 +56,13 @@ def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
     return table
 
 
+class _Expanded(NamedTuple):
+    """What a node is with every alias in it written out."""
+
+    size: int  # nodes and characters
+    depth: int
+
+
 class _Loader(yaml.SafeLoader):
     """Safe loader that notes keys given twice instead of keeping the last one silently."""
 
@@ -49,15 +71,55 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.duplicates: list[str] = []
+        self._depth = 0
+        self._expanded: dict[int, _Expanded] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """A node, which is plain data of a bounded size; else it is an error."""
+        event = self.peek_event()
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            written = tag.replace("tag:yaml.org,2002:", "!!")
+            raise _fault(event, f"tags are not read here; remove '{written}'")
+        self._depth += 1
+        if self._depth > _MAX_DEPTH:
+            raise _fault(event, "nested too deeply")
+        node = super().compose_node(parent, index)
+        assert node is not None, "the end of a collection is no node"
+        if isinstance(event, yaml.AliasEvent) and id(node) not in self._expanded:
+            raise _fault(event, f"circular: *{event.anchor} stands inside of itself")
+        expanded = self._expanded[id(node)] = self._written_out(node)
+        self._depth -= 1
+        if self._depth + expanded.depth > _MAX_DEPTH:
+            raise _fault(event, "nested too deeply by its alias")
+        if expanded.size > _MAX_SIZE:
+            raise _fault(event, "its aliases make it too large; write out what is meant")
+        return node
+
+    def _written_out(self, node: yaml.Node) -> _Expanded:
+        if isinstance(node, yaml.ScalarNode):
+            if _UNUSABLE.search(node.value):
+                raise _fault(node, "a NUL or half of a surrogate pair is no text; remove it")
+            return _Expanded(1 + len(node.value), 1)
+        is_mapping = isinstance(node, yaml.MappingNode)
+        children = [part for pair in node.value for part in pair] if is_mapping else node.value
+        parts = [self._expanded[id(child)] for child in children]
+        depth = 1 + max((part.depth for part in parts), default=0)
+        return _Expanded(1 + sum(part.size for part in parts), depth)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """A whole number that every reader of the run file can hold."""
+        digits = node.value.replace("_", "").lstrip("+-")
+        if len(digits) > _MAX_INTEGER_DIGITS:
+            raise _fault(node, f"a whole number has at most {_MAX_INTEGER_DIGITS} digits")
+        return super().construct_yaml_int(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """A mapping whose keys are text as written."""
         first_line: dict[str, int] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(
-                    None, None, "a key must be plain text", key.start_mark
-                )
+                raise _fault(key, "a key must be plain text")
             line = key.start_mark.line + 1
             if key.value in first_line:
                 self.duplicates.append(
@@ -67,6 +129,14 @@ class _Loader(yaml.SafeLoader):
             first_line.setdefault(key.value, line)
         self.flatten_mapping(node)
         return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
+
+
+# PyYAML looks constructors up by tag, not by name.
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def _fault(at: Any, problem: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
 
 
 def _resolvers_of_both_versions() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
@@ -89,16 +159,33 @@ def parse(text: str) -> tuple[Any, list[str]]:
     try:
         loader = _Loader(text)
         duplicates = loader.duplicates
-        # Through JSON: nothing but plain data leaves here, and an anchor inside itself is found.
-        return json.loads(json.dumps(loader.get_single_data(), default=str)), duplicates
+        # Through JSON: what an alias repeats must not be one object, which a change would share.
+        return json.loads(json.dumps(loader.get_single_data())), duplicates
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        return None, [*duplicates, f"{where}not valid YAML: {error.problem}"]
+        return None, [*duplicates, f"{where}not valid YAML: {_whole_sentence(error)}"]
     except (yaml.YAMLError, ValueError) as error:
         return None, [*duplicates, f"not valid YAML: {' '.join(str(error).split())}"]
-    except RecursionError:
-        return None, [*duplicates, "not valid YAML: nested too deeply"]
+
+
+def _whole_sentence(error: yaml.MarkedYAMLError) -> str:
+    problem = str(error.problem)  # PyYAML begins some in the context: 'but found another document'
+    return f"{error.context} {problem}" if problem.startswith("but ") else problem
+
+
+def read(path: str | Path, remedy: str) -> tuple[Any, list[str]]:
+    """`parse` of a file; `remedy` says what to give where there is none."""
+    try:
+        with open(path, "rb") as file:  # no more than needed: it may have no end, as /dev/zero
+            content = file.read(MAX_FILE_BYTES + 1)
+        if len(content) > MAX_FILE_BYTES:
+            raise ValueError(f"more than {MAX_FILE_BYTES >> 10} KiB are no settings; {remedy}")
+        return parse(content.decode())
+    except FileNotFoundError:
+        raise ConfigError([f"there is no such file; {remedy}"], str(path)) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"cannot be read as text: {error}"], str(path)) from None
 
 
 def dump(data: Any) -> str:

@@ -1,24 +1,24 @@
 """Samples to bytes and back, without trusting the bytes.
 
-A sample is one JSON member `<key>.json` and its pictures `<key>.<i>.<ext>`, in plain tar framing,
-so that stock webdataset reads it too. Nothing here unpickles, decompresses a stream of unknown
-size, follows a link or runs a decoder outside the allow-list.
+A sample is one JSON member `<key>.json` and its pictures `<key>.<i>.<ext>` (a single one may be
+`<key>.<ext>`), as webdataset writes and reads them. Nothing here unpickles, decompresses a stream
+of unknown size or runs a decoder outside the allow-list.
 """
 
 from __future__ import annotations
 
 import json
 import struct
-import tarfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha256
 from io import BytesIO
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from mmtrain.data.tar import COPY_AGAIN, Member, split_name
 from mmtrain.errors import DataError
 from mmtrain.tasks.interface import ImageBytes, Sample, Turn
 
@@ -28,10 +28,11 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_MEMBER_BYTES = 64 * 2**20
 # Well below the size at which Pillow begins to warn; 24 bits per pixel make 192 MB of this.
 MAX_PIXELS = 64_000_000
-BLOCK_BYTES = 512
+# Families scale the short side to a size, or pad to a square: a line of one pixel's width, a few
+# bytes long, would become gigabytes.
+MAX_ASPECT_RATIO = 200
+MAX_SIDE_PIXELS = 16_384
 DIGEST_BYTES = 16
-
-Member = tuple[str, bytes]
 
 # What Pillow's readers raise on bytes that are no intact picture.
 _BROKEN_IMAGE = (
@@ -102,15 +103,16 @@ def encode_sample(sample: Sample, key: str) -> list[Member]:
     return members
 
 
-def decode_sample(members: Sequence[Member], key: str) -> Sample:
-    """The sample that a key's members hold. A `txt` member is an answer in plain text."""
+def decode_sample(members: Sequence[Member]) -> Sample:
+    """The sample that one key's members hold. A `txt` member is an answer in plain text."""
+    key = split_name(members[0][0])[0] if members else ""
     record: dict[str, Any] | None = None
     captions: list[str] = []
     images: list[tuple[int, ImageBytes]] = []
     for name, data in members:
-        stem, suffix = _check_member(name, len(data))
-        if stem != key:
-            raise DataError(f"member {name!r} lies where sample {key!r} is expected;", _COPY_AGAIN)
+        own_key, suffix = _check_member(name, len(data))
+        if own_key != key:
+            raise DataError(f"member {name!r} lies where sample {key!r} is expected;", COPY_AGAIN)
         number, _, extension = suffix.rpartition(".")
         if extension in IMAGE_EXTENSIONS:
             images.append((_image_number(name, number), ImageBytes(extension, data)))
@@ -119,24 +121,29 @@ def decode_sample(members: Sequence[Member], key: str) -> Sample:
         elif record is None:
             record = _json_object(name, data)
         else:
-            raise DataError(f"sample {key!r} has two JSON members;", _COPY_AGAIN)
+            raise DataError(f"sample {key!r} has two JSON members;", "merge them into one.")
+    images.sort(key=lambda image: image[0])
     if [number for number, _ in images] != list(range(len(images))):
-        raise DataError(f"the pictures of sample {key!r} are not numbered 0, 1, …;", _COPY_AGAIN)
+        raise DataError(f"the pictures of sample {key!r} are not numbered 0, 1, …;", _NAME_PICTURES)
     if record is None:
-        raise DataError(f"sample {key!r} has no JSON member;", _COPY_AGAIN)
+        raise DataError(f"sample {key!r} has no JSON member;", f"give it a {key}.json. {_SEE_DOCS}")
     return _sample(record, tuple(image for _, image in images), tuple(captions), key)
 
 
-_COPY_AGAIN = "the shard is damaged: copy or build it again."
+_NAME_PICTURES = "name them <key>.<i>.<ext>, or a single one <key>.<ext>."
+_SEE_DOCS = "docs/shards.md says what a sample must hold."
 
 
 def _check_member(name: str, num_bytes: int) -> tuple[str, str]:
     """Split a member name into key and suffix; refuse what is not on the allow-list."""
-    key, _, suffix = name.partition(".")
+    key, suffix = split_name(name)
     extension = suffix.rpartition(".")[2]
-    if extension not in IMAGE_EXTENSIONS | TEXT_EXTENSIONS or not key or "/" in name:
+    if extension not in IMAGE_EXTENSIONS | TEXT_EXTENSIONS or _leads_astray(key):
         allowed = ", ".join(sorted(IMAGE_EXTENSIONS | TEXT_EXTENSIONS))
-        raise DataError(f"member {name!r} is not allowed in a shard;", f"allowed types: {allowed}.")
+        raise DataError(
+            f"member {name!r} is not allowed in a shard;",
+            f"leave it out or rename it: <key>.<type> with a type of {allowed}.",
+        )
     if num_bytes > MAX_MEMBER_BYTES:
         raise DataError(
             f"member {name!r} has {num_bytes} bytes, more than {MAX_MEMBER_BYTES};",
@@ -145,9 +152,17 @@ def _check_member(name: str, num_bytes: int) -> tuple[str, str]:
     return key, suffix
 
 
+def _leads_astray(key: str) -> bool:
+    """Whether a key names nothing, or would leave the folder that a shard is unpacked into."""
+    parts = key.split("/")
+    return not parts[-1] or key.startswith("/") or ".." in parts
+
+
 def _image_number(name: str, number: str) -> int:
+    if not number:
+        return 0
     if not (number.isascii() and number.isdecimal() and len(number) <= 4):
-        raise DataError(f"picture {name!r} has no number in its name;", "name it <key>.<i>.<ext>.")
+        raise DataError(f"picture {name!r} has no number in its name;", _NAME_PICTURES)
     return int(number)
 
 
@@ -155,91 +170,90 @@ def _text(name: str, data: bytes) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as fault:
-        raise DataError(f"member {name!r} is not UTF-8: {fault.reason};", _COPY_AGAIN) from fault
+        raise DataError(f"member {name!r} is not UTF-8: {fault.reason};", _WRITE_AGAIN) from fault
+
+
+_WRITE_AGAIN = "correct it where the shard was made, then build or index the folder again."
 
 
 def _json_object(name: str, data: bytes) -> dict[str, Any]:
     try:
         record = json.loads(_text(name, data))
-    except (ValueError, RecursionError) as fault:
-        raise DataError(f"member {name!r} is not valid JSON: {fault};", _COPY_AGAIN) from fault
-    if not isinstance(record, dict):
-        raise DataError(f"member {name!r} holds no JSON object;", _COPY_AGAIN)
-    return record
-
-
-def _sample(
-    record: dict[str, Any], images: tuple[ImageBytes, ...], captions: tuple[str, ...], key: str
-) -> Sample:
-    """A checked Sample: JSON from a shard may hold anything."""
-    texts = {name: record.get(name, []) for name in ("answers", "choices")}
-    turns, meta = record.get("turns", []), record.get("meta", {})
-    sample_id, question = record.get("id", key), record.get("question", "")
-    well_formed = (
-        isinstance(sample_id, str)
-        and isinstance(question, str)
-        and isinstance(meta, dict)
-        and all(_is_text_list(value) for value in texts.values())
-        and isinstance(turns, list)
-        and all(_is_text_list(turn) and len(turn) == 2 for turn in turns)
-    )
-    if not well_formed:
-        raise DataError(f"the JSON of sample {key!r} has a field of a wrong type;", _COPY_AGAIN)
-    if record.get("num_images", len(images)) != len(images):
+        # Escapes such as \ud800 stand for no character: no tokenizer takes them.
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as fault:
         raise DataError(
-            f"sample {sample_id!r} has {len(images)} pictures, {record['num_images']} expected;",
-            _COPY_AGAIN,
-        )
-    return Sample(
-        id=sample_id,
-        images=images,
-        turns=tuple(Turn(role, text) for role, text in turns),
-        question=question,
-        answers=tuple(texts["answers"]) or captions,
-        choices=tuple(texts["choices"]),
-        meta=meta,
-    )
+            f"member {name!r} holds half a surrogate pair, which is no text;", _WRITE_AGAIN
+        ) from fault
+    except (ValueError, RecursionError) as fault:
+        raise DataError(f"member {name!r} is not valid JSON: {fault};", _WRITE_AGAIN) from fault
+    if not isinstance(record, dict):
+        raise DataError(f"member {name!r} holds no JSON object;", _WRITE_AGAIN)
+    return record
 
 
 def _is_text_list(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-# --- members <-> tar bytes ----------------------------------------------------------------------
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        _is_text_list(turn) and len(turn) == 2 and turn[0] in ("user", "assistant")
+        for turn in value
+    )
 
 
-def pack_members(members: Sequence[Member]) -> bytes:
-    """Tar bytes of members, with the same header for the same content on any machine."""
-    parts = []
-    for name, data in members:
-        info = tarfile.TarInfo(name)
-        info.size = len(data)
-        parts += [info.tobuf(tarfile.USTAR_FORMAT), data, bytes(-len(data) % BLOCK_BYTES)]
-    return b"".join(parts)
+# What the fields of a sample's JSON must be; others are nobody's and stay unread.
+_FIELDS: dict[str, tuple[Any, str, Callable[[Any], bool]]] = {
+    "id": (None, "a text", lambda value: isinstance(value, str) and value != ""),
+    "question": ("", "a text", lambda value: isinstance(value, str)),
+    "answers": ([], "a list of texts", _is_text_list),
+    "choices": ([], "a list of texts", _is_text_list),
+    "turns": ([], "a list of [user or assistant, text]", _is_conversation),
+    "meta": ({}, "an object", lambda value: isinstance(value, dict)),
+}
 
 
-def parse_header(block: bytes) -> tuple[str, int]:
-    """Name and size of the regular file that a 512-byte tar header announces."""
-    try:
-        info = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
-    except (tarfile.HeaderError, UnicodeDecodeError, ValueError) as fault:
-        raise DataError(f"no valid tar header ({fault});", _COPY_AGAIN) from fault
-    if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or info.size < 0:
-        raise DataError(f"member {info.name!r} is not a regular file;", _COPY_AGAIN)
-    return info.name, info.size
+def _sample(
+    record: dict[str, Any], images: tuple[ImageBytes, ...], captions: tuple[str, ...], key: str
+) -> Sample:
+    """A checked Sample: JSON from a shard may hold anything."""
+    values = {name: record.get(name, default) for name, (default, _, _) in _FIELDS.items()}
+    values["id"] = record.get("id", key)
+    for name, (_, kind, fits) in _FIELDS.items():
+        if not fits(values[name]):
+            shown = json.dumps(values[name])[:_SHOWN_CHARACTERS]
+            raise DataError(f"sample {key!r}: '{name}' is {shown}, not {kind};", _WRITE_AGAIN)
+    expected = record.get("num_images", len(images))
+    if expected != len(images):
+        shown = json.dumps(expected)[:_SHOWN_CHARACTERS]
+        raise DataError(f"sample {key!r} has {len(images)} pictures, {shown} expected;", COPY_AGAIN)
+    sample = Sample(
+        id=values["id"],
+        images=images,
+        turns=tuple(Turn(role, text) for role, text in values["turns"]),
+        question=values["question"],
+        answers=tuple(values["answers"]) or captions,
+        choices=tuple(values["choices"]),
+        meta=values["meta"],
+    )
+    return _answered(sample)
 
 
-def unpack_members(record: bytes) -> list[Member]:
-    """The members in a stretch of tar bytes, which must hold whole members only."""
-    members, position = [], 0
-    while position < len(record):
-        name, size = parse_header(record[position : position + BLOCK_BYTES])
-        start = position + BLOCK_BYTES
-        if start + size > len(record):
-            raise DataError(f"member {name!r} is cut off;", _COPY_AGAIN)
-        members.append((name, record[start : start + size]))
-        position = start + size + -size % BLOCK_BYTES
-    return members
+_SHOWN_CHARACTERS = 40
+
+
+def _answered(sample: Sample) -> Sample:
+    """A sample with something to learn, and to be scored against."""
+    if not sample.answers and not sample.turns:
+        raise DataError(f"sample {sample.id!r} has no answer;", f"fill 'answers'. {_SEE_DOCS}")
+    if sample.choices and sample.answers and sample.answers[0] not in sample.choices:
+        raise DataError(
+            f"sample {sample.id!r}: its answer {sample.answers[0][:_SHOWN_CHARACTERS]!r} is none of"
+            f" its {len(sample.choices)} choices;",
+            "answers[0] must be one of them to the letter.",
+        )
+    return sample
 
 
 # --- pictures -----------------------------------------------------------------------------------
@@ -255,24 +269,35 @@ def decode_image(data: bytes, sample_id: str, max_pixels: int = MAX_PIXELS) -> I
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         with Image.open(BytesIO(data), formats=IMAGE_FORMATS) as image:
-            width, height = image.size
-            if width * height <= max_pixels:
+            fault = _size_fault(*image.size, max_pixels)
+            if not fault:
                 image.load()
                 return _to_rgb(ImageOps.exif_transpose(image))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as fault:
-        raise DataError(f"sample {sample_id!r}: {fault};", _MAKE_SMALLER) from fault
-    except _BROKEN_IMAGE as fault:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as bomb:
+        raise DataError(f"sample {sample_id!r}: {bomb};", _MAKE_SMALLER) from bomb
+    except _BROKEN_IMAGE as broken:
+        unknown = isinstance(broken, UnidentifiedImageError)
+        why = "of another format, or cut" if unknown else broken
         raise DataError(
-            f"sample {sample_id!r}: a picture of {len(data)} bytes cannot be decoded ({fault});",
+            f"sample {sample_id!r}: a picture of {len(data)} bytes cannot be decoded ({why});",
             "it must be an intact JPEG, PNG or WebP file.",
-        ) from fault
-    raise DataError(
-        f"sample {sample_id!r}: a picture of {width} x {height} pixels exceeds {max_pixels};",
-        _MAKE_SMALLER,
-    )
+        ) from broken
+    raise DataError(f"sample {sample_id!r}: {fault};", _MAKE_SMALLER)
 
 
-_MAKE_SMALLER = "scale it down before building the shards."
+def _size_fault(width: int, height: int, max_pixels: int) -> str:
+    size = f"a picture of {width} x {height} pixels"
+    short, long = sorted((width, height))
+    if width * height > max_pixels:
+        return f"{size} exceeds {max_pixels}"
+    if long > MAX_SIDE_PIXELS:
+        return f"{size} has a side of more than {MAX_SIDE_PIXELS}"
+    if long > MAX_ASPECT_RATIO * short:
+        return f"{size} is more than {MAX_ASPECT_RATIO} times as long as wide"
+    return ""
+
+
+_MAKE_SMALLER = "scale it down or crop it before building the shards."
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -6,22 +6,24 @@ the sha256 of the manifest alone names the data of a run.
 
 from __future__ import annotations
 
+import ast
 import json
 from hashlib import sha256
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mmtrain.data.codec import BLOCK_BYTES, DIGEST_BYTES
+from mmtrain.data.codec import DIGEST_BYTES
+from mmtrain.data.tar import BLOCK_BYTES
 from mmtrain.errors import DataError
+from mmtrain.files import read_regular
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.npy"
-SHARD_GLOB = "shard-*.tar"
+MAX_RECORD_BYTES = 2**30  # all members of one sample
 
 # One row per sample, in the order of the samples. A record is all tar bytes of one sample.
 INDEX_DTYPE = np.dtype(
@@ -30,6 +32,7 @@ INDEX_DTYPE = np.dtype(
         ("offset", "<u8"),
         ("size", "<u8"),
         ("characters", "<u4"),
+        ("id_key", "<u8"),  # hash of the sample's id: no two are equal
         ("image_digest", "u1", (DIGEST_BYTES,)),  # zero for a sample without a picture
         ("record_digest", "u1", (DIGEST_BYTES,)),
     ]
@@ -37,6 +40,14 @@ INDEX_DTYPE = np.dtype(
 
 _SHA256 = r"^[0-9a-f]{64}$"
 _BUILD_AGAIN = "copy the folder again, or build it with `mmtrain shards build`."
+INDEX_AGAIN = (
+    "copy the folder again, or write new ones: `mmtrain shards index DIR --task T --overwrite`."
+)
+_MAX_MANIFEST_BYTES = 64 * 2**20
+_MAX_HEADER_BYTES = 4096  # of an .npy file; ours takes 384
+_NPY_START_BYTES = 10  # magic, version and the length of the header
+_LEAST_RECORD_BYTES = 2 * BLOCK_BYTES  # a sample has a JSON member: a header and a block
+_MAX_BYTES = 2**63 - 1
 
 
 class ShardInfo(BaseModel):
@@ -44,11 +55,11 @@ class ShardInfo(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    # The pattern also keeps a manifest from naming files elsewhere.
-    name: str = Field(pattern=r"^shard-\d{6}\.tar$")
+    # The pattern also keeps a manifest from naming files elsewhere, and out of the way.
+    name: str = Field(pattern=r"^[^./\x00-\x1f\x7f][^/\x00-\x1f\x7f]*\.tar$", max_length=255)
     samples: int = Field(ge=1)
     members: int = Field(ge=1)
-    bytes: int = Field(ge=1)
+    bytes: int = Field(ge=1, le=_MAX_BYTES)
     sha256: str = Field(pattern=_SHA256)
 
 
@@ -87,20 +98,33 @@ def sample_name(index: int) -> str:
     return f"{index:09d}"
 
 
-def read_manifest(folder: Path) -> tuple[Manifest, str]:
-    """The manifest of a shard folder and its sha256."""
+def shard_files(folder: Path) -> list[str]:
+    """The tars of a folder in the order of their names, which is the order of the samples."""
+    return sorted(path.name for path in folder.glob("*.tar") if not path.name.startswith("."))
+
+
+def read_manifest(folder: Path, task: str | None = None) -> tuple[Manifest, str]:
+    """The manifest of a shard folder and its sha256; it must be of `task`, if one is given."""
     if not folder.is_dir():
         raise DataError(
             f"there is no shard folder '{folder}';", "build it with `mmtrain shards build`."
         )
     try:
-        data = (folder / MANIFEST_NAME).read_bytes()
+        data = read_regular(folder / MANIFEST_NAME, _MAX_MANIFEST_BYTES)
     except OSError as fault:
         raise DataError(
             f"'{folder}' has no readable {MANIFEST_NAME} ({fault.strerror});",
-            f"without it lost data cannot be noticed: {_BUILD_AGAIN}",
+            f"without it lost data cannot be noticed: {_BUILD_AGAIN} Tars of another program get"
+            " one by `mmtrain shards index`.",
         ) from fault
-    return _parse_manifest(data, folder / MANIFEST_NAME), sha256(data).hexdigest()
+    manifest = _parse_manifest(data, folder / MANIFEST_NAME)
+    if task is not None and manifest.task != task:
+        raise DataError(
+            f"the shards in '{folder}' are of task '{manifest.task}', data.task is '{task}';",
+            "correct one of the two; samples that fit this task as well get another manifest by"
+            f" `mmtrain shards index {folder} --task {task} --overwrite`.",
+        )
+    return manifest, sha256(data).hexdigest()
 
 
 def _parse_manifest(data: bytes, path: Path) -> Manifest:
@@ -112,7 +136,7 @@ def _parse_manifest(data: bytes, path: Path) -> Manifest:
     if version != FORMAT_VERSION:
         raise DataError(
             f"'{path}' has format_version {version!r}, this mmtrain reads {FORMAT_VERSION};",
-            "build the shards again, or use the mmtrain that wrote them.",
+            f"build them again, or `mmtrain shards index {path.parent} --task T --overwrite`.",
         )
     try:
         manifest = Manifest.model_validate(content)
@@ -120,44 +144,84 @@ def _parse_manifest(data: bytes, path: Path) -> Manifest:
         first = fault.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise DataError(f"'{path}': {where}: {first['msg']};", _BUILD_AGAIN) from fault
-    if [shard.name for shard in manifest.shards] != [
-        shard_name(number) for number in range(len(manifest.shards))
-    ] or sum(shard.samples for shard in manifest.shards) != manifest.samples:
+    if not _agrees_with_itself(manifest):
         raise DataError(f"'{path}' contradicts itself in its list of shards;", _BUILD_AGAIN)
     return manifest
+
+
+def _agrees_with_itself(manifest: Manifest) -> bool:
+    names = [shard.name for shard in manifest.shards]
+    return (
+        names == sorted(set(names))
+        and sum(shard.samples for shard in manifest.shards) == manifest.samples
+        and all(shard.samples * _LEAST_RECORD_BYTES <= shard.bytes for shard in manifest.shards)
+    )
 
 
 def surplus_shards(folder: Path, manifest: Manifest) -> list[str]:
     """Shard files that the manifest does not know: stock readers with a glob would read them."""
     known = {shard.name for shard in manifest.shards}
-    return sorted(path.name for path in folder.glob(SHARD_GLOB) if path.name not in known)
+    return [name for name in shard_files(folder) if name not in known]
 
 
 def read_index(folder: Path, manifest: Manifest) -> np.ndarray:
     """The checked index of a shard folder, read-only."""
     path = folder / INDEX_NAME
     try:
-        data = path.read_bytes()
+        # Bounded before it is read: a damaged or made-up file must not fill the memory.
+        most = _MAX_HEADER_BYTES + manifest.samples * INDEX_DTYPE.itemsize
+        data = read_regular(path, most)
     except OSError as fault:
-        raise DataError(f"'{path}' is not readable ({fault.strerror});", _BUILD_AGAIN) from fault
+        raise DataError(f"'{path}' is not readable ({fault.strerror});", INDEX_AGAIN) from fault
     if sha256(data).hexdigest() != manifest.index_sha256:
         raise DataError(
-            f"'{path}' ({len(data)} bytes) is not the one the manifest names;", _BUILD_AGAIN
+            f"'{path}' ({len(data)} bytes) is not the one the manifest names;", INDEX_AGAIN
         )
-    try:
-        index = np.load(BytesIO(data), allow_pickle=False)
-    except (ValueError, OSError, EOFError) as fault:
-        raise DataError(f"'{path}' is no numpy array: {fault};", _BUILD_AGAIN) from fault
-    if not isinstance(index, np.ndarray) or not _fits(index, manifest):
-        raise DataError(f"'{path}' does not fit the manifest beside it;", _BUILD_AGAIN)
-    index.setflags(write=False)
+    index = _parse_index(data, path, manifest)
+    if not _fits(index, manifest):
+        raise DataError(f"'{path}' does not fit the manifest beside it;", INDEX_AGAIN)
+    _, first, times = np.unique(index["id_key"], return_index=True, return_counts=True)
+    if (times > 1).any():
+        number = int(first[times > 1].min())
+        raise DataError(
+            f"'{path}': {int((times > 1).sum())} ids stand for several samples, the first is that"
+            f" of sample {number};",
+            "give every sample an id of its own, then build or index the folder again.",
+        )
     return index
+
+
+def _parse_index(data: bytes, path: Path, manifest: Manifest) -> np.ndarray:
+    """The rows of an `.npy` file, without trusting the number of rows that its header claims."""
+    start = _NPY_START_BYTES + int.from_bytes(data[8:10], "little")
+    expected = {
+        "descr": np.lib.format.dtype_to_descr(INDEX_DTYPE),
+        "fortran_order": False,
+        "shape": (manifest.samples,),
+    }
+    rows = memoryview(data)[start:]
+    if (
+        data[:8] != b"\x93NUMPY\x01\x00"
+        or _literal(data[_NPY_START_BYTES:start]) != expected
+        or len(rows) != manifest.samples * INDEX_DTYPE.itemsize
+    ):
+        raise DataError(
+            f"'{path}' is damaged: its header and its {len(data)} bytes are not those of"
+            f" {manifest.samples} samples;",
+            INDEX_AGAIN,
+        )
+    return np.frombuffer(rows, dtype=INDEX_DTYPE)
+
+
+def _literal(text: bytes) -> Any:
+    try:
+        return ast.literal_eval(text.decode("latin-1"))
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return None
 
 
 def _fits(index: np.ndarray, manifest: Manifest) -> bool:
     """Whether every row points at whole blocks inside its shard, sample after sample."""
-    if index.dtype != INDEX_DTYPE or index.shape != (manifest.samples,):
-        return False
     expected = np.repeat(
         np.arange(len(manifest.shards)), [shard.samples for shard in manifest.shards]
     )
@@ -168,4 +232,4 @@ def _fits(index: np.ndarray, manifest: Manifest) -> bool:
     # Compared by subtraction: the sum of two unsigned numbers from a file may wrap around.
     inside = (offsets < shard_bytes) & (sizes <= shard_bytes - np.minimum(offsets, shard_bytes))
     whole_blocks = (offsets % BLOCK_BYTES == 0) & (sizes % BLOCK_BYTES == 0) & (sizes > 0)
-    return bool((inside & whole_blocks).all())
+    return bool((inside & whole_blocks & (sizes <= MAX_RECORD_BYTES)).all())

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from mmtrain.data.codec import decode_sample, short_digest, unpack_members
-from mmtrain.data.manifest import Manifest, read_index, read_manifest, sample_name, surplus_shards
-from mmtrain.data.verify import Progress, verify_folder
+from mmtrain.data.codec import decode_sample, short_digest
+from mmtrain.data.manifest import Manifest, read_index, read_manifest, surplus_shards
+from mmtrain.data.order import sample_key
+from mmtrain.data.tar import unpack_members
 from mmtrain.errors import DataError
+from mmtrain.files import open_regular, read_at
 from mmtrain.tasks.interface import Sample
 
 # Far below the usual limit of 1024 open files, which sockets and libraries share.
@@ -34,14 +36,14 @@ class _ShardFiles:
         """`size` bytes at `offset`; fewer only where the file ends."""
         descriptor = self._descriptors.get(shard)
         if descriptor is not None:
-            return _pread(descriptor, offset, size)
-        descriptor = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+            return read_at(descriptor, offset, size)
+        descriptor = open_regular(self._paths[shard])
         with self._lock:
             kept = shard not in self._descriptors and len(self._descriptors) < _MAX_OPEN_SHARDS
             if kept:
                 self._descriptors[shard] = descriptor
         try:
-            return _pread(descriptor, offset, size)
+            return read_at(descriptor, offset, size)
         finally:
             if not kept:
                 os.close(descriptor)
@@ -50,18 +52,6 @@ class _ShardFiles:
 def _close_all(descriptors: dict[int, int]) -> None:
     for descriptor in descriptors.values():
         os.close(descriptor)
-
-
-def _pread(descriptor: int, offset: int, size: int) -> bytes:
-    """One `pread` nearly always; network file systems may return less than asked for."""
-    parts = []
-    while size > 0:
-        part = os.pread(descriptor, size, offset)
-        if not part:
-            break
-        parts.append(part)
-        offset, size = offset + len(part), size - len(part)
-    return b"".join(parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,10 +65,13 @@ class ShardFolder:
     _files: _ShardFiles = field(repr=False)
 
     @classmethod
-    def open(cls, path: str | Path) -> ShardFolder:
-        """Open a folder after the cheap checks: manifest, index, names and sizes of the shards."""
+    def open(cls, path: str | Path, task: str | None = None) -> ShardFolder:
+        """Open a folder after the cheap checks: manifest, index, names and sizes of the shards.
+
+        Shards of another task than `task` are refused.
+        """
         folder = Path(path)
-        manifest, digest = read_manifest(folder)
+        manifest, digest = read_manifest(folder, task)
         problems = _size_problems(folder, manifest)
         if problems:
             more = len(problems) - _NAMED_AT_MOST
@@ -109,17 +102,16 @@ class ShardFolder:
         if short_digest([record]) != row["record_digest"].tobytes():
             raise DataError(f"{where} is not what was built (checksum differs);", self._remedy)
         try:
-            return decode_sample(unpack_members(record), sample_name(i))
+            sample = decode_sample(unpack_members(record))
         except DataError as fault:
             raise DataError(f"{where}: {fault.fault}", fault.remedy) from fault
+        if sample_key(sample.id) != row["id_key"]:
+            raise DataError(f"{where} has the id {sample.id!r}, the index another;", self._remedy)
+        return sample
 
     def image_digest(self, i: int) -> bytes:
         """Identity of the pictures of sample `i`; all zero bytes if it has none."""
         return bytes(self.index[i]["image_digest"].tobytes())
-
-    def verify(self, progress: Progress | None = None) -> list[str]:
-        """Every problem of the folder, found by reading all of it."""
-        return verify_folder(self.path, progress)
 
     @property
     def _remedy(self) -> str:

@@ -10,10 +10,28 @@ from PIL import Image
 
 from mmtrain.data.codec import decode_image
 from mmtrain.data.shards import ShardFolder
+from mmtrain.errors import DataError
 from mmtrain.models.interface import Example
 from mmtrain.tasks.interface import Rendered, Sample, Template
 
 Encode = Callable[[str, Rendered, Sequence[Any]], Example]
+
+
+def open_images(sample: Sample) -> list[Image.Image]:
+    """The pictures of a sample, decoded."""
+    return [decode_image(image.data, sample.id) for image in sample.images]
+
+
+def render(template: Template, sample: Sample) -> Rendered:
+    """A sample through a template, which shards of any origin may not fit."""
+    try:
+        return template(sample)
+    except (LookupError, TypeError, ValueError, AttributeError) as fault:
+        raise DataError(
+            f"sample {sample.id!r} does not fit the task's template '{template.__name__}'"
+            f" ({type(fault).__name__}: {fault});",
+            "give its JSON the fields that the task's own samples have.",
+        ) from fault
 
 
 @dataclass(frozen=True)
@@ -33,10 +51,14 @@ class Source:
         """The raw sample."""
         return self.shards.read(index)
 
+    def rendered(self, sample: Sample) -> Rendered:
+        """A sample as the run's template asks it."""
+        return render(self.template, sample)
+
     def example(self, index: int) -> Example:
         """The tokenised sample with its processed pictures."""
         sample = self.sample(index)
-        images = [decode_image(image.data, sample.id) for image in sample.images]
+        images = open_images(sample)
         if self.blank_images:
             images = [Image.new("RGB", image.size, (127, 127, 127)) for image in images]
-        return self.encode(sample.id, self.template(sample), images)
+        return self.encode(sample.id, self.rendered(sample), images)

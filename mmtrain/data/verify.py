@@ -1,48 +1,48 @@
-"""The full check of a shard folder: every byte against the manifest, every tar header walked.
-
-Tar readers stop without a word at a damaged header (an open CPython fault), so the number of
-members is counted here and never taken from what a reader happens to return.
-"""
+"""The full check of a shard folder: every byte against the manifest, every sample as it trains."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from hashlib import sha256
+from hashlib import file_digest
+from io import BufferedReader
+from os import SEEK_END
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
-from mmtrain.data.codec import BLOCK_BYTES, parse_header, short_digest
+from mmtrain import plugins
+from mmtrain.data.codec import short_digest
+from mmtrain.data.examine import examine_records
 from mmtrain.data.manifest import (
+    INDEX_AGAIN,
+    Manifest,
     ShardInfo,
     read_index,
     read_manifest,
-    sample_name,
     surplus_shards,
 )
-from mmtrain.errors import DataError
+from mmtrain.data.tar import Run, runs, walk
+from mmtrain.errors import DataError, MmtrainError
+from mmtrain.files import open_regular, read_at
+from mmtrain.tasks.interface import Task
 
-_CHUNK_BYTES = 2**20
 _NAMED_AT_MOST = 5
+_LISTED_AT_MOST = 20
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
-@dataclass(frozen=True)
-class _Member:
-    key: str
-    offset: int
-    end: int
-
-
 def verify_folder(folder: Path, progress: Progress | None = None) -> list[str]:
-    """Every problem of a shard folder, each naming its file; an empty list if there is none."""
+    """Every problem of a shard folder, each naming its file; an empty list if there is none.
+
+    Of samples that training would refuse, the first are named and the others counted.
+    """
     try:
         manifest, _ = read_manifest(folder)
-    except DataError as fault:
-        return [str(fault)]
+        task = plugins.load("task", manifest.task)
+    except MmtrainError as error:
+        return [f"'{folder}': {error}"]
     problems = [
         f"'{folder / name}' is not in the manifest; remove it, or build the folder again."
         for name in surplus_shards(folder, manifest)
@@ -50,134 +50,131 @@ def verify_folder(folder: Path, progress: Progress | None = None) -> list[str]:
     index: np.ndarray | None = None
     try:
         index = read_index(folder, manifest)
-    except DataError as fault:
-        problems.append(str(fault))
-    done = 0
-    for number, shard in enumerate(manifest.shards):
-        rows = None if index is None else index[index["shard"] == number]
-        first_sample = sum(before.samples for before in manifest.shards[:number])
-        problems += _verify_shard(folder / shard.name, shard, rows, first_sample)
-        done += shard.bytes
-        if progress is not None:
-            progress(done, manifest.num_bytes)
-    return problems
+    except DataError as error:
+        problems.append(str(error))
+    refused: list[str] = []
+    for shard in _shards(folder, manifest, index):
+        fault = _file_fault(shard)
+        if fault is not None:
+            problems.append(fault)
+        for end, refusal in _looked_through(shard, task) if fault is None else ():
+            refused += refusal
+            _report(progress, shard.start + end, manifest.num_bytes)
+        _report(progress, shard.start + shard.info.bytes, manifest.num_bytes)
+    return problems + shortened(refused)
 
 
-def _verify_shard(
-    path: Path, shard: ShardInfo, rows: np.ndarray | None, first_sample: int
-) -> list[str]:
-    """The problems of one shard file."""
+def shortened(problems: list[str]) -> list[str]:
+    """The first of many problems, and how many more there are."""
+    more = len(problems) - _LISTED_AT_MOST
+    return [*problems[:_LISTED_AT_MOST], *([f"and {more} more samples."] if more > 0 else [])]
+
+
+def _report(progress: Progress | None, done: int, total: int) -> None:
+    if progress is not None:
+        progress(done, total)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """One shard with what manifest and index say of it."""
+
+    path: Path
+    number: int
+    info: ShardInfo
+    rows: np.ndarray | None  # None where the index cannot be read
+    first_sample: int
+    start: int  # bytes of the shards before it
+
+
+def _shards(folder: Path, manifest: Manifest, index: np.ndarray | None) -> Iterator[_Shard]:
+    first_sample = start = 0
+    for number, info in enumerate(manifest.shards):
+        rows = None if index is None else index[first_sample : first_sample + info.samples]
+        yield _Shard(folder / info.name, number, info, rows, first_sample, start)
+        first_sample, start = first_sample + info.samples, start + info.bytes
+
+
+# --- samples ------------------------------------------------------------------------------------
+
+
+def _looked_through(shard: _Shard, task: Task) -> Iterator[tuple[int, list[str]]]:
+    """Of every sample of an intact shard: where it ends, and why training would refuse it."""
+    if shard.rows is None:
+        return
+    extents = [(int(row["offset"]), int(row["size"])) for row in shard.rows]
+    with open(open_regular(shard.path), "rb") as file:
+        looked = examine_records(file.fileno(), shard.number, extents, task)
+        for row, (offset, size), found in zip(shard.rows, extents, looked, strict=True):
+            refusal = []
+            if isinstance(found, DataError):
+                refusal = [f"'{shard.path}': {found}"]
+            elif found.row != row.tobytes():
+                refusal = [
+                    f"'{shard.path}': sample {found.id!r} is not what the index says; {INDEX_AGAIN}"
+                ]
+            yield offset + size, refusal
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def _file_fault(shard: _Shard) -> str | None:
+    """What is wrong with one shard file, in one line."""
     try:
-        with path.open("rb") as file:
-            faults = _content_faults(file, shard, rows, first_sample)
+        with open(open_regular(shard.path), "rb") as file:
+            faults = _content_faults(file, shard)
     except OSError as fault:
-        return [f"'{path}' is not readable ({fault.strerror}); copy it again."]
+        return f"'{shard.path}' is not readable ({fault.strerror}); copy it again."
     if not faults:
-        return []
-    return [f"'{path}': {', '.join(faults)}; copy it again, or build the folder again."]
+        return None
+    return f"'{shard.path}': {', '.join(faults)}; copy it again, or build the folder again."
 
 
-def _content_faults(
-    file: BinaryIO, shard: ShardInfo, rows: np.ndarray | None, first_sample: int
-) -> list[str]:
+def _content_faults(file: BufferedReader, shard: _Shard) -> list[str]:
     faults = []
-    num_bytes, digest = _digest(file)
-    if num_bytes != shard.bytes:
-        faults.append(f"{num_bytes} bytes instead of {shard.bytes}")
-    if digest != shard.sha256:
+    digest = file_digest(file, "sha256").hexdigest()
+    num_bytes = file.seek(0, SEEK_END)
+    if num_bytes != shard.info.bytes:
+        faults.append(f"{num_bytes} bytes instead of {shard.info.bytes}")
+    if digest != shard.info.sha256:
         faults.append("its sha256 is not the one in the manifest")
-        if rows is not None:
-            faults += _damaged_samples(file, rows, first_sample)
-    return faults + _layout_faults(file, num_bytes, shard, rows, first_sample)
+        faults += _damaged_samples(file, shard)
+    return faults + _layout_faults(file, num_bytes, shard)
 
 
-def _digest(file: BinaryIO) -> tuple[int, str]:
-    digest, num_bytes = sha256(), 0
-    while chunk := file.read(_CHUNK_BYTES):
-        digest.update(chunk)
-        num_bytes += len(chunk)
-    return num_bytes, digest.hexdigest()
-
-
-def _damaged_samples(file: BinaryIO, rows: np.ndarray, first_sample: int) -> list[str]:
+def _damaged_samples(file: BufferedReader, shard: _Shard) -> list[str]:
     """Which samples of a shard differ from what was built."""
     damaged = []
-    for number, row in enumerate(rows):
-        file.seek(int(row["offset"]))
-        record = file.read(int(row["size"]))
+    for number, row in enumerate([] if shard.rows is None else shard.rows):
+        record = read_at(file.fileno(), int(row["offset"]), int(row["size"]))
         if short_digest([record]) != row["record_digest"].tobytes():
-            damaged.append(sample_name(first_sample + number))
+            damaged.append(str(shard.first_sample + number))
     if not damaged:
         return []
-    return [f"{len(damaged)} of {len(rows)} samples are damaged ({_listed(damaged)})"]
+    return [f"{len(damaged)} of {shard.info.samples} samples are damaged ({_listed(damaged)})"]
 
 
-def _layout_faults(
-    file: BinaryIO, num_bytes: int, shard: ShardInfo, rows: np.ndarray | None, first_sample: int
-) -> list[str]:
+def _layout_faults(file: BufferedReader, num_bytes: int, shard: _Shard) -> list[str]:
     """Faults of the tar framing: lost, cut or interleaved members."""
-    members, fault = _walk(file, num_bytes)
+    places, fault = walk(file, num_bytes)
     faults = [fault] if fault else []
-    if len(members) != shard.members:
-        faults.append(f"{len(members)} members instead of {shard.members}")
-    runs = _runs(members)
-    if len(runs) != len({run.key for run in runs}):
+    if len(places) != shard.info.members:
+        faults.append(f"{len(places)} members instead of {shard.info.members}")
+    found = runs(places)
+    if len(found) != len({run.key for run in found}):
         faults.append("the members of its samples are interleaved")
-    elif len(runs) != shard.samples:
-        faults.append(f"{len(runs)} samples instead of {shard.samples}")
-    elif rows is not None and not _agree(runs, rows, first_sample):
+    elif len(found) != shard.info.samples:
+        faults.append(f"{len(found)} samples instead of {shard.info.samples}")
+    elif shard.rows is not None and not _agree(found, shard.rows):
         faults.append("its samples do not lie where the index says")
     return faults
 
 
-def _walk(file: BinaryIO, num_bytes: int) -> tuple[list[_Member], str | None]:
-    """All members by their headers, and what is wrong if the walk does not end well."""
-    members: list[_Member] = []
-    position = 0
-    while position < num_bytes:
-        file.seek(position)
-        block = file.read(BLOCK_BYTES)
-        if not any(block):
-            return members, _tail_fault(file, position)
-        try:
-            name, size = parse_header(block)
-        except DataError as fault:
-            return members, f"at byte {position}: {fault.fault.rstrip(';')}"
-        end = position + BLOCK_BYTES + size + -size % BLOCK_BYTES
-        if end > num_bytes:
-            return members, f"member {name!r} is cut off at byte {num_bytes}"
-        members.append(_Member(name.partition(".")[0], position, end))
-        position = end
-    return members, f"no end mark at byte {num_bytes}"
-
-
-def _tail_fault(file: BinaryIO, position: int) -> str | None:
-    """After an end mark everything must be zero: a zeroed header looks like an end mark."""
-    file.seek(position)
-    while chunk := file.read(_CHUNK_BYTES):
-        if any(chunk):
-            return f"data follows the end mark at byte {position} (a zeroed header?)"
-    return None
-
-
-def _runs(members: Iterable[_Member]) -> list[_Member]:
-    """Neighbouring members of one key joined: one run per sample in a healthy shard."""
-    runs: list[_Member] = []
-    for member in members:
-        if runs and runs[-1].key == member.key:
-            runs[-1] = _Member(member.key, runs[-1].offset, member.end)
-        else:
-            runs.append(member)
-    return runs
-
-
-def _agree(runs: list[_Member], rows: np.ndarray, first_sample: int) -> bool:
-    found = [(run.key, run.offset, run.end - run.offset) for run in runs]
-    expected = [
-        (sample_name(first_sample + number), int(row["offset"]), int(row["size"]))
-        for number, row in enumerate(rows)
+def _agree(found: list[Run], rows: np.ndarray) -> bool:
+    return [(run.offset, run.end - run.offset) for run in found] == [
+        (int(row["offset"]), int(row["size"])) for row in rows
     ]
-    return found == expected
 
 
 def _listed(names: list[str]) -> str:

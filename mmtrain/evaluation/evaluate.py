@@ -96,7 +96,7 @@ def _scored(
     metrics, scores = task.score(samples, texts, template_name)
     predictions = []
     for sample, text, score in zip(samples, texts, scores, strict=True):
-        rendered = source.template(sample)
+        rendered = source.rendered(sample)
         prompt = "\n".join(turn.text for turn in rendered.turns)
         predictions.append(Prediction(sample.id, prompt, text, rendered.target, score))
     return metrics, predictions

@@ -17,6 +17,7 @@ from mmtrain.errors import CheckpointError
 from mmtrain.models.host_memory import returning_freed_memory
 from mmtrain.models.interface import ModelOptions
 from mmtrain.models.patches import use_patch_linears
+from mmtrain.models.sentencepiece_file import cut_as_sentencepiece, read_where_alone
 from mmtrain.models.weights import DTYPES, Source, initialise_weights, load_weights
 
 _SHARD_BYTES = 5 * 10**9
@@ -32,9 +33,9 @@ def build_empty(
     device = (
         torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
     )
-    with working_precision(dtype_name) as dtype:
+    with working_precision(dtype_name):
         sharded = zero3_config is not None
-        with returning_freed_memory(sharded), sharded_construction(zero3_config, dtype):
+        with returning_freed_memory(sharded), sharded_construction(zero3_config):
             if not sharded and device is not None:
                 with device:
                     model = skeleton(config)
@@ -55,12 +56,12 @@ def build_on_meta(skeleton: Callable[[Any], nn.Module], config: Any, dtype_name:
 
 
 @contextmanager
-def working_precision(dtype_name: str) -> Iterator[torch.dtype]:
+def working_precision(dtype_name: str) -> Iterator[None]:
     """Parameters made inside are of this type."""
     previous = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[dtype_name])
     try:
-        yield DTYPES[dtype_name]
+        yield
     finally:
         torch.set_default_dtype(previous)
 
@@ -83,6 +84,7 @@ def load_processor(folder: Path, image_token: str, image_token_id: int | None) -
     """The folder's processor, checked against the model's configuration, if that names the id."""
     from transformers import AutoImageProcessor, AutoProcessor
 
+    sentencepiece = read_where_alone(folder)
     # Left open, the second is asked of whoever sits at the terminal.
     safe = {"local_files_only": True, "trust_remote_code": False}
     try:
@@ -95,6 +97,8 @@ def load_processor(folder: Path, image_token: str, image_token_id: int | None) -
             f"{folder}: no usable processor there ({str(error).splitlines()[0]}).",
             "Copy tokenizer and preprocessor files from the published checkpoint.",
         ) from error
+    if sentencepiece is not None:
+        cut_as_sentencepiece(processor.tokenizer, sentencepiece)
     found = processor.tokenizer.convert_tokens_to_ids(image_token)
     if image_token_id is not None and found != image_token_id:
         raise CheckpointError(

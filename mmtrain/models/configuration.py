@@ -68,9 +68,23 @@ def parsed(config_class: Any, stored: Mapping[str, Any], folder: Path) -> Any:
 
 def set_working_precision(config: Any, parts: Mapping[str, Any], options: ModelOptions) -> None:
     """Precision and attention. Parts obey their own stored dtype before any default."""
+    _refuse_missing_flash_attention(options.attention)
     for part in (config, *parts.values()):
         part.dtype = _DTYPE_NAMES[options.dtype]
     config._attn_implementation = options.attention
+
+
+def _refuse_missing_flash_attention(attention: str) -> None:
+    """transformers would fetch a kernel from the hub in its place, and run that code."""
+    from transformers.utils import is_flash_attn_2_available
+
+    if attention == "flash_attention_2" and not is_flash_attn_2_available():
+        raise ConfigError(
+            [
+                "model.attention: flash_attention_2 needs the package flash-attn and a GPU, which"
+                " are not both here; set model.attention: sdpa"
+            ]
+        )
 
 
 def settle_attention_dropout(parts: Iterable[Any], options: ModelOptions) -> None:

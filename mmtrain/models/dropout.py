@@ -7,14 +7,19 @@ sample meets the same mask on any rank, in any micro-batch, after any resume.
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
+log = logging.getLogger("mmtrain")
 _MIX_1 = 0x7FEB352D
 _MIX_2 = 0x846CA68B - (1 << 32)  # as a signed 32-bit integer
 _GOLDEN = 0x9E3779B1 - (1 << 32)
+KEYED_ATTENTION = "mmtrain_keyed"  # the attention implementation that drops by key
 
 
 def stable_hash(*parts: Any) -> int:
@@ -105,7 +110,7 @@ class KeyedDropout(nn.Module):
         else:
             keys = scope.token_keys(self.component, self.module_key, x.shape[1])
         assert keys.shape == x.shape[:-1], (keys.shape, x.shape)
-        return _drop(x, keys, self.p)
+        return drop(x, keys, self.p)
 
 
 class KeyedAttentionDropout(nn.Module):
@@ -128,12 +133,66 @@ class KeyedAttentionDropout(nn.Module):
         _, heads, queries, _ = probabilities.shape
         keys = self._scope[0].token_keys(self.component, self.module_key, queries)
         head = torch.arange(heads, dtype=torch.int32, device=keys.device) * _MIX_2
-        return _drop(probabilities, _mix(keys[:, None, :] ^ head[None, :, None]), self.p)
+        return drop(probabilities, _mix(keys[:, None, :] ^ head[None, :, None]), self.p)
 
 
-def _drop(x: torch.Tensor, keys: torch.Tensor, probability: float) -> torch.Tensor:
+def drop(x: torch.Tensor, keys: torch.Tensor, probability: float) -> torch.Tensor:
     """Drop elements of the last dimension by (key, index); what stays is scaled up."""
+    threshold = _to_int32(int(probability * 2**32) - 2**31)
+    return _Drop.apply(x, keys, threshold, 1.0 / (1.0 - probability))
+
+
+class _Drop(torch.autograd.Function):
+    """Backward computes the mask again from its keys, which is cheaper than to keep it."""
+
+    @staticmethod
+    def forward(
+        context: Any, x: torch.Tensor, keys: torch.Tensor, threshold: int, scale: float
+    ) -> torch.Tensor:
+        context.save_for_backward(keys)
+        context.threshold, context.scale = threshold, scale
+        return _masked(x, keys, threshold, scale)
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> Any:
+        (keys,) = context.saved_tensors
+        return _masked(gradients[0], keys, context.threshold, context.scale), None, None, None
+
+
+def _masked(x: torch.Tensor, keys: torch.Tensor, threshold: int, scale: float) -> torch.Tensor:
+    kernel = _kernel() if x.is_cuda and x.dtype != torch.float64 else None
+    return (kernel or masked_plainly)(x, keys, threshold, scale)
+
+
+def masked_plainly(
+    x: torch.Tensor, keys: torch.Tensor, threshold: int, scale: float
+) -> torch.Tensor:
+    """One operator after another."""
     channel = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device) * _MIX_1
     bits = _mix(keys[..., None] ^ channel)
-    threshold = _to_int32(int(probability * 2**32) - 2**31)
-    return torch.where(bits >= threshold, x / (1.0 - probability), torch.zeros((), dtype=x.dtype))
+    # A number, no tensor: one from the host would make it wait for the card at every call.
+    return torch.where(bits >= threshold, x * scale, 0.0)
+
+
+@cache
+def _kernel() -> Callable[..., torch.Tensor] | None:
+    """All of it in one kernel; None where there is none, or it computes anything else here."""
+    try:
+        from mmtrain.models.dropout_kernel import masked
+
+        fault = None if _equals_operators(masked) else "its masks are not the operators'"
+    except Exception as error:  # whatever a compiler raises on a machine that we do not know
+        fault = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if fault is not None:
+        log.warning("dropout takes many kernels instead of one: no working Triton (%s)", fault)
+        return None
+    return masked
+
+
+def _equals_operators(kernel: Callable[..., torch.Tensor]) -> bool:
+    keys = torch.tensor([_MIX_2, -5, 2**31 - 1], dtype=torch.int32, device="cuda")
+    x = torch.linspace(-3.0, 3.0, 3 * 1500, device="cuda").reshape(3, 1500)
+    return all(
+        torch.equal(kernel(one, keys, -5, 1.25), masked_plainly(one, keys, -5, 1.25))
+        for one in (x, x.bfloat16())
+    )

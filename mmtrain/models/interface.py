@@ -41,6 +41,7 @@ class ModelOptions:
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     allow_reinit: bool = False
     max_pixels: int | None = None  # cap on a picture's size, in families that keep its own
+    grounding_tokens: bool = False  # whether texts hold the control tokens of grounding data
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,14 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device; what is on the host stays there."""
-        moved = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        if device.type == "cuda":
+            # From pinned memory a copy is only queued: otherwise the host waits for each of them.
+            moved = {
+                name: tensor.pin_memory().to(device, non_blocking=True)
+                for name, tensor in self.tensors.items()
+            }
+        else:
+            moved = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         return replace(self, tensors=moved)
 
 
@@ -114,6 +122,14 @@ class LoadedModel:
     config: Any
     weight_files: tuple[Path, ...] = ()  # what the base was read from
     standard_folder: bool = True  # False where transformers' from_pretrained cannot read the folder
+
+
+@dataclass(frozen=True)
+class ProcessorCode:
+    """Python that prepares samples as a family does, with transformers alone."""
+
+    names: tuple[str, ...]  # to be imported from transformers
+    lines: tuple[str, ...]  # `base` is the checkpoint folder
 
 
 class Family(Protocol):
@@ -167,6 +183,9 @@ class Family(Protocol):
         self, model: torch.nn.Module, processor: Any, examples: Sequence[Example], settings: Any
     ) -> list[str]:
         """Answers to the prompts of `examples` (their labels are ignored)."""
+
+    def processor_code(self, options: ModelOptions) -> ProcessorCode | None:
+        """For model cards; None where transformers does not have the model."""
 
     def write_tiny(
         self, folder: Path, texts: Sequence[str], seed: int, preset: str = "tiny"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>"]
+DEFAULT_SPREAD = 0.02
+# Near one over the root of the width: with the usual spread so narrow a model learns slowly.
+NARROW_SPREAD = 0.1
 
 
 def train_tokenizer(texts: Sequence[str], image_token: str, vocabulary: int = 512) -> Any:
@@ -41,10 +44,7 @@ def train_tokenizer(texts: Sequence[str], image_token: str, vocabulary: int = 51
 
 def write_llava_folder(family: Any, config: Any, tokenizer: Any, folder: Path, seed: int) -> None:
     """Weights, configuration, tokenizer and processor of a LLaVA-shaped model."""
-    import torch
     from transformers import CLIPImageProcessorPil, LlavaProcessor
-
-    from mmtrain.models.weights import initialise_weights
 
     size = config.vision_config.image_size
     image_processor = CLIPImageProcessorPil(
@@ -58,11 +58,28 @@ def write_llava_folder(family: Any, config: Any, tokenizer: Any, folder: Path, s
         num_additional_image_tokens=1,
         image_token=config_image_token(tokenizer, config),
     )
+    write_model(family, config, folder, seed, DEFAULT_SPREAD)
+    processor.save_pretrained(str(folder))
+
+
+def write_model(
+    family: Any,
+    config: Any,
+    folder: Path,
+    seed: int,
+    weight_spread: float,
+    finish: Callable[[Any], None] = lambda model: None,
+) -> None:
+    """Configuration and random weights; `finish` sets what is computed and not drawn."""
+    import torch
+
+    from mmtrain.models.weights import initialise_weights
+
     folder.mkdir(parents=True, exist_ok=True)
     model = family.skeleton(config).to(torch.float32)
-    initialise_weights(dict(model.named_parameters()), seed)
+    initialise_weights(dict(model.named_parameters()), seed, weight_spread)
+    finish(model)
     model.save_pretrained(str(folder))
-    processor.save_pretrained(str(folder))
 
 
 def config_image_token(tokenizer: Any, config: Any) -> str:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -42,7 +41,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path.parent}: no {path.name} there.", "Give a folder in Hugging Face format."
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: not readable as JSON ({error}).", "Copy it again."
         ) from error
@@ -54,11 +53,11 @@ def read_json(path: Path) -> dict[str, Any]:
 def weight_files(folder: Path) -> dict[str, Path]:
     """tensor name -> file, from an index or from the one file there is."""
     for name in _INDEXES:
-        if (folder / name).exists():
+        if (folder / name).is_file():
             return _indexed(folder, folder / name)
     for name in _SINGLE_FILES:
         single = folder / name
-        if single.exists():
+        if single.is_file():
             with open_weights(single) as reader:
                 return {tensor: single for tensor in reader.keys()}
     raise CheckpointError(
@@ -66,6 +65,18 @@ def weight_files(folder: Path) -> dict[str, Path]:
         " files of the same kind.",
         "Give a folder in Hugging Face format.",
     )
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether there is anything to load in a folder: planning needs its config.json alone."""
+    return any((folder / name).is_file() for name in (*_INDEXES, *_SINGLE_FILES))
+
+
+def check_files(folder: Path) -> None:
+    """Open every weight file: a damaged one is an error before any model is built."""
+    for path in sorted(set(weight_files(folder).values())):
+        with open_weights(path):
+            pass
 
 
 def _indexed(folder: Path, index: Path) -> dict[str, Path]:
@@ -79,7 +90,7 @@ def _indexed(folder: Path, index: Path) -> dict[str, Path]:
                 f"{index}: puts {name} in {file!r}, which is no file name.", "Copy it again."
             )
     files = {name: folder / file for name, file in weight_map.items()}
-    missing = sorted({str(path.name) for path in files.values() if not path.exists()})
+    missing = sorted({str(path.name) for path in files.values() if not path.is_file()})
     if missing:
         raise CheckpointError(
             f"{folder}: weight files are missing: {', '.join(missing)}.", "Copy them again."
@@ -99,7 +110,7 @@ class BinFile:
             # Files older than torch 1.6 are no archives, and cannot be mapped.
             mapped = zipfile.is_zipfile(self._path)
             found = torch.load(self._path, map_location="cpu", mmap=mapped, weights_only=True)
-        except (UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        except Exception as error:  # of such bytes, the reader's parts raise whatever they do
             fault = " ".join(str(error).split())[:200]
             raise CheckpointError(
                 f"{self._path}: damaged, or holds more than tensors ({fault}).",

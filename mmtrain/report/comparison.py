@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from mmtrain.errors import MmtrainError, nearest
-
-Mode = Literal["max", "min"]
-NOTHING = "—"
-_LOWER_IS_BETTER = ("loss", "error", "perplexity", "time", "memory", "seconds")
+from mmtrain.report.units import NOTHING, gain_text, spread_text, value_text
+from mmtrain.tasks.interface import Metric
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,7 @@ class Statistics:
     """The comparison: groups from the best mean to the worst."""
 
     by: tuple[str, ...]
-    metric: str
-    mode: Mode
+    metric: Metric
     groups: tuple[Group, ...]
     runs: tuple[Measured, ...]  # best first
     without_metric: tuple[str, ...]  # names of runs left out
@@ -68,44 +65,34 @@ class Statistics:
         """How much better than the baseline the best run is; positive is better."""
         if self.baseline is None:
             return None
-        difference = self.best_run.value - self.baseline
-        return difference if self.mode == "max" else -difference
-
-
-def mode_of(metric: str) -> Mode:
-    """Whether more or less of a metric is better, by its name."""
-    last = metric.rsplit("/", 1)[-1].lower()
-    return "min" if any(word in last for word in _LOWER_IS_BETTER) else "max"
+        return self.metric.cost(self.baseline) - self.metric.cost(self.best_run.value)
 
 
 def compare(
     rows: Sequence[Mapping[str, Any]],
     by: Sequence[str],
-    metric: str,
-    mode: Mode | None = None,
+    metric: Metric,
     baseline: float | None = None,
 ) -> Statistics:
     """Group the rows and rank the groups by their mean."""
-    _check_names(rows, by, metric)
-    mode = mode or mode_of(metric)
-    measured = [_measured(row, by, metric) for row in rows if _has_number(row, metric)]
-    left_out = [str(row.get("name", NOTHING)) for row in rows if not _has_number(row, metric)]
+    name = metric.name
+    _check_names(rows, by, name)
+    measured = [_measured(row, by, name) for row in rows if _has_number(row, name)]
+    left_out = [str(row.get("name", NOTHING)) for row in rows if not _has_number(row, name)]
     if not measured:
         raise MmtrainError(
-            f"none of {len(rows)} runs has a number for '{metric}'.",
+            f"none of {len(rows)} runs has a number for '{name}'.",
             "Wait for a validation, or compare another metric.",
         )
     members: dict[tuple[str, ...], list[Measured]] = {}
     for run in measured:
         members.setdefault(run.key, []).append(run)
-    sign = -1 if mode == "max" else 1
-    groups = [_group(key, runs, sign) for key, runs in members.items()]
+    groups = [_group(key, runs, metric) for key, runs in members.items()]
     return Statistics(
         tuple(by),
         metric,
-        mode,
-        tuple(sorted(groups, key=lambda group: (sign * group.mean, group.key))),
-        tuple(sorted(measured, key=lambda run: (sign * run.value, run.name))),
+        tuple(sorted(groups, key=lambda group: (metric.cost(group.mean), group.key))),
+        tuple(sorted(measured, key=lambda run: (metric.cost(run.value), run.name))),
         tuple(left_out),
         baseline,
     )
@@ -148,46 +135,11 @@ def _key_text(value: Any) -> str:
         return str(value)
 
 
-def _group(key: tuple[str, ...], runs: Sequence[Measured], sign: int) -> Group:
+def _group(key: tuple[str, ...], runs: Sequence[Measured], metric: Metric) -> Group:
     values = tuple(run.value for run in runs)
-    best = min(runs, key=lambda run: (sign * run.value, run.name))
+    best = min(runs, key=lambda run: (metric.cost(run.value), run.name))
     std = statistics.stdev(values) if len(values) > 1 else None
     return Group(key, values, statistics.fmean(values), std, best.value, best.name)
-
-
-def is_share(metric: str, values: Iterable[float]) -> bool:
-    """Whether a metric is a share of one, to be shown in percent."""
-    return "accuracy" in metric and all(0 <= value <= 1 for value in values)
-
-
-@dataclass(frozen=True)
-class Format:
-    """How the values of one metric are written."""
-
-    percent: bool
-
-    @classmethod
-    def of(cls, result: Statistics) -> Format:
-        """In percent for accuracies, else with four digits."""
-        return cls(is_share(result.metric, (run.value for run in result.runs)))
-
-    def value(self, value: float | None) -> str:
-        """One value."""
-        if value is None:
-            return NOTHING
-        return f"{100 * value:.1f} %" if self.percent else f"{value:.4g}"
-
-    def spread(self, mean: float, std: float | None) -> str:
-        """Mean ± standard deviation."""
-        if std is None:
-            return f"{self.value(mean)} ± {NOTHING}"
-        return (
-            f"{100 * mean:.1f} ± {100 * std:.1f} %" if self.percent else f"{mean:.4g} ± {std:.2g}"
-        )
-
-    def gain(self, gain: float) -> str:
-        """A difference, with its sign."""
-        return f"{100 * gain:+.1f} points" if self.percent else f"{gain:+.4g}"
 
 
 def short_keys(by: Sequence[str]) -> list[str]:
@@ -212,15 +164,14 @@ def label(result: Statistics, key: tuple[str, ...]) -> str:
 
 def headline(result: Statistics) -> list[str]:
     """The result in two or three sentences."""
-    form, best, group = Format.of(result), result.best_run, result.groups[0]
-    lines = [f"best run: {best.name} with {result.metric} {form.value(best.value)}"]
+    metric, best, group = result.metric, result.best_run, result.groups[0]
+    lines = [f"best run: {best.name} with {metric.name} {value_text(metric.unit, best.value)}"]
     if result.by:
         runs = f"{group.n} run{'s' if group.n > 1 else ''}"
-        spread = form.spread(group.mean, group.std)
+        spread = spread_text(metric.unit, group.mean, group.std)
         lines.append(f"best setting: {label(result, group.key)}, {spread} over {runs}")
     if result.gain is not None:
-        lines.append(
-            f"gain over the unadapted base ({form.value(result.baseline)}): "
-            f"{form.gain(result.gain)}"
-        )
+        base = value_text(metric.unit, result.baseline)
+        gain = gain_text(metric.unit, result.gain)
+        lines.append(f"gain over the unadapted base ({base}): {gain}")
     return lines

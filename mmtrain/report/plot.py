@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmtrain.errors import MmtrainError
-from mmtrain.report.comparison import Format, Statistics, label
+from mmtrain.report.comparison import Statistics, label
+from mmtrain.report.units import PERCENT, direction_text, unit_of, value_text, with_arrow
+from mmtrain.tasks.interface import Metric
+from mmtrain.tracking.declared import read_declared
 from mmtrain.tracking.journal import JOURNAL_NAME, JournalEntry, RunJournal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#8a6d3b", "#5a6772", "#b3261e")
@@ -37,6 +41,7 @@ _MAX_GROUPS = 40
 _SMOOTHED_SHARE = 0.05
 # In widths of the plot.
 _FAR_BASELINE = 0.6
+_VALIDATION = "validation"
 _FROM_ZERO = ("gradient norm", "samples per second", "peak memory in GiB")
 Points = list[tuple[int, float]]
 
@@ -51,22 +56,24 @@ def plot_run(run_dir: Path) -> Path:
         )
     path = run_dir / "plot.png"
     temporary = run_dir / ".plot.png.tmp"
-    temporary.write_bytes(run_png(entries))
+    temporary.write_bytes(run_png(entries, read_declared(run_dir)))
     temporary.replace(path)
     return path
 
 
-def run_png(entries: Sequence[JournalEntry]) -> bytes:
-    """The curves of one run."""
+def run_png(entries: Sequence[JournalEntry], declared: Mapping[str, Metric]) -> bytes:
+    """The curves of one run; `declared` says what its metrics are counted in."""
     series = series_of(entries)
-    panels = _panels(series)
+    panels = _panels(series, declared)
 
     def draw(figure: Figure) -> None:
         columns = min(2, len(panels))
         rows = -(-len(panels) // columns)
         axes = figure.subplots(rows, columns, squeeze=False).flatten()
         for axis, (title, names) in zip(axes, panels):
-            _draw_panel(axis, title, {name: series[name] for name in names})
+            _draw_panel(axis, title, {name: series[name] for name in names}, declared)
+            if title == _VALIDATION:
+                _set_unit(axis.yaxis, unit_of(names[0], declared))
         for axis in axes[len(panels) :]:
             axis.set_visible(False)
 
@@ -82,10 +89,15 @@ def series_of(entries: Sequence[JournalEntry]) -> dict[str, Points]:
     return series
 
 
-def _panels(series: dict[str, Points]) -> list[tuple[str, list[str]]]:
-    """Which metrics share axes: those of one kind."""
-    losses = [name for name in series if name.rsplit("/", 1)[-1] == "loss"]
-    scores = [name for name in series if name.startswith("val/") and name not in losses]
+def _panels(
+    series: dict[str, Points], declared: Mapping[str, Metric]
+) -> list[tuple[str, list[str]]]:
+    """Which metrics share axes: those of one kind, scores those of one unit."""
+    losses = [name for name in series if name in ("train/loss", "val/loss")]
+    scores: dict[str, list[str]] = {}
+    for name in series:
+        if name.startswith("val/") and name not in losses:
+            scores.setdefault(unit_of(name, declared), []).append(name)
     rest = [
         (title, [name])
         for title, name in (
@@ -96,30 +108,33 @@ def _panels(series: dict[str, Points]) -> list[tuple[str, list[str]]]:
         )
         if name in series
     ]
-    panels = [("loss", losses), ("validation", scores), *rest]
+    panels = [("loss", losses), *((_VALIDATION, names) for names in scores.values()), *rest]
     chosen = [(title, names) for title, names in panels if names]
     return chosen or [("metrics", list(series))]
 
 
-def _draw_panel(axis: Axes, title: str, series: dict[str, Points]) -> None:
+def _draw_panel(
+    axis: Axes, title: str, series: dict[str, Points], declared: Mapping[str, Metric]
+) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for index, (name, points) in enumerate(sorted(series.items())):
         colour = COLOURS[index % len(COLOURS)]
         steps, values = zip(*points)
+        text = with_arrow(name, declared)
         if name.startswith("val/"):
-            axis.plot(steps, values, "o-", color=colour, markersize=4, linewidth=1.6, label=name)
+            axis.plot(steps, values, "o-", color=colour, markersize=4, linewidth=1.6, label=text)
         elif len(points) < 30:
-            axis.plot(steps, values, color=colour, linewidth=1.6, label=name)
+            axis.plot(steps, values, color=colour, linewidth=1.6, label=text)
         else:
             axis.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
-            axis.plot(steps, smoothed(values), color=colour, linewidth=1.8, label=name)
+            axis.plot(steps, smoothed(values), color=colour, linewidth=1.8, label=text)
     axis.set_title(title)
     axis.set_xlabel("optimizer step")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     if title in _FROM_ZERO:
         axis.set_ylim(bottom=0.0)
-    if len(series) > 1 or title in ("loss", "validation"):
+    if len(series) > 1 or title in ("loss", _VALIDATION):
         axis.legend(fontsize=9)
 
 
@@ -173,7 +188,7 @@ def _mark_baseline(axis: Axes, result: Statistics) -> None:
         return
     low, high = axis.get_xlim()
     reach = _FAR_BASELINE * (high - low)
-    text = f"base {Format.of(result).value(baseline)}"
+    text = f"base {value_text(result.metric.unit, baseline)}"
     if low - reach <= baseline <= high + reach:
         axis.axvline(baseline, color=COLOURS[7], linestyle="--", linewidth=1.2)
         axis.annotate(
@@ -200,14 +215,19 @@ def _mark_baseline(axis: Axes, result: Statistics) -> None:
 
 
 def _title_comparison(axis: Axes, result: Statistics) -> None:
+    _set_unit(axis.xaxis, result.metric.unit)
+    better = direction_text(result.metric)
+    axis.set_title(f"{result.metric.name}: ◆ mean ± std, ○ single runs ({better})", fontsize=10)
+
+
+def _set_unit(axis: Axis, unit: str) -> None:
+    """Shares in percent at every tick; another unit once, at the axis."""
     from matplotlib.ticker import FuncFormatter
 
-    better = "higher" if result.mode == "max" else "lower"
-    if Format.of(result).percent:
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
-    axis.set_title(
-        f"{result.metric}: ◆ mean ± std, ○ single runs ({better} is better)", fontsize=10
-    )
+    if unit == PERCENT:
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+    elif unit:
+        axis.set_label_text(unit)
 
 
 def curves_png(result: Statistics) -> bytes | None:

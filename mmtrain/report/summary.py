@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ import yaml
 
 from mmtrain.errors import MmtrainError
 from mmtrain.report import html
-from mmtrain.report.comparison import mode_of
 from mmtrain.report.plot import run_png, series_of
+from mmtrain.report.units import unit_of, value_text
+from mmtrain.tasks.interface import LOSS, Metric
+from mmtrain.tracking.declared import read_declared
 from mmtrain.tracking.fields import flatten
 from mmtrain.tracking.journal import JOURNAL_NAME, JournalEntry, RunJournal
 
@@ -39,7 +41,9 @@ class RunSummary:
     state: str
     entries: tuple[JournalEntry, ...]
     last: dict[str, float]
+    decides: str  # the metric that chooses the checkpoint
     best: Best | None
+    declared: Mapping[str, Metric]
     evaluations: dict[str, str]  # 'val: accuracy' -> value
     params: dict[str, str]
 
@@ -60,13 +64,17 @@ def summarize(run_dir: Path) -> RunSummary:
         )
     config = _mapping(run_dir / "run.yaml")
     status = _mapping(run_dir / "status.json")
+    declared = read_declared(run_dir)
+    decides = _decides(config)
     return RunSummary(
         name=str(config.get("name") or run_dir.resolve().name),
         state=str(status.get("state") or status.get("status") or "unknown"),
         entries=tuple(entries),
         last=_last_values(entries),
-        best=_best(entries, config),
-        evaluations=dict(_evaluations(run_dir)),
+        decides=decides,
+        best=_best(entries, declared[decides]) if decides in declared else None,
+        declared=declared,
+        evaluations=dict(_evaluations(run_dir, declared)),
         params=flatten(config),
     )
 
@@ -83,22 +91,27 @@ def _last_values(entries: list[JournalEntry]) -> dict[str, float]:
     return last | medians
 
 
-def _best(entries: list[JournalEntry], config: dict[str, Any]) -> Best | None:
+def _decides(config: Mapping[str, Any]) -> str:
     section = config.get("validate")
-    metric = section.get("metric", "loss") if isinstance(section, dict) else "loss"
-    name = metric if str(metric).startswith("val/") else f"val/{metric}"
-    points = [point for point in series_of(entries).get(name, []) if math.isfinite(point[1])]
+    metric = section.get("metric", LOSS.name) if isinstance(section, dict) else LOSS.name
+    return f"val/{metric}"
+
+
+def _best(entries: list[JournalEntry], metric: Metric) -> Best | None:
+    known = series_of(entries).get(metric.name, [])
+    points = [point for point in known if math.isfinite(point[1])]
     if not points:
         return None
-    choose = min if mode_of(name) == "min" else max
-    step, value = choose(points, key=lambda point: point[1])
-    return Best(name, value, step)
+    step, value = min(points, key=lambda point: metric.cost(point[1]))
+    return Best(metric.name, value, step)
 
 
-def _evaluations(run_dir: Path) -> Iterator[tuple[str, str]]:
+def _evaluations(run_dir: Path, declared: Mapping[str, Metric]) -> Iterator[tuple[str, str]]:
     for path in sorted(run_dir.glob("evaluation/*/metrics.json")):
-        for name, value in flatten(_mapping(path)).items():
-            yield f"{path.parent.name}: {name}", value
+        for name, value in _mapping(path).items():
+            known = isinstance(value, int | float)
+            text = value_text(unit_of(f"val/{name}", declared), value) if known else str(value)
+            yield f"{path.parent.name}: {name}", text
 
 
 def _mapping(path: Path) -> dict[str, Any]:
@@ -119,11 +132,18 @@ def results(summary: RunSummary) -> dict[str, str]:
     """The results, named and formatted."""
     facts = {"state": summary.state, "optimizer steps": str(summary.last_step)}
     if summary.best:
-        best = summary.best
-        facts[f"best {best.metric}"] = f"{best.value:.4g} at step {best.step}"
+        facts[f"best {summary.best.metric}"] = f"{_best_text(summary)} at step {summary.best.step}"
+    elif summary.decides in summary.last and summary.decides not in summary.declared:
+        facts[f"best {summary.decides}"] = "unknown: an older version stored no direction of it"
     for name, value in sorted(summary.last.items()):
-        facts[f"median {name}" if name in _SPEEDS else f"last {name}"] = f"{value:.4g}"
+        title = f"median {name}" if name in _SPEEDS else f"last {name}"
+        facts[title] = value_text(unit_of(name, summary.declared), value)
     return facts | summary.evaluations
+
+
+def _best_text(summary: RunSummary) -> str:
+    assert summary.best is not None
+    return value_text(unit_of(summary.best.metric, summary.declared), summary.best.value)
 
 
 def html_page(summary: RunSummary) -> str:
@@ -131,10 +151,14 @@ def html_page(summary: RunSummary) -> str:
     cards = [(str(summary.last_step), f"optimizer steps, {summary.state}")]
     if summary.best:
         best = summary.best
-        cards.insert(0, (f"{best.value:.4g}", f"best {best.metric}, at step {best.step}"))
+        cards.insert(0, (_best_text(summary), f"best {best.metric}, at step {best.step}"))
     sections = [
         html.cards(cards),
-        html.picture("Curves", run_png(summary.entries), "losses and metrics by optimizer step"),
+        html.picture(
+            "Curves",
+            run_png(summary.entries, summary.declared),
+            "losses and metrics by optimizer step",
+        ),
         html.facts("Results", results(summary)),
     ]
     if summary.params:

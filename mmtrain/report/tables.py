@@ -6,7 +6,8 @@ import csv
 import io
 from typing import TYPE_CHECKING
 
-from mmtrain.report.comparison import Format, Statistics, short_keys
+from mmtrain.report.comparison import Statistics, short_keys
+from mmtrain.report.units import direction_text, spread_text, table_unit, value_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,18 +17,19 @@ _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 def header(result: Statistics) -> list[str]:
     """Column names, the keys by their shortest names."""
-    return [*short_keys(result.by), "n", "mean ± std", "best", "best run"]
+    _, at_top = table_unit(result.metric)
+    return [*short_keys(result.by), "n", f"mean ± std{at_top}", "best", "best run"]
 
 
 def cells(result: Statistics) -> list[list[str]]:
     """One line of text a group, best mean first."""
-    form = Format.of(result)
+    unit, _ = table_unit(result.metric)
     return [
         [
             *group.key,
             str(group.n),
-            form.spread(group.mean, group.std),
-            form.value(group.best),
+            spread_text(unit, group.mean, group.std),
+            value_text(unit, group.best),
             group.best_run,
         ]
         for group in result.groups
@@ -39,8 +41,8 @@ def rich_table(result: Statistics) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    better = "higher" if result.mode == "max" else "lower"
-    table = Table(title=Text(f"{result.metric} ({better} is better)"), title_justify="left")
+    title = f"{result.metric.name} ({direction_text(result.metric)})"
+    table = Table(title=Text(title), title_justify="left")
     for index, name in enumerate(header(result)):
         text_column = name == "best run"
         table.add_column(
@@ -79,7 +81,7 @@ def csv_text(result: Statistics) -> str:
         writer.writerow(
             [
                 *map(_csv_cell, group.key),
-                _csv_cell(result.metric),
+                _csv_cell(result.metric.name),
                 group.n,
                 group.mean,
                 "" if group.std is None else group.std,

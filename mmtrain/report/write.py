@@ -9,16 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmtrain.report import html, tables
-from mmtrain.report.comparison import (
-    Format,
-    Mode,
-    Statistics,
-    compare,
-    headline,
-    label,
-    short_keys,
-)
+from mmtrain.report.comparison import Statistics, compare, headline, label, short_keys
 from mmtrain.report.plot import comparison_png, curves_png
+from mmtrain.report.units import direction_text, gain_text, spread_text, table_unit, value_text
+from mmtrain.tasks.interface import Metric
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,15 +40,14 @@ class Comparison:
 def write_comparison(
     rows: Sequence[Mapping[str, Any]],
     by: Sequence[str],
-    metric: str,
+    metric: Metric,
     out_dir: Path,
     baseline: float | None = None,
     title: str = DEFAULT_TITLE,
     notes: Sequence[str] = (),
-    mode: Mode | None = None,
 ) -> Comparison:
     """Compare the rows (see `report.comparison`) and write comparison.{csv,md,html,png}."""
-    result = compare(rows, by, metric, mode, baseline)
+    result = compare(rows, by, metric, baseline)
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     paths = {kind: out_dir / f"comparison.{kind}" for kind in ("csv", "md", "html", "png")}
@@ -83,7 +76,7 @@ def all_notes(result: Statistics, notes: Sequence[str]) -> list[str]:
     if not left_out:
         return list(notes)
     few = ", ".join(left_out[:5]) + (", …" if len(left_out) > 5 else "")
-    return [*notes, f"{len(left_out)} without {result.metric}, left out: {few}"]
+    return [*notes, f"{len(left_out)} without {result.metric.name}, left out: {few}"]
 
 
 def markdown_page(result: Statistics, title: str, notes: Sequence[str]) -> str:
@@ -101,14 +94,16 @@ def html_page(result: Statistics, title: str, notes: Sequence[str]) -> str:
     sections = [
         html.cards(_cards(result)),
         html.table(
-            "By setting",
+            f"By setting, best first ({direction_text(result.metric)})",
             columns,
             tables.cells(result),
             frozenset(range(first, len(columns) - 1)),
             mark_first=True,
         ),
         html.picture(
-            f"{result.metric} by setting", comparison_png(result), "mean and single runs by group"
+            f"{result.metric.name} by setting",
+            comparison_png(result),
+            "mean and single runs by group",
         ),
     ]
     curves = curves_png(result)
@@ -125,19 +120,22 @@ def html_page(result: Statistics, title: str, notes: Sequence[str]) -> str:
 
 
 def _cards(result: Statistics) -> list[tuple[str, str]]:
-    form, group = Format.of(result), result.groups[0]
-    facts = [(form.value(result.best_run.value), f"best run: {result.best_run.name}")]
+    metric, best, group = result.metric, result.best_run, result.groups[0]
+    facts = [(value_text(metric.unit, best.value), f"best run: {best.name}")]
     if group.n > 1:
-        facts.append((form.spread(group.mean, group.std), f"best mean: {label(result, group.key)}"))
+        spread = spread_text(metric.unit, group.mean, group.std)
+        facts.append((spread, f"best mean: {label(result, group.key)}"))
     if result.gain is not None:
-        base = f"gain of the best run over the unadapted base ({form.value(result.baseline)})"
-        facts.append((form.gain(result.gain), base))
+        base = value_text(metric.unit, result.baseline)
+        gain = gain_text(metric.unit, result.gain)
+        facts.append((gain, f"gain of the best run over the unadapted base ({base})"))
     runs = f"runs in {len(result.groups)} settings of {', '.join(short_keys(result.by))}"
     return [*facts, (str(len(result.runs)), runs if result.by else "runs")]
 
 
 def _all_runs(result: Statistics) -> str:
-    form = Format.of(result)
-    rows = [[run.name, *run.key, form.value(run.value)] for run in result.runs]
-    header = ["run", *short_keys(result.by), result.metric]
-    return html.table("Every run", header, rows, frozenset({len(header) - 1}))
+    unit, at_top = table_unit(result.metric)
+    rows = [[run.name, *run.key, value_text(unit, run.value)] for run in result.runs]
+    header = ["run", *short_keys(result.by), f"{result.metric.name}{at_top}"]
+    numbers = frozenset({len(header) - 1})
+    return html.table("Every run, best first", header, rows, numbers, mark_first=True)

@@ -7,9 +7,9 @@ Text only: pictures travel as encoded bytes and are opened by `mmtrain.data`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel
 
@@ -64,6 +64,31 @@ class Rendered:
 Template = Callable[[Sample], Rendered]
 
 
+@dataclass(frozen=True)
+class Metric:
+    """What a number is called, which way it is better and what it is counted in.
+
+    `unit`: "%" for a share of one, shown in percent; any other text is shown behind the number.
+    """
+
+    name: str
+    larger_is_better: bool
+    unit: str = ""
+
+    @property
+    def mode(self) -> Literal["max", "min"]:
+        """The direction in the word of study files and of Ray."""
+        return "max" if self.larger_is_better else "min"
+
+    def cost(self, value: float) -> float:
+        """A number that is smaller the better the value is: sorting by it puts the best first."""
+        return -value if self.larger_is_better else value
+
+
+# Every validation gives it, beside what the task scores.
+LOSS = Metric("loss", larger_is_better=False)
+
+
 class Task(Protocol):
     """One data set. The contract tests find every task by listing the folder."""
 
@@ -72,8 +97,8 @@ class Task(Protocol):
     build_options: type[BaseModel]  # options of `mmtrain shards build --set key=value`
     needs_raw: bool  # False when the raw files come inside a Python package
     templates: Mapping[str, Template]  # named after the paper that used them; first is the default
-    metrics: tuple[str, ...]  # every name that `score` can return
-    primary_metric: str  # one of `metrics` that `score` always returns; larger is better
+    metrics: tuple[Metric, ...]  # all that `score` can return
+    primary_metric: Metric  # the one of `metrics` that decides; `score` always returns it
 
     def read(self, raw: Path | None, split: str, options: Any) -> Iterator[Sample]:
         """Yield every sample of a split, in a fixed order."""
@@ -85,3 +110,9 @@ class Task(Protocol):
 
         `template` names the template that asked: each paper's evaluator reads its own answers.
         """
+
+
+def validation_metrics(task: Task | None) -> dict[str, Metric]:
+    """What a validation gives, by the name that a run records it under: `val/loss`, …"""
+    given = (LOSS, *(task.metrics if task else ()))
+    return {f"val/{metric.name}": replace(metric, name=f"val/{metric.name}") for metric in given}

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mmtrain.errors import DataError
+from mmtrain.tasks.interface import Metric
+
+ACCURACY = Metric("accuracy", larger_is_better=True, unit="%")
 
 
 def mean(scores: Sequence[float], name: str = "accuracy") -> float:

@@ -7,21 +7,16 @@ import hashlib
 import logging
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from mmtrain.errors import MmtrainError
+from mmtrain.safe_text import redact, redact_uri, redacted
 from mmtrain.tracking.fields import MAX_TAG_CHARS, cut, valid_key
-from mmtrain.tracking.uri import (
-    URI_EXAMPLES,
-    redact,
-    redact_uri,
-    resolve_uri,
-    sqlite_path,
-    uri_problem,
-)
+from mmtrain.tracking.uri import URI_EXAMPLES, resolve_uri, sqlite_path, uri_problem
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,6 +24,9 @@ if TYPE_CHECKING:
 PARENT_TAG = "mlflow.parentRunId"
 KIND_TAG = "mmtrain.kind"
 STUDY_KIND = "study"
+# The holder creates a database or an experiment: MLflow's migrations take some ten seconds.
+FIRST_USE_LIMIT_S = 120.0
+_LOCK_RETRY_S = 0.1
 # MLflow's own defaults are 7 retries of up to 120 s each: minutes per call to a dead server.
 _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -110,7 +108,7 @@ def parent_run(
     params: Mapping[str, str] | None = None,
 ) -> str:
     """Create the run that a study's trials hang under (tag `mlflow.parentRunId`); its id."""
-    from_user = {key: cut(redact(value), MAX_TAG_CHARS) for key, value in (tags or {}).items()}
+    from_user = {key: cut(value, MAX_TAG_CHARS) for key, value in redacted(tags or {}).items()}
     with remote_errors(uri):
         uri = resolve_uri(uri)
         client = connect(uri)
@@ -119,8 +117,8 @@ def parent_run(
             run_name=name,
             tags=from_user | {KIND_TAG: STUDY_KIND},
         )
-        for key, value in (params or {}).items():
-            client.log_param(run.info.run_id, valid_key(key), cut(redact(value)))
+        for key, value in redacted(params or {}).items():
+            client.log_param(run.info.run_id, valid_key(key), cut(value))
     return str(run.info.run_id)
 
 
@@ -166,8 +164,23 @@ def _first_use_lock(uri: str) -> Iterator[None]:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f"{path.name}.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _take(lock, FIRST_USE_LIMIT_S)
         yield
+
+
+def _take(lock: IO[str], limit_s: float) -> None:
+    """Lock a file, or say who may hold it: a stopped process keeps its locks for ever."""
+    deadline_s = time.monotonic() + limit_s
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() >= deadline_s:
+                raise TrackingError(
+                    f"{lock.name} has been held by another process for {limit_s:g} s.",
+                    f"Find it (fuser {lock.name}) and end it, then try again.",
+                ) from error
+            time.sleep(_LOCK_RETRY_S)
 
 
 def _artifact_location(uri: str, experiment: str) -> str | None:

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mmtrain.tracking.uri import redact
+from mmtrain.safe_text import redacted
 
 MAX_PARAM_CHARS = 6000
 MAX_TAG_CHARS = 5000
@@ -30,7 +30,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping) and value:
             flat.update(flatten(value, f"{key}."))
         else:
-            flat[key] = redact(_as_text(value))
+            flat[key] = _as_text(redacted(value, key))
     return flat
 
 

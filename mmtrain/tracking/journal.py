@@ -53,20 +53,25 @@ class RunJournal:
 
     def truncate_after(self, step: int) -> int:
         """Remove the lines beyond `step`, which a resumed run measures again; returns how many."""
-        lines = self.path.read_text("utf-8").splitlines(keepends=True)
-        entries = RunJournal.read(self.path)
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        entries = [parse_line(line, self.path, number) for number, line in enumerate(lines, 1)]
         kept = [line for line, entry in zip(lines, entries, strict=True) if entry.step <= step]
         if len(kept) == len(lines):
             return 0
         self._file.close()
         temporary = self.path.with_name(f"{self.path.name}.tmp")
-        with temporary.open("w", encoding="utf-8") as file:
+        with temporary.open("wb") as file:
             file.writelines(kept)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.path)
         self._file = self.path.open("a", encoding="utf-8")
         return len(lines) - len(kept)
+
+    def missing_steps(self, step: int) -> list[int]:
+        """Which of the steps 1 to `step` have no line: somebody cut or removed the file."""
+        found = {entry.step for entry in RunJournal.read(self.path)}
+        return [number for number in range(1, step + 1) if number not in found]
 
     def close(self) -> None:
         """Close the file; the journal can be opened again."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mmtrain.errors import nearest
+from mmtrain.safe_text import redact_uri
+from mmtrain.tasks.interface import Metric
 from mmtrain.tracking.client import (
     KIND_TAG,
     PARENT_TAG,
@@ -14,7 +16,8 @@ from mmtrain.tracking.client import (
     connect,
     remote_errors,
 )
-from mmtrain.tracking.uri import redact_uri, resolve_uri, sqlite_path
+from mmtrain.tracking.declared import declared_in_tags
+from mmtrain.tracking.uri import resolve_uri, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -34,6 +37,10 @@ class StoredRun:
     params: dict[str, str]
     metrics: dict[str, float]
     tags: dict[str, str]
+
+    def declared(self, metric: str) -> Metric | None:
+        """Which way and in what a metric is counted; None if an older version stored the run."""
+        return declared_in_tags(self.tags).get(metric)
 
 
 class RunStore:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -43,6 +44,10 @@ class TrackingState:
             temporary = run_dir / f"{STATE_NAME}.tmp"
             temporary.write_text(json.dumps(asdict(self), indent=1) + "\n", "utf-8")
             os.replace(temporary, run_dir / STATE_NAME)
+
+    def end_as(self, status: str) -> None:
+        """The MLflow run is to be ended, now."""
+        self.end_time_ms, self.final_status = int(time.time() * 1000), status
 
     def owe_artifact(self, path: str, target: str) -> None:
         """Add a file or folder to send; a second one of the same name is one."""

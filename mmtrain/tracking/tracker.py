@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from mmtrain.config.schema import TrackingConfig
+from mmtrain.safe_text import redact_uri, redacted
 from mmtrain.tracking.client import (
     TrackingError,
     check_uri,
@@ -27,8 +27,6 @@ from mmtrain.tracking.upload import Uploader
 from mmtrain.tracking.uri import (
     DISABLED,
     is_redacted,
-    redact,
-    redact_uri,
     resolve_uri,
     sqlite_path,
     without_userinfo,
@@ -78,8 +76,8 @@ class Tracker:
         check_uri(settings.uri)
         run_dir.mkdir(parents=True, exist_ok=True)
         state, uri = _state_for(run_dir, settings, run_name)
-        state.params = {key: redact(value) for key, value in params.items()}
-        state.tags = {key: redact(value) for key, value in (dict(settings.tags) | {**tags}).items()}
+        state.params = redacted(params)
+        state.tags = redacted({**settings.tags, **tags})
         prepare_environment()
         tracker = cls(run_dir, state, uri)
         tracker._save(state)
@@ -102,15 +100,24 @@ class Tracker:
         self._save(self._state)
         self._new_lines.set()
 
-    def finish(self, status: Status = "FINISHED", timeout_s: float = 30.0) -> bool:
-        """End the MLflow run; False when not everything was sent within the time."""
+    def end(self, status: Status) -> None:
+        """Nothing more will come: write down that the MLflow run is to be ended."""
         if self._state is None:
-            return True
-        self._state.end_time_ms = int(time.time() * 1000)
-        self._state.final_status = status
+            return
+        self._state.end_as(status)
         self._save(self._state)
         self._ending.set()
         self._new_lines.set()
+
+    def finish(self, status: Status = "FINISHED", timeout_s: float = 30.0) -> bool:
+        """End the MLflow run; False when not everything was sent within the time."""
+        self.end(status)
+        return self.wait_until_sent(timeout_s)
+
+    def wait_until_sent(self, timeout_s: float) -> bool:
+        """After `end`: False when not everything was sent within the time."""
+        if self._state is None:
+            return True
         self._thread.join(timeout_s)
         if self._state.complete:
             return True
@@ -171,11 +178,12 @@ class Tracker:
         return True
 
 
-def sync(run_dir: Path, uri: str | None = None) -> str:
+def sync(run_dir: Path, uri: str | None = None, ended: Status | None = None) -> str:
     """Send what a run's folder still owes to MLflow; the id of its MLflow run.
 
-    `uri` is needed only where the stored one lost its credentials and MLFLOW_TRACKING_USERNAME
-    and MLFLOW_TRACKING_PASSWORD cannot replace them.
+    `ended` is how the run ended, where its own process could not write that down. `uri` is needed
+    only where the stored one lost its credentials and MLFLOW_TRACKING_USERNAME and
+    MLFLOW_TRACKING_PASSWORD cannot replace them.
     """
     run_dir = Path(run_dir)
     state = load_state(run_dir)
@@ -186,6 +194,8 @@ def sync(run_dir: Path, uri: str | None = None) -> str:
         )
     if state.complete and state.run_id:
         return state.run_id
+    if state.final_status is None and ended is not None:
+        state.end_as(ended)
     target = resolve_uri(uri) if uri else without_userinfo(state.uri)
     if is_redacted(target):
         raise TrackingError(

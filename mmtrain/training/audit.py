@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from mmtrain.errors import TrainingError
 
@@ -28,12 +28,37 @@ def refuse_dead_components(norms: Mapping[str, float]) -> None:
         )
 
 
-def refuse_bad_loss(bad_ids_per_rank: list[list[str]]) -> None:
+def refuse_bad_loss(bad_ids_per_rank: Sequence[Sequence[str]]) -> None:
     """NaN or Inf anywhere stops every rank before the step, naming the samples."""
-    found = [(rank, ids) for rank, ids in enumerate(bad_ids_per_rank) if ids]
-    if found:
-        named = "; ".join(f"rank {rank}: {', '.join(ids[:8])}" for rank, ids in found)
-        raise TrainingError(
-            f"the loss is NaN or infinite for samples on {named}. No step was taken.",
-            "Look at these samples, lower optim.lr, or train in fp32.",
-        )
+    raise TrainingError(
+        f"the loss is NaN or infinite for samples on {_named(bad_ids_per_rank)}."
+        " No step was taken.",
+        "Look at these samples, lower optim.lr, or train in fp32.",
+    )
+
+
+def refuse_bad_gradients(
+    squared_norms: Mapping[str, float],
+    owner: Mapping[str, str],
+    ids_per_rank: Sequence[Sequence[str]],
+) -> None:
+    """A finite loss may have a gradient that is not: every rank stops before the step."""
+    bad = [name for name, squared in squared_norms.items() if not math.isfinite(squared)]
+    # All finite: only the sum of the squares is beyond fp32, and with it Adam's second moment.
+    bad = bad or [max(squared_norms, key=lambda name: squared_norms[name])]
+    components = ", ".join(sorted({owner[name] for name in bad}))
+    raise TrainingError(
+        f"the gradient of {components} is NaN or infinite ({len(bad)} of {len(squared_norms)}"
+        f" parameters, e.g. {bad[0]}), the loss is not; the step's samples are on"
+        f" {_named(ids_per_rank)}. No step was taken.",
+        "Look at these samples, lower optim.lr, or train in fp32.",
+    )
+
+
+def _named(ids_per_rank: Sequence[Sequence[str]]) -> str:
+    """Samples by rank, as many as a person reads."""
+    return "; ".join(
+        f"rank {rank}: {', '.join(ids[:8])}" + (f" and {len(ids) - 8} more" if ids[8:] else "")
+        for rank, ids in enumerate(ids_per_rank)
+        if ids
+    )

@@ -10,13 +10,14 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from mmtrain import distributed
 from mmtrain.errors import CheckpointError, TrainingError
@@ -30,6 +31,7 @@ WEIGHTS, MOMENTS, STATE, SUMS = (
     "state.json",
     "sha256.json",
 )
+_STEP_NAME = re.compile(r"step-(0|[1-9][0-9]*)", re.ASCII)
 
 
 def file_sha256(path: Path) -> str:
@@ -62,8 +64,8 @@ class CheckpointFolder:
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, newest first."""
-        found = (path.name.removeprefix("step-") for path in self.folder.glob("step-*"))
-        return sorted((int(step) for step in found if step.isdigit()), reverse=True)
+        found = (_STEP_NAME.fullmatch(path.name) for path in self.folder.glob("step-*"))
+        return sorted((int(match[1]) for match in found if match), reverse=True)
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step lies."""
@@ -123,10 +125,20 @@ class CheckpointFolder:
         """The newest intact checkpoint; damaged ones are named and passed over. Rank 0 only."""
         for step in self.steps():
             problem = find_damage(self.path(step))
+            if problem is None and read_state_file(self.path(step))["step"] != step:
+                problem = f"{STATE} is of another step"
             if problem is None:
                 return self.path(step)
             log.warning("checkpoint step-%d is not used: %s; trying the one before", step, problem)
         return None
+
+    def set_aside_beyond(self, step: int) -> None:
+        """Put what could not be used out of the way: it would count as the newest for ever."""
+        for later in (found for found in self.steps() if found > step):
+            aside = self.folder / f"damaged-step-{later}"
+            shutil.rmtree(aside, ignore_errors=True)
+            self.path(later).rename(aside)
+            log.warning("checkpoint step-%d is set aside as %s", later, aside)
 
 
 def find_damage(folder: Path) -> str | None:
@@ -136,9 +148,27 @@ def find_damage(folder: Path) -> str | None:
         for name in (WEIGHTS, MOMENTS, STATE):
             if file_sha256(folder / name) != sums[name]:
                 return f"{name} does not match its checksum (cut short or altered)"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for name in (WEIGHTS, MOMENTS):
+            safe_open(str(folder / name), framework="pt", device="cpu")
+        wrong = _unusable(read_state_file(folder))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         return f"not readable ({type(error).__name__}: {error})"
-    return None
+    return f"{STATE} holds no usable {', '.join(wrong)}" if wrong else None
+
+
+def _unusable(state: Mapping[str, Any]) -> list[str]:
+    """Keys of state.json that training cannot go on from: its sum may fit a stranger."""
+    stopping, number = state["early_stopping"], int | float
+    usable = {
+        "step": isinstance(state["step"], int),
+        "inputs": all(isinstance(digest, str) for digest in dict(state["inputs"]).values()),
+        "early_stopping": isinstance(stopping["best_value"], number | None)
+        and isinstance(stopping["best_step"], int)
+        and isinstance(stopping["since_best"], int),
+        "best_metrics": all(isinstance(v, number) for v in dict(state["best_metrics"]).values()),
+        "stopped_early": isinstance(state["stopped_early"], bool),
+    }
+    return [key for key, good in usable.items() if not good]
 
 
 def _guarded(action: Any) -> str:

@@ -8,13 +8,14 @@ from typing import Any
 
 from mmtrain.config.schema import ValidateConfig
 from mmtrain.errors import TrainingError, nearest
+from mmtrain.tasks.interface import Metric, Task, validation_metrics
 
 
 @dataclass
 class EarlyStopping:
     """The best value so far and the validations since."""
 
-    metric: str
+    metric: Metric  # by the name that validations record it under
     patience: int | None
     min_epochs: int
     best_value: float | None = None
@@ -22,25 +23,26 @@ class EarlyStopping:
     since_best: int = 0
 
     @classmethod
-    def of(cls, settings: ValidateConfig) -> EarlyStopping:
-        """A fresh one."""
-        return cls(settings.metric, settings.patience, settings.min_epochs)
+    def of(cls, settings: ValidateConfig, task: Task) -> EarlyStopping:
+        """A fresh one, by a metric that the task declares."""
+        metric = validation_metrics(task)[f"val/{settings.metric}"]
+        return cls(metric, settings.patience, settings.min_epochs)
 
     def update(self, metrics: dict[str, float], step: int) -> bool:
         """Take one validation's metrics; whether it is the best so far."""
-        name = f"val/{self.metric}"
+        name = self.metric.name
         if name not in metrics:
+            short = name.removeprefix("val/")
             known = [key.removeprefix("val/") for key in metrics if key.startswith("val/")]
             raise TrainingError(
-                f"validate.metric: validation gives no '{self.metric}';",
-                nearest(self.metric, known),
+                f"validate.metric: validation gives no '{short}';",
+                nearest(short, known),
             )
         value = metrics[name]
-        smaller_is_better = self.metric.endswith("loss")
         better = (
             self.best_value is None
             or math.isnan(self.best_value)
-            or (value < self.best_value if smaller_is_better else value > self.best_value)
+            or self.metric.cost(value) < self.metric.cost(self.best_value)
         )
         if better:
             self.best_value, self.best_step, self.since_best = value, step, 0

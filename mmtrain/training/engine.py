@@ -11,8 +11,10 @@ from torch import nn
 
 from mmtrain import distributed
 from mmtrain.distributed import World
+from mmtrain.models import built
 from mmtrain.models.dropout import scope_of
 from mmtrain.models.interface import Batch, Example, Family, ForwardResult
+from mmtrain.training.numerics import nondeterminism_explained
 
 log = logging.getLogger("mmtrain")
 
@@ -69,6 +71,36 @@ def complete_config(
     return config
 
 
+def _initialise(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    config: Mapping[str, Any],
+    device: torch.device,
+) -> Any:
+    """DeepSpeed's engine around the module.
+
+    No HfDeepSpeedConfig: while one is alive, transformers shards every model it builds, a later
+    run's too. Families tell generation themselves to keep ranks in step.
+    """
+    import deepspeed
+
+    distributed.prepare_deepspeed(config)
+    buffers = {name: value.clone() for name, value in module.named_buffers()}
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=dict(config), dist_init_required=False
+    )
+    # DeepSpeed's cast to bf16 takes buffers along; rotary frequencies need their fp32.
+    for name, value in buffers.items():
+        owner_name, _, leaf = name.rpartition(".")
+        module.get_submodule(owner_name)._buffers[leaf] = value.to(device)
+    return engine
+
+
+def _offloads_parameters(config: Mapping[str, Any]) -> bool:
+    offload = config["zero_optimization"].get("offload_param") or {}
+    return offload.get("device", "none") != "none"
+
+
 class Engine:
     """Forward, backward, step and generation of one run under one ZeRO stage."""
 
@@ -79,6 +111,7 @@ class Engine:
         processor: Any,
         world: World,
         config: Mapping[str, Any],
+        asked: built.Asked,
         groups: list[dict[str, Any]] | None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -87,28 +120,17 @@ class Engine:
         self.stage = int(config["zero_optimization"]["stage"])
         self._stage0_norm = 0.0
         module = FamilyModule(family, model)
+        self.deepspeed: Any = None
         if groups is None and self.stage < 3:
-            self.deepspeed = None
-            module.to(world.device)
-            self._module = module
-            return
-        # No HfDeepSpeedConfig: while one is alive, transformers shards every model it builds, a
-        # later run's too. Families tell generation themselves to keep ranks in step.
-        import deepspeed
-
-        distributed.prepare_deepspeed()
-        buffers = {name: value.clone() for name, value in module.named_buffers()}
-        optimizer = torch.optim.AdamW(groups, betas=betas, eps=eps) if groups is not None else None
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=dict(config), dist_init_required=False
-        )
-        # DeepSpeed's cast to bf16 takes buffers along; rotary frequencies need their fp32.
-        for name, value in buffers.items():
-            owner_name, _, leaf = name.rpartition(".")
-            owner = module.get_submodule(owner_name)
-            owner._buffers[leaf] = value.to(world.device)
-        self._module = self.deepspeed
-        distributed.restart_trace_at_each_forward(self.deepspeed, model)
+            self._module: Any = module.to(world.device)
+        else:
+            optimizer = None
+            if groups is not None:
+                optimizer = torch.optim.AdamW(groups, betas=betas, eps=eps)
+            self._module = self.deepspeed = _initialise(module, optimizer, config, world.device)
+            distributed.restart_trace_at_each_forward(self.deepspeed, model)
+        shards = torch.device("cpu") if _offloads_parameters(config) else world.device
+        built.refuse_other_than(asked, model, world.device, shards)
 
     def train_mode(self) -> None:
         """Dropout on."""
@@ -125,17 +147,20 @@ class Engine:
 
     def forward(self, batch: Batch) -> ForwardResult:
         """One forward of a batch that may still be on the host."""
-        loss_sum, per_sample, auxiliary = self._module(batch.to(self.world.device))
+        with nondeterminism_explained():
+            loss_sum, per_sample, auxiliary = self._module(batch.to(self.world.device))
         return ForwardResult(loss_sum, batch.num_answer_tokens, per_sample, auxiliary)
 
     def generate(self, examples: Sequence[Example], settings: Any) -> list[str]:
         """Answers to the prompts of `examples`."""
-        return self.family.generate(self.model, self.processor, examples, settings)
+        with nondeterminism_explained():
+            return self.family.generate(self.model, self.processor, examples, settings)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients. DeepSpeed divides by accumulation steps and averages ranks."""
         assert self.deepspeed is not None
-        self.deepspeed.backward(loss)
+        with nondeterminism_explained():
+            self.deepspeed.backward(loss)
 
     def step(self) -> None:
         """End a micro-step; the optimizer runs at the accumulation boundary."""

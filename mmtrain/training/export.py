@@ -16,6 +16,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from mmtrain import plugins
+from mmtrain.assemble import Assembled
+from mmtrain.build import model_options
 from mmtrain.config.schema import RunConfig
 from mmtrain.peft.trainable import Attachment, Trainable
 from mmtrain.training.checkpoint import WEIGHTS
@@ -23,18 +26,17 @@ from mmtrain.training.tensor_file import TensorFileWriter
 
 
 def export_trained(
-    checkpoint: Path, run_dir: Path, config: RunConfig, trainable: Trainable, base_class: str | None
+    checkpoint: Path, run_dir: Path, config: RunConfig, assembled: Assembled
 ) -> list[Path]:
-    """adapter/ (one folder per component when several are adapted) and full/*.safetensors.
-
-    `base_class` is transformers' class that reads the base's folder, None where none does.
-    """
+    """adapter/ (one folder per component when several are adapted) and full/*.safetensors."""
+    trainable = assembled.trainable
+    base_class = class_for_others(config, assembled)
     written = []
     several = len(trainable.attachments) > 1
     for attachment in trainable.attachments:
         name = f"adapter/{attachment.component}" if several else "adapter"
         with _replaced(run_dir / name) as folder:
-            _write_adapter(checkpoint, folder, config, trainable, attachment)
+            _write_adapter(checkpoint, folder, config, trainable, attachment, base_class)
             card = model_card(config, trainable, attachment, base_class, several)
             (folder / "README.md").write_text(card, encoding="utf-8")
         written.append(run_dir / name)
@@ -47,12 +49,19 @@ def export_trained(
     return written
 
 
+def class_for_others(config: RunConfig, assembled: Assembled) -> type | None:
+    """transformers' class that reads the base as it is here; None where mmtrain is needed."""
+    plain = assembled.standard_folder and not config.model.overrides
+    return type(assembled.model) if plain else None
+
+
 def _write_adapter(
     checkpoint: Path,
     folder: Path,
     config: RunConfig,
     trainable: Trainable,
     attachment: Attachment,
+    base_class: type | None,
 ) -> None:
     method, component = attachment.method, attachment.component
     names = {
@@ -63,6 +72,12 @@ def _write_adapter(
     base = base_name(config)
     settings = method.export_config(attachment.placement, attachment.options, base)
     settings["revision"] = config.model.revision
+    if base_class is not None:
+        # What peft's AutoPeftModel loads the base with.
+        settings["auto_mapping"] = {
+            "base_model_class": base_class.__name__,
+            "parent_library": base_class.__module__,
+        }
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2))
 
 
@@ -96,7 +111,7 @@ def base_name(config: RunConfig) -> str:
 
 
 def loading_snippet(
-    config: RunConfig, trainable: Trainable, base_class: str | None, several: bool
+    config: RunConfig, trainable: Trainable, base_class: type | None, several: bool
 ) -> str:
     """Python that rebuilds the trained model, without mmtrain where transformers reads the base."""
     imports, loading = _base_lines(config, base_class)
@@ -124,10 +139,12 @@ def loading_snippet(
     return "\n".join([*lines, "model = model.eval()"])
 
 
-def _base_lines(config: RunConfig, base_class: str | None) -> tuple[list[str], list[str]]:
+def _base_lines(config: RunConfig, base_class: type | None) -> tuple[list[str], list[str]]:
     """What to import for the base, and how to load it."""
-    options = _own_options(config)
-    if base_class is None or options:
+    family = plugins.load("family", config.model.family)
+    code = family.processor_code(model_options(config))
+    if base_class is None or code is None:
+        options = _own_options(config)
         given = "".join(f", {key}={value!r}" for key, value in options.items())
         return [
             "from mmtrain import plugins",
@@ -138,20 +155,23 @@ def _base_lines(config: RunConfig, base_class: str | None) -> tuple[list[str], l
             "model, processor = loaded.model, loaded.processor",
         ]
     dtype = {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[config.model.dtype]
-    return ["import torch", f"from transformers import AutoProcessor, {base_class}"], [
-        f"model = {base_class}.from_pretrained(base, dtype={dtype})",
-        "processor = AutoProcessor.from_pretrained(base)",
+    name = base_class.__name__
+    names = ", ".join(sorted((name, *code.names)))
+    return ["import torch", f"from transformers import {names}"], [
+        f"model = {name}.from_pretrained(base, dtype={dtype})",
+        *code.lines,
     ]
 
 
 def _own_options(config: RunConfig) -> dict[str, Any]:
-    """What the base was loaded with that transformers knows nothing of."""
+    """What the family loaded the base with."""
     model = config.model
     tower = str(Path(model.vision_tower).resolve()) if model.vision_tower else None
     shapes = {name: one.model_dump(exclude_none=True) for name, one in model.overrides.items()}
     options = {
         "vision_tower": tower,
         "max_pixels": model.max_pixels,
+        "grounding_tokens": model.grounding_tokens,
         "overrides": shapes,
         "allow_reinit": model.allow_reinit,
         # Tensors that were initialised afresh are drawn by it.
@@ -165,7 +185,7 @@ def model_card(
     config: RunConfig,
     trainable: Trainable,
     attachment: Attachment,
-    base_class: str | None,
+    base_class: type | None,
     several: bool,
 ) -> str:
     """README.md of an adapter folder."""
@@ -173,7 +193,10 @@ def model_card(
     data = config.data.task if config.data else "none"
     options = ", ".join(f"{key} {value}" for key, value in attachment.options)
     snippet = loading_snippet(config, trainable, base_class, several)
-    full = ", ".join(trainable.full_components) or "none"
+    full = "none"
+    if trainable.full_components:
+        # Otherwise a reader of this folder alone would get half of what was trained.
+        full = f"{', '.join(trainable.full_components)} (AutoPeftModel does not load these)"
     return f"""---
 base_model: {base}
 library_name: peft

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmtrain import distributed
-from mmtrain.assemble import Assembled, build_model, pin_numerics, refuse_preset
+from mmtrain.assemble import Assembled, asked_of, build_model, refuse_preset
 from mmtrain.config.deepspeed import find_deepspeed_config
 from mmtrain.config.load import load_run_file
 from mmtrain.config.schema import RunConfig
@@ -16,6 +16,7 @@ from mmtrain.errors import CheckpointError, MmtrainError
 from mmtrain.training import checkpoint as checkpoints
 from mmtrain.training.checkpoint import CheckpointFolder
 from mmtrain.training.engine import Engine, complete_config
+from mmtrain.training.numerics import pin_numerics
 from mmtrain.training.run_folder import read_status
 
 log = logging.getLogger("mmtrain")
@@ -64,8 +65,8 @@ def chosen_checkpoint(run_dir: Path) -> Path:
 def build_ready(config: RunConfig, checkpoint: Path | None, run_dir: Path | None) -> Ready:
     """Build the model on this rank and load trained weights into it."""
     refuse_preset(config)
+    pin_numerics(config)
     world: World = distributed.initialise()
-    pin_numerics(config, world.local_size)
     settings = complete_config(
         find_deepspeed_config(config.parallel.deepspeed), config.model.dtype, 1, 1, world.size, 0.0
     )
@@ -78,7 +79,13 @@ def build_ready(config: RunConfig, checkpoint: Path | None, run_dir: Path | None
     for parameter in assembled.model.parameters():
         parameter.requires_grad_(False)
     engine = Engine(
-        assembled.family, assembled.model, assembled.processor, world, settings, groups=None
+        assembled.family,
+        assembled.model,
+        assembled.processor,
+        world,
+        settings,
+        asked_of(config),
+        groups=None,
     )
     engine.evaluation_mode()
     return Ready(config, engine, assembled, run_dir)

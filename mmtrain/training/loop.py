@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,12 +14,21 @@ from mmtrain import distributed
 from mmtrain.config.schema import RunConfig
 from mmtrain.data.stream import StepStream
 from mmtrain.evaluation.evaluate import Evaluation
+from mmtrain.tasks.interface import LOSS, Metric
 from mmtrain.training.audit import component_gradient_norms, refuse_dead_components
 from mmtrain.training.early_stopping import EarlyStopping
 from mmtrain.training.engine import Engine
 from mmtrain.training.optim import learning_rate, total_steps
 from mmtrain.training.progress import Progress
-from mmtrain.training.step import StepResult, train_step
+from mmtrain.training.step import StepResult, Trained, train_step
+
+# Of what `_metrics` records, that which is better one way: a learning rate is not.
+TRAINING_METRICS = (
+    replace(LOSS, name="train/loss"),
+    Metric("train/samples_per_s", larger_is_better=True, unit="samples/s"),
+    Metric("train/tokens_per_s", larger_is_better=True, unit="tokens/s"),
+    Metric("memory/peak_gib", larger_is_better=False, unit="GiB"),
+)
 
 
 @dataclass
@@ -56,13 +65,14 @@ class Loop:
         if start >= total or self.state.stopped_early:
             return
         self.engine.train_mode()
+        trained = Trained(self.parameters, self.owner)
         with Progress("train", total, self.engine.world.is_main, start) as progress:
             began_s = time.perf_counter()
             for batches in self.stream.steps(start, total):
                 self._key(batches.position)
                 rate = self._set_rates(batches.position, total, per_epoch)
                 audit = self._audit if batches.position == 0 else None
-                result = train_step(self.engine, batches, audit)
+                result = train_step(self.engine, batches, trained, audit)
                 self.state.step = batches.position + 1
                 ended_s = time.perf_counter()
                 metrics = self._metrics(result, batches.num_samples, rate, ended_s - began_s)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmtrain import plugins
+from mmtrain.assemble import data_section
 from mmtrain.config.schema import RunConfig
+from mmtrain.tasks.interface import validation_metrics
+from mmtrain.tracking.declared import DECLARED_NAME, as_fields, as_tags
 from mmtrain.tracking.fields import environment_tags, flatten
 from mmtrain.tracking.journal import JOURNAL_NAME, RunJournal
 from mmtrain.tracking.tracker import Status, Tracker
+from mmtrain.training.loop import TRAINING_METRICS
+from mmtrain.training.run_folder import write_json
+
+log = logging.getLogger("mmtrain")
 
 
 class Recorder:
@@ -23,13 +32,26 @@ class Recorder:
     def start(self, params: Mapping[str, Any], inputs: Mapping[str, str], step: int) -> None:
         """Forget what was written after the step that training goes on from; begin to track."""
         self._journal.truncate_after(step if step > 0 else -1)
+        missing = self._journal.missing_steps(step)
+        if missing:
+            log.warning(
+                "%s: %d of the %d steps before this start are missing (first: %d), so its curves"
+                " have a gap; the training itself goes on from its checkpoint",
+                self._journal.path,
+                len(missing),
+                step,
+                missing[0],
+            )
+        task = plugins.load("task", data_section(self._config).task)
+        metrics = (*TRAINING_METRICS, *validation_metrics(task).values())
+        write_json(self._run_dir / DECLARED_NAME, as_fields(metrics))
         digests = {f"digest.{name}": digest for name, digest in inputs.items()}
         self._tracker = Tracker.start(
             self._run_dir,
             self._config.tracking,
             self._config.name,
             flatten(params),
-            {**environment_tags(), **digests},
+            {**environment_tags(), **digests, **as_tags(metrics)},
         )
 
     def record(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
@@ -38,17 +60,21 @@ class Recorder:
         if self._tracker is not None:
             self._tracker.wake()
 
-    def artifacts(self, paths: list[Path]) -> None:
-        """Files and folders of the run folder that the tracker should also have."""
-        for path in paths:
-            if self._tracker is not None and path.exists():
+    def end(self, status: Status, artifacts: Sequence[Path] = ()) -> None:
+        """Write down how the run ended, and which files and folders the tracker should also have.
+
+        From here on `mmtrain report --sync` can send what this process does not.
+        """
+        if self._tracker is not None:
+            for path in filter(Path.exists, artifacts):
                 folder = path if path.is_dir() else path.parent
                 place = folder.relative_to(self._run_dir).as_posix()
                 # MLflow refuses "." as a name for the top.
                 self._tracker.artifact(path, "" if place == "." else place)
-
-    def close(self, status: Status) -> None:
-        """Say how the run ended."""
+            self._tracker.end(status)
         self._journal.close()
+
+    def wait_until_sent(self, timeout_s: float) -> None:
+        """Give the tracker time to send what is written down."""
         if self._tracker is not None:
-            self._tracker.finish(status)
+            self._tracker.wait_until_sent(timeout_s)

@@ -9,21 +9,19 @@ import importlib.metadata
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from mmtrain import distributed, plugins
 from mmtrain.assemble import (
     Assembled,
-    base_digest,
+    asked_of,
     build_model,
     build_source,
     data_section,
-    pin_numerics,
     refuse_preset,
 )
 from mmtrain.config.deepspeed import find_deepspeed_config
@@ -33,114 +31,71 @@ from mmtrain.data.shards import ShardFolder
 from mmtrain.data.source import Source
 from mmtrain.data.stream import Layout, StepStream
 from mmtrain.distributed import World
-from mmtrain.errors import ConfigError, MmtrainError, TrainingError
+from mmtrain.errors import ConfigError, Terminated
 from mmtrain.evaluation.evaluate import Evaluation, evaluate, write_evaluation
 from mmtrain.training import checkpoint as checkpoints
 from mmtrain.training.checkpoint import CheckpointFolder
 from mmtrain.training.early_stopping import EarlyStopping
+from mmtrain.training.ending import fail, finish, out_of_memory
 from mmtrain.training.engine import Engine, complete_config
-from mmtrain.training.export import export_trained
 from mmtrain.training.loop import Loop, RunState, state_for_checkpoint
+from mmtrain.training.numerics import pin_numerics
+from mmtrain.training.opening import Resume, find_resume, input_digests, open_folder
 from mmtrain.training.optim import parameter_groups
 from mmtrain.training.progress import Progress, set_up_logging
+from mmtrain.training.ranks import on_main
 from mmtrain.training.recorder import Recorder
-from mmtrain.training.run_folder import (
-    check_inputs,
-    exclusive,
-    prepare,
-    read_status,
-    write_status,
-)
+from mmtrain.training.termination import ending_in_order
 
 log = logging.getLogger("mmtrain")
 OnValidation = Callable[[int, dict[str, float]], None]
 
 
-@dataclass
-class Resume:
-    """Where to go on from; the folder is only known to rank 0, which alone reads it."""
-
-    folder: Path | None
-    state: dict[str, Any]
-
-
-def run_training(config: RunConfig, on_validation: OnValidation | None = None) -> dict[str, float]:
+def run_training(
+    config: RunConfig, on_validation: OnValidation | None = None, verify_base: bool = False
+) -> dict[str, float]:
     """Train as the run file says, or go on from the last good checkpoint; the best metrics."""
+    pin_numerics(config)
     world = distributed.initialise()
     with ExitStack() as held:
-        run_dir, finished = _on_main(lambda: _open_folder(config, held))
+        run_dir, finished = on_main(lambda: open_folder(config, held))
         if finished is None:
-            return _run(config, world, run_dir, on_validation)
+            return _run(config, world, run_dir, on_validation, verify_base)
     if world.is_main:
         print(f"{run_dir} is finished: {finished}. Choose another name to train again.")
     return finished
 
 
 def _run(
-    config: RunConfig, world: World, run_dir: Path, on_validation: OnValidation | None
+    config: RunConfig,
+    world: World,
+    run_dir: Path,
+    on_validation: OnValidation | None,
+    verify_base: bool,
 ) -> dict[str, float]:
     set_up_logging(run_dir, world.rank)
-    opened: list[Recorder] = []
-    _on_main(lambda: opened.append(Recorder(run_dir, config)))
-    recorder = opened[0] if world.is_main else None
-    try:
-        metrics = _train(config, world, run_dir, recorder, on_validation)
-    except torch.OutOfMemoryError as error:
-        failure = _out_of_memory(config, error)
-        _fail(world, run_dir, recorder, failure)
-        raise failure from error
-    except BaseException as error:
-        _fail(world, run_dir, recorder, error)
-        raise
-    return metrics
+    recorder: Recorder | None = None
 
+    def give_up(error: BaseException) -> None:
+        fail(run_dir, world.rank, recorder, error)
 
-def _on_main(action: Callable[[], Any]) -> Any:
-    """Rank 0's result on every rank; its error, too, so that no rank is left waiting."""
-    value: Any = None
-    error: MmtrainError | OSError | None = None
-    if distributed.is_main():
+    with ending_in_order(lambda: give_up(Terminated())):
         try:
-            value = action()
-        except (MmtrainError, OSError) as fault:
-            error = fault
-    value, text = distributed.from_main((value, None if error is None else str(error)))
-    if error is not None:
-        raise error
-    if text is not None:
-        raise MmtrainError(text)
-    return value
+            recorder = _open_recorder(config, run_dir)
+            return _train(config, world, run_dir, recorder, on_validation, verify_base)
+        except torch.OutOfMemoryError as error:
+            failure = out_of_memory(config, error)
+            give_up(failure)
+            raise failure from error
+        except BaseException as error:
+            give_up(error)
+            raise
 
 
-def _open_folder(config: RunConfig, held: ExitStack) -> tuple[Path, dict[str, float] | None]:
-    run_dir = prepare(config)
-    held.enter_context(exclusive(run_dir))
-    status = read_status(run_dir)
-    if status.get("state") == "finished":
-        return run_dir, status["metrics"]
-    write_status(run_dir, "running")
-    return run_dir, None
-
-
-def _fail(world: World, run_dir: Path, recorder: Recorder | None, error: BaseException) -> None:
-    if not world.is_main:
-        return
-    assert recorder is not None
-    try:
-        write_status(run_dir, "failed", reason=str(error) or type(error).__name__)
-        recorder.close("FAILED")
-    except OSError as fault:
-        # On a full disk the user must see what ended the run, not that this was not written.
-        log.warning("the end of the run could not be written down (%s)", fault.strerror)
-
-
-def _out_of_memory(config: RunConfig, error: torch.OutOfMemoryError) -> TrainingError:
-    return TrainingError(
-        f"out of device memory with micro_batch {config.optim.micro_batch} and"
-        f" generation.batch_size {config.generation.batch_size} ({str(error).splitlines()[0]}).",
-        "Lower the one in use (the global batch and so the result stay the same), set"
-        " parallel.activation_checkpointing: true, or use parallel.deepspeed: zero3.",
-    )
+def _open_recorder(config: RunConfig, run_dir: Path) -> Recorder | None:
+    opened: list[Recorder] = []
+    on_main(lambda: opened.append(Recorder(run_dir, config)))
+    return opened[0] if opened else None
 
 
 def _train(
@@ -149,14 +104,15 @@ def _train(
     run_dir: Path,
     recorder: Recorder | None,
     on_validation: OnValidation | None,
+    verify_base: bool,
 ) -> dict[str, float]:
     refuse_preset(config)
-    threads = pin_numerics(config, world.local_size)
     data, optim = data_section(config), config.optim
     if data.train is None:
         raise ConfigError(["data.train: is missing; give a folder of training shards"])
     for shards in filter(None, (data.train, data.val)):
-        ShardFolder.open(Path(shards))  # a missing folder is known before minutes of loading
+        # What is wrong with a folder is known before minutes of loading.
+        ShardFolder.open(Path(shards), data.task)
     layout = Layout(world.size, world.rank, optim.micro_batch, optim.global_batch).check()
     settings = complete_config(
         find_deepspeed_config(config.parallel.deepspeed),
@@ -172,9 +128,9 @@ def _train(
         raise ConfigError(["components: nothing trains; give a component mode 'full' or 'peft'"])
     train = build_source(config, assembled, data.train, data.limit)
     val = build_source(config, assembled, data.val, data.val_limit) if data.val else None
-    inputs = _on_main(lambda: _input_digests(assembled, train, val))
+    inputs = on_main(lambda: input_digests(assembled, train, val, verify_base))
     checkpoint_folder = CheckpointFolder(run_dir, config.checkpoint.keep)
-    resume = _find_resume(checkpoint_folder, inputs)
+    resume = find_resume(checkpoint_folder, inputs)
     engine, parameters = _build_engine(config, world, assembled, settings, resume)
     stream = StepStream(
         len(train),
@@ -186,43 +142,14 @@ def _train(
     )
     loop = _make_loop(config, engine, stream, assembled, parameters, resume, run_dir, val, recorder)
     loop.on_validation = on_validation
-    facts = _facts(config, layout, settings, threads, inputs)
+    facts = _facts(config, layout, settings, inputs)
     loop.save = lambda: _save(checkpoint_folder, engine, parameters, loop, facts)
     step = resume.state["step"] if resume else 0
-    # On rank 0 alone, but its error must reach all: the others would wait for it.
-    _on_main(lambda: _start(recorder, config, inputs, step))
+    main = cast(Recorder, recorder)  # rank 0 has one
+    on_main(lambda: main.start(flatten_run(config), inputs, step))
     loop.run()
-    return _finish(config, world, run_dir, checkpoint_folder, loop, assembled, recorder)
-
-
-def _start(
-    recorder: Recorder | None, config: RunConfig, inputs: Mapping[str, str], step: int
-) -> None:
-    assert recorder is not None
-    recorder.start(flatten_run(config), inputs, step)
-
-
-def _input_digests(assembled: Assembled, train: Source, val: Source | None) -> dict[str, str]:
-    digests = {"base": base_digest(assembled.base_files), "data.train": train.shards.digest}
-    if val is not None:
-        digests["data.val"] = val.shards.digest
-    return digests
-
-
-def _find_resume(folder: CheckpointFolder, inputs: Mapping[str, str]) -> Resume | None:
-    def find() -> dict[str, Any] | None:
-        path = folder.newest_good()
-        if path is None:
-            return None
-        state = checkpoints.read_state_file(path)
-        check_inputs(state, inputs)
-        return state
-
-    state = _on_main(find)
-    if state is None:
-        return None
-    log.info("resuming after step %d", state["step"])
-    return Resume(folder.path(state["step"]), state)
+    on_main(lambda: finish(config, run_dir, checkpoint_folder, loop, assembled, main))
+    return loop.state.best_metrics
 
 
 def _build_engine(
@@ -243,6 +170,7 @@ def _build_engine(
         assembled.processor,
         world,
         settings,
+        asked_of(config),
         groups,
         optim.betas,
         optim.eps,
@@ -264,7 +192,8 @@ def _make_loop(
     val: Source | None,
     recorder: Recorder | None,
 ) -> Loop:
-    stopping, state = EarlyStopping.of(config.validation), RunState()
+    task = plugins.load("task", data_section(config).task)
+    stopping, state = EarlyStopping.of(config.validation, task), RunState()
     if resume is not None:
         stopping.restore(resume.state["early_stopping"])
         state = RunState(
@@ -291,8 +220,7 @@ def _make_loop(
 
 def _keep_best(run_dir: Path, evaluation: Evaluation) -> None:
     """The answers that belong to the checkpoint that is exported in the end."""
-    if distributed.is_main():
-        write_evaluation(run_dir / "evaluation" / "val", evaluation)
+    on_main(lambda: write_evaluation(run_dir / "evaluation" / "val", evaluation))
 
 
 def _validator(config: RunConfig, engine: Engine, val: Source) -> Callable[[int], Evaluation]:
@@ -323,7 +251,6 @@ def _facts(
     config: RunConfig,
     layout: Layout,
     settings: Mapping[str, Any],
-    threads: int,
     inputs: Mapping[str, str],
 ) -> dict[str, Any]:
     packages = ("mmtrain", "torch", "transformers", "deepspeed", "peft")
@@ -334,7 +261,7 @@ def _facts(
             "micro_batch": layout.micro_batch,
             "accumulation": layout.accumulation,
             "zero_stage": settings["zero_optimization"]["stage"],
-            "threads": threads,
+            "threads": torch.get_num_threads(),
         },
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "inputs": dict(inputs),
@@ -352,40 +279,3 @@ def _save(
         log.info("checkpoint step-%d is written again", loop.state.step)
     state = state_for_checkpoint(loop, dict(facts))
     folder.save(engine, parameters, state, loop.stopping.best_step)
-
-
-def _class_for_others(assembled: Assembled) -> str | None:
-    """transformers' class that reads the base's folder; None where mmtrain is needed for it."""
-    parts = (assembled.model, assembled.processor)
-    known = all(type(part).__module__.startswith("transformers.") for part in parts)
-    return type(assembled.model).__name__ if known and assembled.standard_folder else None
-
-
-def _finish(
-    config: RunConfig,
-    world: World,
-    run_dir: Path,
-    folder: CheckpointFolder,
-    loop: Loop,
-    assembled: Assembled,
-    recorder: Recorder | None,
-) -> dict[str, float]:
-    metrics = loop.state.best_metrics
-    if world.is_main:
-        assert recorder is not None
-        best = loop.stopping.best_step
-        damage = checkpoints.find_damage(folder.path(best)) if best > 0 else None
-        if damage is not None:
-            log.warning("best checkpoint step-%d is not exported, the last is: %s", best, damage)
-        chosen = best if best > 0 and damage is None else loop.state.step
-        base_class = _class_for_others(assembled)
-        written = export_trained(
-            folder.path(chosen), run_dir, config, assembled.trainable, base_class
-        )
-        write_status(run_dir, "finished", metrics=metrics, best_step=chosen, step=loop.state.step)
-        predictions = run_dir / "evaluation" / "val"
-        recorder.artifacts([*written, predictions, run_dir / "run.yaml"])
-        recorder.close("FINISHED")
-        log.info("finished at step %d; best step %d; %s", loop.state.step, chosen, run_dir)
-    distributed.barrier()
-    return metrics

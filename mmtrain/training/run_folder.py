@@ -7,14 +7,14 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mmtrain.config.load import difference, dump_run, flatten_run, load_run_file
 from mmtrain.config.schema import RunConfig
-from mmtrain.errors import ConfigError, MmtrainError
-from mmtrain.tracking.uri import redact_uri
+from mmtrain.errors import ConfigError, MmtrainError, Terminated
+from mmtrain.safe_text import redacted
 
 # What may change between a run and its resume: how it is computed, not what is computed.
 _LAYOUT_KEYS = (
@@ -26,21 +26,45 @@ _LAYOUT_KEYS = (
     "generation.batch_size",
 )
 _STATUS = "status.json"
+Ended = Literal["FINISHED", "FAILED", "KILLED"]  # MLflow's words
+BASE_FILE = "base/"  # before the name of a small file of the base, among a run's inputs
+
+
+class InUse(MmtrainError):
+    """Another process trains in this folder."""
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a small JSON file at once."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Replace a small JSON file at once; ranks that fail together may do so side by side."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(value, indent=1))
     temporary.replace(path)
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
-    """status.json, or an empty status."""
+    """status.json; an empty status where there is none yet."""
+    path = run_dir / _STATUS
     try:
-        return json.loads((run_dir / _STATUS).read_text())
-    except (OSError, ValueError):
+        status = json.loads(path.read_text())
+        usable = status["state"] in ("running", "failed") or (
+            status["state"] == "finished"
+            and isinstance(status["best_step"], int)
+            and all(isinstance(value, int | float) for value in status["metrics"].values())
+        )
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unusable_status(path, f"{type(error).__name__}: {error}") from error
+    if not usable:
+        raise _unusable_status(path, f"state {str(status['state'])[:40]!r}")
+    return status
+
+
+def _unusable_status(path: Path, fault: str) -> MmtrainError:
+    return MmtrainError(
+        f"{path}: says nothing usable about the run ({fault}).",
+        "Remove it: the same command then goes on from the last checkpoint.",
+    )
 
 
 def write_status(run_dir: Path, state: str, **facts: Any) -> None:
@@ -48,41 +72,82 @@ def write_status(run_dir: Path, state: str, **facts: Any) -> None:
     write_json(run_dir / _STATUS, {"state": state, "time_s": time.time(), **facts})
 
 
-def prepare(config: RunConfig) -> Path:
-    """Make the folder, or check that it belongs to this very run. Rank 0 only."""
-    run_dir = Path(config.run_dir)
-    stored = run_dir / "run.yaml"
-    if stored.exists():
-        refuse_other_run(config, stored)
+def write_failure(run_dir: Path, reason: str) -> bool:
+    """Say why the run failed, unless a rank already has: the others fail because the first did."""
+    if read_status(run_dir).get("state") != "running":
+        return False
+    write_status(run_dir, "failed", reason=reason)
+    return True
+
+
+def note_failure(run_dir: Path, reason: str) -> None:
+    """Say why a run failed whose ranks could not: killed, or only told to stop. From outside."""
+    with suppress(MmtrainError, OSError), exclusive(run_dir):
+        status = read_status(run_dir)
+        if status.get("state") == "running" or status.get("reason") == str(Terminated()):
+            write_status(run_dir, "failed", reason=reason)
+
+
+def ended_as(run_dir: Path) -> Ended | None:
+    """How a run ended that nobody trains any more; None while it is trained."""
+    if not (run_dir / _STATUS).exists():
+        return None
     try:
+        with exclusive(run_dir):
+            state = read_status(run_dir)["state"]
+    except InUse:
+        return None
+    # Nobody holds a folder that says "running": its ranks were killed.
+    words: dict[str, Ended] = {"finished": "FINISHED", "failed": "FAILED"}
+    return words.get(state, "KILLED")
+
+
+def make_folder(config: RunConfig) -> Path:
+    """The run's folder, made where it is missing."""
+    run_dir = Path(config.run_dir)
+    with _writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         if not os.access(run_dir, os.W_OK):
             raise PermissionError(13, "Permission denied")
+    return run_dir
+
+
+def store_run(config: RunConfig, run_dir: Path) -> None:
+    """Write run.yaml, or check that the folder belongs to this very run. Only while it is held."""
+    stored = run_dir / "run.yaml"
+    if stored.exists():
+        refuse_other_run(config, stored)
+    with _writing(run_dir):
         temporary = run_dir / ".run.yaml.tmp"
         temporary.write_text(dump_run(_without_secrets(config)))
         temporary.replace(stored)
+
+
+@contextmanager
+def _writing(run_dir: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise MmtrainError(
             f"output_dir: {run_dir} cannot be written ({error.strerror}).",
             "Choose another output_dir, or make room and rights there.",
         ) from error
-    return run_dir
 
 
 def _without_secrets(config: RunConfig) -> RunConfig:
-    """The run file as stored: a password in the tracking URI stays out of it."""
-    tracking = config.tracking.model_copy(update={"uri": redact_uri(config.tracking.uri)})
+    """The run file as stored: passwords, in the tracking URI or in tags, stay out of it."""
+    tracking = config.tracking.model_copy(update=redacted(config.tracking.model_dump()))
     return config.model_copy(update={"tracking": tracking})
 
 
 @contextmanager
 def exclusive(run_dir: Path) -> Iterator[None]:
     """Hold the folder: two trainings of one run would overwrite each other's files."""
-    with open(run_dir / ".lock", "w") as file:
+    with open(run_dir / ".lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise MmtrainError(
+            raise InUse(
                 f"{run_dir} is being trained by another process.",
                 "Wait for it, end it, or choose another name or output_dir.",
             ) from error
@@ -107,11 +172,16 @@ def refuse_other_run(config: RunConfig, stored: Path) -> None:
 
 
 def check_inputs(state: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
-    """A resume needs the same base weights and the same shards, bit for bit."""
+    """A resume needs the same base and the same shards, bit for bit."""
+    stored: Mapping[str, str] = state["inputs"]
     problems = [
-        f"{name}: has changed since the checkpoint was written ({old[:12]} -> {inputs[name][:12]})"
-        for name, old in state["inputs"].items()
+        f"{name}: has changed since the checkpoint was written"
+        f" ({old[:12]} -> {inputs.get(name, 'gone')[:12]})"
+        for name, old in stored.items()
         if inputs.get(name) != old
     ]
+    if any(name.startswith(BASE_FILE) for name in stored):
+        new = sorted(name for name in inputs if name.startswith(BASE_FILE) and name not in stored)
+        problems += [f"{name}: has been added since the checkpoint was written" for name in new]
     if problems:
         raise ConfigError(problems + ["restore it, or give the run another output_dir"], "resume")

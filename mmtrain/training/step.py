@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 
 from mmtrain import distributed
 from mmtrain.data.stream import StepBatches
-from mmtrain.models.interface import Batch, ForwardResult
-from mmtrain.training.audit import refuse_bad_loss
+from mmtrain.models.interface import Batch
+from mmtrain.training.audit import refuse_bad_gradients, refuse_bad_loss
 from mmtrain.training.engine import Engine
 
 
@@ -22,7 +25,20 @@ class StepResult:
     num_tokens: int
 
 
-def train_step(engine: Engine, step: StepBatches, before_optimizer: object = None) -> StepResult:
+@dataclass(frozen=True)
+class Trained:
+    """What trains: parameters by name, and the component each belongs to."""
+
+    parameters: Mapping[str, torch.nn.Parameter]
+    owner: Mapping[str, str]
+
+
+def train_step(
+    engine: Engine,
+    step: StepBatches,
+    trained: Trained,
+    before_optimizer: Callable[[], None] | None = None,
+) -> StepResult:
     """Forward and backward over the micro-batches, then one optimizer update.
 
     The loss is the sum over answer tokens divided by the answer tokens of the whole global batch;
@@ -34,25 +50,47 @@ def train_step(engine: Engine, step: StepBatches, before_optimizer: object = Non
         dtype=torch.int64,
     )
     factor = len(batches) * engine.world.size / max(1, answer_tokens)
-    loss_sums, bad_ids = [], []
+    loss_sums: list[torch.Tensor] = []
+    sample_losses: list[torch.Tensor] = []
     for number, batch in enumerate(batches):
         result = engine.forward(batch)
         assert not result.auxiliary, "no method with auxiliary losses exists yet"
         engine.backward(result.answer_loss_sum * factor)
         loss_sums.append(result.answer_loss_sum.detach())
-        bad_ids += _bad_samples(result, batch)
+        sample_losses.append(result.per_sample_loss.detach())
         if number == len(batches) - 1:
-            loss_sum, num_bad = distributed.sum_over_ranks([float(sum(loss_sums)), len(bad_ids)])
-            if num_bad:
-                refuse_bad_loss(distributed.gather_objects(bad_ids))
-            if callable(before_optimizer):
+            loss_sum = _checked(
+                engine, reduce(torch.add, loss_sums), sample_losses, batches, trained
+            )
+            if before_optimizer is not None:
                 before_optimizer()
         engine.step()
     return StepResult(loss_sum / max(1, answer_tokens), int(answer_tokens), int(tokens))
 
 
-def _bad_samples(result: ForwardResult, batch: Batch) -> list[str]:
-    if bool(torch.isfinite(result.per_sample_loss).all()):
-        return []
-    finite = torch.isfinite(result.per_sample_loss).tolist()
-    return [sample_id for sample_id, good in zip(batch.ids, finite, strict=True) if not good]
+def _checked(
+    engine: Engine,
+    own_loss_sum: torch.Tensor,
+    sample_losses: Sequence[torch.Tensor],
+    batches: Sequence[Batch],
+    trained: Trained,
+) -> float:
+    """The loss over all ranks, or an error on each: nothing non-finite meets the optimizer.
+
+    One message and one wait for the device in a step, whatever the number of micro-batches.
+    """
+    losses = torch.cat(list(sample_losses))
+    norm = distributed.own_gradient_norm(engine.deepspeed).to(losses.device)
+    faults = [(~torch.isfinite(losses)).sum(), ~torch.isfinite(norm)]
+    loss_sum, bad_losses, bad_gradients = distributed.sum_over_ranks(
+        torch.stack([own_loss_sum.double(), *(fault.double() for fault in faults)])
+    )
+    ids = [sample_id for batch in batches for sample_id in batch.ids]
+    if bad_losses:
+        pairs = zip(ids, losses.tolist(), strict=True)
+        bad_ids = [sample_id for sample_id, loss in pairs if not math.isfinite(loss)]
+        refuse_bad_loss(distributed.gather_objects(bad_ids))
+    if bad_gradients:
+        squared = distributed.squared_gradient_norms(trained.parameters)
+        refuse_bad_gradients(squared, trained.owner, distributed.gather_objects(ids))
+    return loss_sum

@@ -7,6 +7,7 @@ Its prompts stand in tests/golden/tasks/<task>/<template>.txt, to be read by a p
 
 from __future__ import annotations
 
+import re
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from data_shards.writer import ShardWriter
 from mmtrain import plugins
 from mmtrain.data.shards import ShardFolder
 from mmtrain.errors import DataError
-from mmtrain.tasks.interface import Rendered, Sample, Task
+from mmtrain.tasks.interface import LOSS, Rendered, Sample, Task
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tasks"
 TASKS = plugins.names("task")
@@ -111,11 +112,32 @@ def test_targets_score_best_and_nonsense_worst(name: str, template: str) -> None
     best, best_each = task.score(samples, [each.target for each in rendered], template)
     worst, worst_each = task.score(samples, ["%nonsense%"] * len(samples), template)
     assert len(best_each) == len(worst_each) == len(samples)
-    assert best[task.primary_metric] > worst[task.primary_metric]
     assert best.keys() == worst.keys()
+    for metric in task.metrics:
+        better, than = best[metric.name], worst[metric.name]
+        assert metric.cost(better) <= metric.cost(than), "declared upside down"
+    primary = task.primary_metric
+    assert primary.cost(best[primary.name]) < primary.cost(worst[primary.name])
     for each in rendered:
         assert each.turns[-1].role == "user"
         assert not each.candidates or each.target in each.candidates
+
+
+@pytest.mark.parametrize(("name", "template"), TEMPLATES)
+def test_scores_are_the_declared_metrics_and_no_others(name: str, template: str) -> None:
+    task: Task = plugins.load("task", name)
+    declared = {metric.name: metric for metric in task.metrics}
+    assert len(declared) == len(task.metrics) and LOSS.name not in declared
+    assert task.primary_metric in task.metrics
+    assert all(re.fullmatch("[a-z][a-z0-9_]*", each) for each in declared), "as MLflow takes it"
+    samples = _samples(name, task.splits[0])
+    given, _ = task.score(samples, ["A"] * len(samples), template)
+    assert given.keys() == declared.keys()
+    for each, value in given.items():
+        assert declared[each].unit != "%" or 0 <= value <= 1, "shares are stored as shares of one"
+    for sample in samples:  # a set may lack what a metric is about, but never bring another one
+        alone, _ = task.score([sample], ["A"], template)
+        assert {task.primary_metric.name} <= alone.keys() <= declared.keys()
 
 
 @pytest.mark.parametrize(("name", "template"), TEMPLATES)

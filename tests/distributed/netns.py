@@ -18,18 +18,28 @@ from pathlib import Path
 
 ADDRESSES = {"hosta": "10.77.0.1", "hostb": "10.77.0.2"}
 INTERFACE = "eth7"
-_NEEDED = ("ip", "ssh", "sshd", "ssh-keygen")
+_PACKAGES = {
+    "ip": "iproute2",
+    "ssh": "openssh-client",
+    "ssh-keygen": "openssh-client",
+    "sshd": "openssh-server",
+    "pdsh": "pdsh",
+}
 _START_LIMIT_S = 20.0
 
 
 def why_not() -> str:
     """What is missing on this machine, with the remedy; empty when two hosts can be made."""
-    places = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
-    missing = [tool for tool in _NEEDED if shutil.which(tool, path=places) is None]
+    missing = [tool for tool in _PACKAGES if shutil.which(tool, path=_places()) is None]
     if missing:
-        return f"{', '.join(missing)} missing: install iproute2, openssh-client, openssh-server"
-    if os.geteuid() != 0:
-        return "network namespaces need root: run these tests as root, in a container for example"
+        packages = dict.fromkeys(_PACKAGES[tool] for tool in missing)
+        return f"no {', '.join(missing)} here: apt-get install -y {' '.join(packages)}"
+    probe = f"mm{os.getpid()}probe"
+    try:
+        _ip("netns", "add", probe)
+        _ip("netns", "del", probe)
+    except subprocess.CalledProcessError as error:
+        return f"no network namespaces here ({error.stderr.strip()}): run as root, privileged"
     return ""
 
 
@@ -95,8 +105,12 @@ def two_hosts(folder: Path) -> Iterator[TwoHosts]:
             daemon.wait()
 
 
+def _places() -> str:
+    return os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+
+
 def _tool(name: str) -> str:
-    found = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    found = shutil.which(name, path=_places())
     assert found, why_not()
     return found
 

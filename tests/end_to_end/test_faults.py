@@ -20,7 +20,7 @@ from mmtrain.training.checkpoint import CheckpointFolder
 from tests import tiny
 from tests.in_process import one_rank, train, trained_digest
 
-KILLED_AT_STEP, NUM_STEPS = 10, 40
+KILLED_AT_STEP, NUM_STEPS = 10, 24
 
 
 def last_step(run_dir: Path) -> int:
@@ -33,17 +33,22 @@ def last_step(run_dir: Path) -> int:
 
 
 def kill_at(processes: list[subprocess.Popen[str]], run_dir: Path, step: int) -> int:
-    """kill -9 of rank 1 when the journal reaches `step`, then of rank 0; the step then reached."""
+    """Rank 1 stops answering when the journal reaches `step`; the step that rank 0 then reached.
+
+    Rank 0, in a collective that never ends, is told to end, as by a launcher; rank 1 gets kill -9.
+    """
     deadline_s = time.monotonic() + 300
     while last_step(run_dir) < step:
         assert all(process.poll() is None for process in processes), processes[0].communicate()[0]
         assert time.monotonic() < deadline_s, "the run did not get there"
         time.sleep(0.01)
-    for process in reversed(processes):
-        process.kill()
-    for process in processes:
-        process.communicate(timeout=60)
-    assert processes[1].returncode == -signal.SIGKILL
+    processes[1].send_signal(signal.SIGSTOP)
+    time.sleep(1.0)  # most of the time rank 0 waits by then; it must end in order wherever it is
+    processes[0].terminate()
+    processes[0].communicate(timeout=60)
+    processes[1].kill()
+    processes[1].communicate(timeout=60)
+    assert [process.returncode for process in processes] == [143, -signal.SIGKILL]
     return last_step(run_dir)
 
 
@@ -72,7 +77,8 @@ def test_kill_in_mid_epoch_and_the_same_command_again(
     killed = ["mmtrain", "train", str(files["killed"])]
     reached = kill_at(tiny.start_ranks(killed, 2), tmp_path / "killed", KILLED_AT_STEP)
     assert KILLED_AT_STEP <= reached < NUM_STEPS, "killed too late to prove anything"
-    assert json.loads((tmp_path / "killed" / "status.json").read_text())["state"] == "running"
+    status = json.loads((tmp_path / "killed" / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("failed", "stopped by SIGTERM")
     tiny.wait_ranks(tiny.start_ranks(killed, 2))
     log = (tmp_path / "killed" / "logs" / "rank-0.log").read_text()
     assert "resuming after step" in log
@@ -152,7 +158,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system with room for one checkpoint (540 KB) and a half."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1000k", "tmpfs", str(folder)], check=True)
+    command = ["mount", "-t", "tmpfs", "-o", "size=1000k", "tmpfs", str(folder)]
+    made = subprocess.run(command, capture_output=True, text=True)
+    if made.returncode != 0:
+        pytest.skip(f"no file system could be mounted ({made.stderr.strip()}): run as root")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 

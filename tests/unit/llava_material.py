@@ -86,6 +86,18 @@ def mixed(processor: Any) -> list[Example]:
     ]
 
 
+def inputs_of(one: Example, processor: Any) -> dict[str, torch.Tensor]:
+    """A sample as transformers' own model wants it."""
+    inputs = {"input_ids": torch.tensor([one.input_ids])}
+    return inputs | ({"pixel_values": torch.stack(list(one.pixels))} if one.pixels else {})
+
+
+def spaced(processor: Any) -> Example:
+    """Spaces around every text: LLaVA's code takes them away behind a picture only."""
+    earlier = [("\n Which digit? ", " 3 ")]
+    return example(processor, "spaced", " And now? ", " 2", [picture(1)], earlier)
+
+
 def logits_of(model: Any, batch: Any) -> torch.Tensor:
     """Our forward up to the logits, at every position."""
     from mmtrain.models.families.llava import embed

@@ -6,6 +6,7 @@ import io
 import json
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -22,6 +23,8 @@ BACKWARDS = (
     (r"^model\.multi_modal_projector\.linear_2\.", "model.mm_projector.2."),
 )
 TOWER = "model.vision_tower."
+RUNS_OF_SPACES = (2, 3, 4, 8, 16)  # lengths of pieces
+NUM_MARKS = 3 + 256  # unknown, begin, end, and the bytes
 IDENTITY = {"llava": "LlavaLlamaForCausalLM", "share4v": "Share4VLlamaForCausalLM"}
 
 
@@ -163,9 +166,14 @@ def load_original(folder: Path, vision_tower: Path | None = None) -> LoadedModel
     return FAMILY.load(options, None)
 
 
+@cache
 def train_sentencepiece(size: int) -> bytes:
-    """A Llama-like sentencepiece model: BPE, bytes for what is unknown, a space put in front."""
+    """A Llama-like sentencepiece model: BPE, bytes for what is unknown, a space put in front.
+
+    As in LLaMA's, runs of spaces have the first numbers behind the bytes, and the lowest score.
+    """
     import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
 
     from mmtrain.models.families.llava import SYSTEM
 
@@ -174,17 +182,25 @@ def train_sentencepiece(size: int) -> bytes:
         sentence_iterator=iter([f"{SYSTEM} USER: ASSISTANT:", *tiny.DIGITS_TEXTS] * 4),
         model_writer=model,
         model_type="bpe",
-        vocab_size=size,
+        vocab_size=size - len(RUNS_OF_SPACES),
         byte_fallback=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         split_digits=True,
         minloglevel=2,
     )
-    return model.getvalue()
+    read = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+    trained = list(read.pieces)
+    runs = [read.SentencePiece(piece="\u2581" * n, score=-1e9) for n in RUNS_OF_SPACES]
+    del read.pieces[:]
+    read.pieces.extend([*trained[:NUM_MARKS], *runs, *trained[NUM_MARKS:]])
+    read.trainer_spec.vocab_size = size
+    return bytes(read.SerializeToString())
 
 
-def write_with_sentencepiece(twin: Path, target: Path, size: int = 380) -> Path:
+def write_with_sentencepiece(
+    twin: Path, target: Path, size: int = 380, legacy: bool | None = False
+) -> Path:
     """An original folder whose tokenizer is `tokenizer.model`, as the published ones'."""
     write_original(twin, target)
     tensors = twin_tensors(twin)
@@ -194,5 +210,6 @@ def write_with_sentencepiece(twin: Path, target: Path, size: int = 380) -> Path:
     write_weights(target, llm, "safetensors", 1)
     (target / "tokenizer.json").unlink()
     (target / "tokenizer.model").write_bytes(train_sentencepiece(size))
+    edit_json(target / "tokenizer_config.json", legacy=legacy)
     edit_json(target / "config.json", vocab_size=size)
     return target

@@ -111,6 +111,22 @@ def picture_inputs(one: Example) -> Tensors:
     return {"pixel_values": torch.cat(list(one.pixels)), "image_grid_thw": grid}
 
 
+def inputs_of(one: Example, processor: Any) -> Tensors:
+    """A sample as transformers' own model wants it."""
+    return {
+        "input_ids": torch.tensor([one.input_ids]),
+        "mm_token_type_ids": token_types(one.input_ids, processor),
+        **picture_inputs(one),
+    }
+
+
+def logits_of(model: Any, batch: Any) -> torch.Tensor:
+    """Ours, at every position."""
+    from mmtrain.models.families.qwen2_vl.computing import hidden_states
+
+    return model.lm_head(hidden_states(model, batch))
+
+
 def token_types(ids: Sequence[int], processor: Any) -> torch.Tensor:
     """1 for picture tokens, as transformers' own processor gives them."""
     return torch.tensor([[int(one == processor.image_token_id) for one in ids]])

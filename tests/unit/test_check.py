@@ -17,7 +17,8 @@ import yaml
 from mmtrain.commands import check
 from mmtrain.config.schema import ComponentConfig, ParallelConfig
 from mmtrain.config.yaml_text import parse
-from mmtrain.errors import ConfigError
+from mmtrain.data.manifest import FORMAT_VERSION
+from mmtrain.errors import ConfigError, DataError
 from mmtrain.peft.placement import chosen_layers, chosen_roles, select
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,9 +124,9 @@ def test_a_part_of_a_component(run_check: Check) -> None:
 def write_manifest(folder: Path, samples: int) -> None:
     folder.mkdir()
     sha256 = hashlib.sha256(b"").hexdigest()
-    shard = {"name": "shard-000000.tar", "samples": samples, "members": samples, "bytes": 512}
+    shard = {"name": "shard-000000.tar", "samples": samples, "members": samples, "bytes": 2**30}
     manifest = {
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "task": "digits",
         "split": "train",
         "seed": 0,
@@ -148,6 +149,8 @@ def test_steps_per_epoch_come_from_the_manifest(run_check: Check, tmp_path: Path
     assert (report["train_samples"], report["steps_per_epoch"]) == (1297, 11)
     report = json.loads(run_check(data, "--json", "data.limit=128"))
     assert (report["train_samples"], report["steps_per_epoch"]) == (128, 1)
+    with pytest.raises(DataError, match="of task 'digits', data.task is 'scienceqa'; correct one"):
+        run_check(data, "data.task=scienceqa")
 
 
 def run_files() -> list[Path]:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +14,20 @@ from typing import Any
 
 import pytest
 
-from mmtrain.errors import ConfigError, MmtrainError, TrainingError
+from mmtrain.errors import ConfigError, DataError, MmtrainError, Terminated, TrainingError
+from mmtrain.tracking.state import TrackingState, load_state
+from mmtrain.training import ending
 from mmtrain.training import run as training_run
-from mmtrain.training.checkpoint import MOMENTS, STATE, SUMS, WEIGHTS, CheckpointFolder
+from mmtrain.training import run_folder
+from mmtrain.training.checkpoint import (
+    MOMENTS,
+    STATE,
+    SUMS,
+    WEIGHTS,
+    CheckpointFolder,
+    file_sha256,
+)
+from mmtrain.training.opening import find_resume
 from tests import tiny
 from tests.distributed.walk import Interrupted
 from tests.in_process import one_rank, train, trained_digest
@@ -108,6 +120,8 @@ def test_a_damaged_file_costs_two_steps_and_nothing_else(
     assert "does not match its checksum" in reason or "not readable" in reason
     assert name in reason or name == SUMS  # a flipped checksum accuses the file it is of
     assert trained_digest(tmp_path / "run") == whole
+    assert f"checkpoint step-4 is set aside as {tmp_path}/run/checkpoints/damaged-step-4" in log
+    assert (tmp_path / "run" / "checkpoints" / "damaged-step-4").is_dir()
     losses = tiny.read_metrics(tmp_path / "run", "train/loss")
     assert len(losses) == 6, "journal lines of steps trained twice must be replaced"
 
@@ -118,9 +132,124 @@ def test_without_any_good_checkpoint_training_starts_again(
     run = resumed(make, cut, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-2")
     (tmp_path / "run" / "checkpoints" / "step-4" / STATE).unlink()
+    (tmp_path / "run" / "checkpoints" / "step-²").mkdir()
     train(run)
-    assert "resuming" not in log_of(tmp_path / "run").split("step-4 is not used")[1]
+    said = log_of(tmp_path / "run").split("step-4 is not used")[1]
+    assert "resuming" not in said
+    assert "no checkpoint is good: training starts again from step 0" in said
     assert trained_digest(tmp_path / "run") == whole
+
+
+def test_pruning_keeps_what_was_written_after_a_fallback(cut: Path, tmp_path: Path) -> None:
+    """With `keep: 1` each new checkpoint was removed for the damaged one beyond it."""
+    shutil.copytree(cut, tmp_path / "run")
+    folder = CheckpointFolder(tmp_path / "run", keep=1)
+    (folder.path(4) / WEIGHTS).unlink()
+    resume = find_resume(folder, json.loads((folder.path(2) / STATE).read_text())["inputs"])
+    assert resume is not None and resume.state["step"] == 2
+    shutil.copytree(folder.path(2), folder.path(3))  # the next one written
+    folder._prune(best_step=-1)
+    assert folder.steps() == [3]
+
+
+def with_sums(folder: Path, name: str, data: bytes) -> None:
+    """Other contents whose checksum fits."""
+    (folder / name).write_bytes(data)
+    sums = json.loads((folder / SUMS).read_text())
+    (folder / SUMS).write_text(json.dumps(sums | {name: file_sha256(folder / name)}))
+
+
+def state_with(key: str, value: Any) -> Any:
+    def change(folder: Path) -> bytes:
+        return json.dumps(json.loads((folder / STATE).read_text()) | {key: value}).encode()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "contents"),
+    [
+        (STATE, lambda folder: b"[]"),
+        (STATE, lambda folder: b'{"step": 4}'),
+        (STATE, state_with("step", "4")),
+        (STATE, state_with("step", 2)),
+        (STATE, state_with("inputs", {"base": 1})),
+        (STATE, state_with("early_stopping", {})),
+        (STATE, state_with("best_metrics", ["val/loss"])),
+        (STATE, state_with("stopped_early", "no")),
+        (WEIGHTS, lambda folder: b"no safetensors"),
+        (MOMENTS, lambda folder: b""),
+    ],
+)
+def test_contents_of_another_shape_are_damage_though_the_sums_fit(
+    cut: Path, tmp_path: Path, name: str, contents: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(cut, tmp_path / "run")
+    folder = CheckpointFolder(tmp_path / "run", keep=1)
+    with_sums(folder.path(4), name, contents(folder.path(4)))
+    with caplog.at_level("WARNING", "mmtrain"):
+        logging.getLogger("mmtrain").addHandler(caplog.handler)
+        assert folder.newest_good() == folder.path(2)
+        logging.getLogger("mmtrain").removeHandler(caplog.handler)
+    (line,) = caplog.messages
+    assert line.startswith("checkpoint step-4 is not used: ") and "\n" not in line
+
+
+@pytest.mark.parametrize("harm", [lambda data: b"", lambda data: data[:-300] + bytes(300)])
+def test_a_journal_that_lost_steps_is_said(
+    make: Any, cut: Path, whole: str, tmp_path: Path, harm: Any
+) -> None:
+    run = resumed(make, cut, tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    kept = [line for line in path.read_bytes().splitlines(True) if json.loads(line)["step"] <= 4]
+    path.write_bytes(harm(b"".join(kept)))
+    train(run)
+    assert "of the 4 steps before this start are missing" in log_of(tmp_path / "run")
+    assert trained_digest(tmp_path / "run") == whole
+
+
+def test_a_byte_in_the_journal_that_is_no_text_is_one_error(
+    make: Any, cut: Path, tmp_path: Path
+) -> None:
+    run = resumed(make, cut, tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"train/lr", b"train/\xffr", 1))
+    with pytest.raises(DataError, match="not a journal line") as caught:
+        train(run)
+    assert "\n" not in str(caught.value) and "Remove that line" in str(caught.value)
+
+
+def test_a_stopped_run_says_so_and_goes_on_later(make: Any, whole: str, tmp_path: Path) -> None:
+    def stop(step: int, metrics: dict[str, float]) -> None:
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run = make(tmp_path / "run")
+    with pytest.raises(Terminated):
+        train(run, stop)
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("failed", "stopped by SIGTERM")
+    train(run)
+    assert trained_digest(tmp_path / "run") == whole
+
+
+def test_what_the_tracker_owes_is_known_before_the_run_counts_as_finished(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in between, the run is either not finished or can still be sent."""
+    owed: list[TrackingState | None] = []
+
+    def write_status(run_dir: Path, state: str, **facts: Any) -> None:
+        owed.append(load_state(run_dir))
+        run_folder.write_status(run_dir, state, **facts)
+
+    monkeypatch.setattr(ending, "write_status", write_status)
+    monkeypatch.setattr(ending, "SENT_WITHIN_S", 0.0)
+    nobody_listens = {"uri": f"http://127.0.0.1:{tiny.free_port()}"}
+    train(make(tmp_path / "run", tracking=nobody_listens))
+    (state,) = owed
+    assert state is not None and state.final_status == "FINISHED"
+    assert ("adapter", "adapter") in state.artifacts_owed
 
 
 def test_what_a_killed_save_left_is_no_checkpoint(
@@ -177,7 +306,9 @@ def test_changed_shards_are_refused(
     run["data"] = {**run["data"], "val": str(other)}
     state = tmp_path / "run" / "checkpoints" / "step-4" / STATE
     inputs = json.loads(state.read_text())["inputs"]
-    assert set(inputs) == {"base", "data.train", "data.val"}
+    assert {"base", "data.train", "data.val", "base/config.json", "base/tokenizer.json"} <= set(
+        inputs
+    )
     with pytest.raises(ConfigError, match="data.val"):
         train(run)
 
@@ -237,8 +368,9 @@ def test_a_damaged_best_checkpoint_is_not_exported(
 ) -> None:
     """The best checkpoint is damaged on disk while training goes on to the end."""
     folder = tmp_path / "run"
-    run = make(folder, validate={"every": 2, "metric": "loss"})
-    run["optim"] = {**run["optim"], "lr": 10.0}  # the first validation stays the best
+    run = make(folder, validate={"every": 2, "metric": "accuracy"})
+    # The answers stay the same, and so the first validation the best.
+    run["optim"]["lr"] = run["components"]["connector"]["lr"] = 1e-9
 
     def damage(step: int, metrics: dict[str, float]) -> None:
         if step == 6:

@@ -252,7 +252,8 @@ def test_a_run_that_ends_badly_leaves_its_plot_and_its_own_error(
 ) -> None:
     from mmtrain.training import run as training
 
-    def fail(config: RunConfig) -> None:
+    def fail(config: RunConfig, verify_base: bool) -> None:
+        assert verify_base
         if config.optim.max_steps == 2:
             journal = RunJournal(Path(config.run_dir) / "metrics.jsonl")
             journal.append(1, 0.1, {"train/loss": 2.0})
@@ -271,6 +272,7 @@ def test_a_run_that_ends_badly_leaves_its_plot_and_its_own_error(
                     overrides=[f"optim.max_steps={steps}", f"output_dir={tmp_path / steps}"],
                     max_steps=None,
                     overfit=None,
+                    verify_base=True,
                 )
             )
         assert caught.value is error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_every_problem_is_reported_at_once_in_plain_words() -> None:
         "optim": {
             "learning_rate": 1e-4,
             "lr": "2e-4x",
-            "betas": [1.0],
+            "betas": [0.9],
             "dtype": "bf16",
             "global_batch": 0,
             "warmup_ratio": 0.1,
@@ -100,6 +101,28 @@ def test_every_problem_is_reported_at_once_in_plain_words() -> None:
     )
 
 
+def test_numbers_that_torch_would_stumble_over_are_bounded() -> None:
+    """AdamW raises where a beta is 1 or more; a million threads end in a segmentation fault."""
+    data = {
+        "model": {"family": "llava", "preset": "tiny"},
+        "optim": {"betas": [-0.1, 1.0]},
+        "parallel": {"threads": 1_000_000},
+    }
+    assert problems(data) == [
+        "optim.betas.0: got -0.1; give at least 0",
+        "optim.betas.1: got 1.0; give a number below 1",
+        "parallel.threads: got 1000000; give at most 1,024",
+    ]
+
+
+def test_flash_attention_computes_in_bf16_only() -> None:
+    model = {"family": "llava", "preset": "tiny", "attention": "flash_attention_2"}
+    parse_run({"model": model}, ())
+    assert problems({"model": model | {"dtype": "fp32"}}) == [
+        "model: attention 'flash_attention_2' has no fp32; use 'sdpa', or dtype bf16"
+    ]
+
+
 def test_layers_have_three_forms() -> None:
     for layers in ("all", "last-4", "first-12", [0, 3]):
         block = {"mode": "full", "layers": layers}
@@ -126,9 +149,16 @@ def test_a_key_given_twice_is_an_error_with_both_lines(tmp_path: Path) -> None:
         ("model: [", "not valid YAML"),
         ("model: !!python/object:os.system {}", "not valid YAML"),
         ("{? [a] : b}", "a key must be plain text"),
-        ("&a {b: *a}", "Circular"),
-        ("[" * 3000, "nested too deeply"),
+        ("&a {b: *a}", "circular"),
+        ("[" * 3000, "line 1, column 51: .*nested too deeply"),
         ("\0", "special characters are not allowed"),
+        ("!!bool x", "tags are not read here; remove '!!bool'"),
+        ('seed: !!int ""', "line 1, column 7: .*tags are not read here"),
+        ('output_dir: "a\\0b"', "line 1, column 13: .*NUL or half of a surrogate pair"),
+        ('name: "\\ud800"', "NUL or half of a surrogate pair"),
+        (f"seed: {'9' * 5000}", "a whole number has at most 18 digits"),
+        ("a: 1\n---\nb: 1", "expected a single document in the stream but found another"),
+        ("x" * 300_000, "more than 256 KiB are no settings"),
     ],
 )
 def test_a_file_that_is_no_mapping(tmp_path: Path, text: str, expected: str) -> None:
@@ -136,6 +166,81 @@ def test_a_file_that_is_no_mapping(tmp_path: Path, text: str, expected: str) -> 
     file.write_text(text)
     with pytest.raises(ConfigError, match=expected):
         load_run_file(file)
+
+
+def nested_aliases(levels: int, first: str, following: str) -> str:
+    """Each level repeats the one before, as often as `following` has %s."""
+    times = following.count("%s")
+    lines = [f"a0: &a0 {first}"]
+    for level in range(1, levels):
+        lines.append(f"a{level}: &a{level} " + following % ((f"*a{level - 1}",) * times))
+    return "\n".join(lines)
+
+
+TEN_TIMES = ", ".join(["%s"] * 10)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        # Written out, these are 10^7 and 10^30 words, 10^9 pairs, and text of 10^8 characters.
+        (nested_aliases(7, f"[{'x, ' * 10}]", f"[{TEN_TIMES}]"), "too large; write out"),
+        (nested_aliases(30, f"[{'x, ' * 10}]", f"[{TEN_TIMES}]"), "too large; write out"),
+        (nested_aliases(9, "{x: 1}", f"{{<<: [{TEN_TIMES}]}}"), "too large; write out"),
+        (f"a: &a {'x' * 10_000}\nb: [{'*a, ' * 10_000}]", "too large; write out"),
+        (nested_aliases(60, "[x]", "[%s]"), "nested too deeply by its alias"),
+    ],
+)
+def test_aliases_are_bounded_before_anything_is_built(
+    text: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(yaml_text._Loader, "construct_document", None)
+    data, (fault,) = yaml_text.parse(text)
+    assert data is None and expected in fault and fault.startswith("line ")
+
+
+def test_aliases_of_a_usual_size_are_copies() -> None:
+    data, faults = yaml_text.parse("a: &a {x: [1, 2]}\nb: *a\nc: {<<: *a, y: 3}")
+    assert not faults and data == {
+        "a": {"x": [1, 2]},
+        "b": {"x": [1, 2]},
+        "c": {"x": [1, 2], "y": 3},
+    }
+    data["a"]["x"].append(3)
+    assert data["b"] == {"x": [1, 2]}
+
+
+def test_what_has_no_end_is_no_run_file() -> None:
+    with pytest.raises(ConfigError, match="/dev/zero.*1 problem.*\n.*more than 256 KiB"):
+        load_run_file("/dev/zero")
+
+
+PATHS = [
+    "model.checkpoint",
+    "model.vision_tower",
+    "data.train",
+    "data.val",
+    "output_dir",
+    "parallel.deepspeed",
+]
+
+
+@pytest.mark.parametrize("key", PATHS)
+@pytest.mark.parametrize("text", ["", "  ", "a\0b"])
+def test_a_path_is_not_empty(key: str, text: str) -> None:
+    section, _, last = key.rpartition(".")
+    data = {**SMALLEST, "data": {"task": "digits"}}
+    data |= {section: {**data.get(section, {}), last: text}} if section else {last: text}
+    assert f"{key}: got {json.dumps(text)}; give a path" in problems(data)
+
+
+def test_conflicts_are_told_beside_several_wrong_entries_of_one_list() -> None:
+    optim = {"betas": ["x", "y"], "warmup_ratio": 0.1, "warmup_steps": 3}
+    assert problems(SMALLEST | {"optim": optim}) == [
+        'optim.betas.0: got "x"; give a number',
+        'optim.betas.1: got "y"; give a number',
+        "optim: give 'warmup_ratio' or 'warmup_steps', not both",
+    ]
 
 
 def test_an_empty_section_takes_its_defaults() -> None:

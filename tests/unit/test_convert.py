@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from mmtrain.__main__ import main
-from mmtrain.models.interface import Example
 from tests.unit.folder_faults import copied, edit_json, stored_tensors
-from tests.unit.llava_material import FAMILY, load, logits_of, mixed, write_lively
+from tests.unit.llava_material import FAMILY, inputs_of, load, logits_of, mixed, write_lively
 from tests.unit.llava_original import load_original, write_original
 
 TOLERANCE = 1e-5
@@ -55,11 +54,6 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def inputs_of(one: Example) -> dict[str, Any]:
-    inputs: dict[str, Any] = {"input_ids": torch.tensor([one.input_ids])}
-    return inputs | ({"pixel_values": torch.stack(list(one.pixels))} if one.pixels else {})
-
-
 def test_transformers_own_forward_gives_the_sources_logits(
     original: Path, converted: Path, base: Path
 ) -> None:
@@ -75,11 +69,11 @@ def test_transformers_own_forward_gives_the_sources_logits(
         ours = logits_of(source.model, FAMILY.collate(examples, source.processor))
     for row, one in enumerate(examples):
         with torch.no_grad():
-            theirs = model(**inputs_of(one)).logits[0]
+            theirs = model(**inputs_of(one, processor)).logits[0]
         assert theirs.shape[-1] > size and theirs.abs().max() > 0.5
         difference = (ours[row, : len(one.input_ids)] - theirs[:, :size]).abs().max()
         assert difference <= TOLERANCE, (one.id, float(difference))
-    answer = model.generate(**inputs_of(examples[0]), max_new_tokens=3, do_sample=False)
+    answer = model.generate(**inputs_of(examples[0], processor), max_new_tokens=3, do_sample=False)
     assert answer.shape[1] > len(examples[0].input_ids)
     assert processor.tokenizer.convert_tokens_to_ids("<image>") == size
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,9 +17,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from mmtrain.build import resolve
 from tests import tiny
 from tests.in_process import one_rank, train
-from tests.unit.llava_material import FAMILY, logits_of, mixed
+from tests.unit import llava_material, qwen2_vl_material
+from tests.unit.one_by_one import logits_one_by_one
 
 TOLERANCE = 1e-5
 LORA = {"mode": "peft", "method": "lora", "r": 4, "alpha": 8, "dropout": 0.1}
@@ -33,24 +36,24 @@ RUNS: dict[str, dict[str, Any]] = {
             "vision": {**LORA, "sublayers": {"attn": ["q", "v"]}},
         }
     },
+    "qwen2_vl": {"model": {"family": "qwen2_vl", "max_pixels": 30 * 30}},
 }
-# Runs every card's snippet as its user would, in the run folder, and writes the logits beside.
+# Runs every card's snippet as its user would, in the run folder, and writes the logits beside, and
+# what the snippet's processor makes of a picture.
 DRIVER = """
 import json, os, sys
-from safetensors.torch import load_file, save_file
+from pathlib import Path
+from PIL import Image
+from safetensors.torch import save_file
+from tests.unit.one_by_one import logits_one_by_one
 for folder, snippet in json.loads(sys.stdin.read()).items():
     os.chdir(folder)
     names = {}
     exec(compile(snippet, "README.md", "exec"), names)
-    inputs, logits = load_file("inputs.safetensors"), {}
-    torch = names["torch"]
-    for row in range(len(inputs) // 2):
-        given = {"input_ids": inputs[f"{row}.ids"]}
-        if inputs[f"{row}.pixels"].numel():
-            given["pixel_values"] = inputs[f"{row}.pixels"].to(names["model"].dtype)
-        with torch.no_grad():
-            logits[str(row)] = names["model"](**given).logits[0].float().contiguous()
-    save_file(logits, "snippet.safetensors")
+    save_file(logits_one_by_one(names["model"], Path(folder)), "snippet.safetensors")
+    pictures = names.get("image_processor") or names["processor"].image_processor
+    seen = pictures(Image.open("picture.png"), return_tensors="pt")["pixel_values"]
+    save_file({"seen": seen.contiguous()}, "seen.safetensors")
 assert not any(name.split(".")[0] in ("mmtrain", "deepspeed") for name in sys.modules)
 """
 
@@ -61,9 +64,11 @@ def root(
 ) -> Iterator[Path]:
     """Every run of RUNS trained, with inputs and mmtrain's own logits in its folder."""
     root = tmp_path_factory.mktemp("export")
+    other = qwen2_vl_material.write_plain(root / "base", "tiny")
     with one_rank():
         for name, sections in RUNS.items():
-            data = tiny.run_data(tiny_checkpoint, digit_shards, root / name, **sections)
+            base = other if name == "qwen2_vl" else tiny_checkpoint
+            data = tiny.run_data(base, digit_shards, root / name, **sections)
             data["components"] = sections.get("components", data["components"])
             train(data)
             write_logits(root / name)
@@ -71,19 +76,25 @@ def root(
 
 
 def write_logits(run_dir: Path) -> None:
-    """The trained model's logits, unpadded, sample by sample."""
+    """The trained model's logits, unpadded, sample by sample, and a picture as it sees it."""
     from mmtrain.training.inference import ready_from_argument
 
-    ready = ready_from_argument(str(run_dir), [], base=False)
-    processor, inputs, logits = ready.assembled.processor, {}, {}
-    for row, one in enumerate(mixed(processor)):
-        batch = FAMILY.collate([one], processor)
+    assembled = ready_from_argument(str(run_dir), [], base=False).assembled
+    is_llava = assembled.family is llava_material.FAMILY
+    material: Any = llava_material if is_llava else qwen2_vl_material
+    inputs, logits = {}, {}
+    for row, one in enumerate(material.mixed(assembled.processor)):
+        batch = assembled.family.collate([one], assembled.processor)
         with torch.no_grad():
-            logits[str(row)] = logits_of(ready.assembled.model, batch)[0].float().contiguous()
-        inputs[f"{row}.ids"] = batch.tensors["input_ids"]
-        inputs[f"{row}.pixels"] = torch.stack(list(one.pixels)) if one.pixels else torch.zeros(0)
+            logits[str(row)] = material.logits_of(assembled.model, batch)[0].float().contiguous()
+        given = material.inputs_of(one, assembled.processor)
+        inputs |= {f"{row}.{name}": tensor for name, tensor in given.items()}
     save_file(inputs, run_dir / "inputs.safetensors")
     save_file(logits, run_dir / "logits.safetensors")
+    picture = material.picture(1).resize((90, 40))
+    picture.save(run_dir / "picture.png")
+    seen = material.example(assembled.processor, "seen", "Which?", "5", [picture])
+    save_file({"seen": torch.cat(list(seen.pixels))}, run_dir / "picture.safetensors")
 
 
 def snippet_of(run_dir: Path) -> str:
@@ -107,6 +118,7 @@ def from_snippets(root: Path) -> dict[str, dict[str, torch.Tensor]]:
         capture_output=True,
         text=True,
         cwd=root,
+        env={**os.environ, "PYTHONPATH": str(tiny.REPOSITORY)},
         timeout=300,
     )
     assert result.returncode == 0, result.stderr
@@ -124,32 +136,57 @@ def test_the_cards_snippet_gives_the_same_logits(
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_training_changed_the_logits(root: Path, tiny_checkpoint: Path, name: str) -> None:
-    assert (
-        worst(hugging_face_logits(tiny_checkpoint, root / name, "fp32"), logits(root, name)) > 0.1
-    )
+def test_the_cards_processor_sees_what_training_saw(
+    root: Path, from_snippets: dict[str, dict[str, torch.Tensor]], name: str
+) -> None:
+    seen = load_file(root / name / "seen.safetensors")
+    wanted = load_file(root / name / "picture.safetensors")["seen"]
+    assert torch.equal(seen["seen"].reshape(wanted.shape), wanted)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_training_changed_the_logits(root: Path, name: str) -> None:
+    base = json.loads(next((root / name).rglob("adapter_config.json")).read_text())
+    plain = hugging_face_logits(Path(base["base_model_name_or_path"]), root / name)
+    assert worst(plain, logits(root, name)) > 0.1
+
+
+@pytest.mark.parametrize("name", ["fp32", "qwen2_vl"])
+def test_peft_finds_the_base_by_itself(root: Path, name: str) -> None:
+    from peft import AutoPeftModel
+
+    model = AutoPeftModel.from_pretrained(root / name / "adapter").eval()
+    # What was trained in full lies beside.
+    full = load_file(root / name / "full" / "connector.safetensors")
+    assert not model.get_base_model().load_state_dict(full, strict=False).unexpected_keys
+    assert worst(logits_one_by_one(model, root / name), logits(root, name)) <= TOLERANCE
+
+
+def test_a_base_that_only_mmtrain_reads_names_no_class(
+    root: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    from mmtrain.assemble import build_model
+    from mmtrain.training.export import export_trained
+    from mmtrain.training.inference import chosen_checkpoint
+
+    model = {"overrides": {"llm": {"activation": "gelu"}}}
+    config = resolve(tiny.run_data(tiny_checkpoint, root, tmp_path, model=model))
+    assembled = build_model(config, None, trains=False)
+    export_trained(chosen_checkpoint(root / "fp32"), tmp_path, config, assembled)
+    assert "auto_mapping" not in (tmp_path / "adapter" / "adapter_config.json").read_text()
+    assert "from mmtrain" in snippet_of(tmp_path)
 
 
 def logits(root: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(root / name / "logits.safetensors")
 
 
-def hugging_face_logits(folder: Path, run_dir: Path, dtype: str) -> dict[str, torch.Tensor]:
-    """The logits of a plain folder, by transformers alone."""
-    from transformers import LlavaForConditionalGeneration
+def hugging_face_logits(folder: Path, run_dir: Path) -> dict[str, torch.Tensor]:
+    """The logits of a plain folder in fp32, by transformers alone."""
+    from transformers import AutoModelForImageTextToText
 
-    from mmtrain.models.weights import DTYPES
-
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=DTYPES[dtype]).eval()
-    inputs = load_file(run_dir / "inputs.safetensors")
-    found = {}
-    for row in range(len(inputs) // 2):
-        given: dict[str, Any] = {"input_ids": inputs[f"{row}.ids"]}
-        if inputs[f"{row}.pixels"].numel():
-            given["pixel_values"] = inputs[f"{row}.pixels"].to(model.dtype)
-        with torch.no_grad():
-            found[str(row)] = model(**given).logits[0].float()
-    return found
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    return logits_one_by_one(model.eval(), run_dir)
 
 
 @pytest.mark.parametrize("name", ["fp32", "two-adapters"])
@@ -160,7 +197,7 @@ def test_a_merged_folder_gives_the_same_logits(root: Path, name: str, tmp_path: 
 
     out = tmp_path / "merged"
     assert export.run(argparse.Namespace(run=str(root / name), out=str(out))) == 0
-    assert worst(hugging_face_logits(out, root / name, "fp32"), logits(root, name)) <= TOLERANCE
+    assert worst(hugging_face_logits(out, root / name), logits(root, name)) <= TOLERANCE
     processor = AutoProcessor.from_pretrained(out)
     assert "5</s>" in processor.tokenizer.decode(processor.tokenizer(" 5</s>")["input_ids"])
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from launcher.hostfile import Host
 from launcher.messages import decode, encode
 from launcher.plan import Job, Master, make_plan
 from launcher.ranks import MAX_LINE_BYTES, Stream
+from launcher.run_file_folder import remove_abandoned
 from mmtrain import network
 
 LIMIT_S = 30.0
@@ -188,13 +190,31 @@ def test_a_rank_that_ignores_sigterm_is_killed(
     assert time.monotonic() - started_s >= 1.0
 
 
-def test_a_killed_agent_takes_its_ranks_with_it(start_agent: Callable[..., AgentProcess]) -> None:
+def test_a_killed_agent_takes_its_ranks_with_it_and_the_next_one_clears_its_folder(
+    start_agent: Callable[..., AgentProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "tmp"
+    (temporary / "others").mkdir(parents=True)
+    (temporary / "others" / "kept").touch()
+    (temporary / "mmtrain-launch-link").symlink_to(temporary / "others")
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     made = start_agent(WAITING)
     made.start()
     pids = _pids(made)
     try:
+        (left,) = temporary.glob("mmtrain-launch-*/RUN.yaml")
+        remove_abandoned()
+        assert left.exists(), "its agent lives"
         made.process.kill()
+        made.process.wait()
         assert all(_is_gone(group[0]) for group in pids)
+        assert left.exists()
+        following = start_agent("", ranks=1)
+        following.start()
+        assert following.rest()[-1]["clean"]
+        assert {path.name for path in temporary.iterdir()} == {"mmtrain-launch-link", "others"}
+        assert (temporary / "others" / "kept").exists()
     finally:
         for group in pids:  # what a rank started outlives an agent that was killed outright
             for pid in group[1:]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from mmtrain.assemble import base_digest
+from mmtrain.assemble import base_digests
 from mmtrain.errors import CheckpointError
 from mmtrain.models.interface import ModelOptions
 from tests import tiny
@@ -82,9 +83,46 @@ def test_the_digest_covers_every_file_that_was_read(folder: Path, tmp_path: Path
     other = copied(folder, tmp_path / "other")
     (other / "unused.safetensors").write_bytes(b"not read")
     second = load(other).weight_files
-    assert base_digest(second) == base_digest(first)
+    assert base_digests(second) == base_digests(first)
     edit_weights(other, lambda tensors: next(iter(tensors.values())).add_(1.0))
-    assert base_digest(load(other).weight_files) != base_digest(first)
+    assert base_digests(load(other).weight_files)["weights"] != base_digests(first)["weights"]
+
+
+def test_the_digests_name_each_small_file_that_is_read(folder: Path, tmp_path: Path) -> None:
+    other = copied(folder, tmp_path / "other")
+    (other / "results.json").write_text("{}")
+    weights = [other / "model.safetensors"]
+    before = base_digests(weights)
+    assert {"config.json", "tokenizer.json", "processor_config.json"} <= before.keys()
+    assert "results.json" not in before
+    for name in ("config.json", "tokenizer.json", "processor_config.json"):
+        (other / name).write_bytes((other / name).read_bytes() + b" ")
+    now = base_digests(weights)
+    changed = {name for name in before if now[name] != before[name]}
+    assert changed == {"config.json", "tokenizer.json", "processor_config.json"}
+
+
+def test_weights_changed_behind_size_and_time_are_seen(folder: Path, tmp_path: Path) -> None:
+    weights = copied(folder, tmp_path / "other") / "model.safetensors"
+    before, stat = base_digests([weights]), weights.stat()
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert weights.stat().st_mtime_ns == stat.st_mtime_ns
+    assert base_digests([weights])["weights"] != before["weights"]
+
+
+def test_a_wrong_cache_is_passed_over_on_request(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    weights = [folder / "model.safetensors"]
+    right = base_digests(weights)
+    cache = tmp_path / "mmtrain" / "base-digests.json"
+    cache.write_text(json.dumps({key: "0" * 64 for key in json.loads(cache.read_text())}))
+    assert base_digests(weights) != right
+    assert base_digests(weights, afresh=True) == right == base_digests(weights)
 
 
 # Key layouts by age, each told from the names of today's module tree.

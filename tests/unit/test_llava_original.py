@@ -227,7 +227,7 @@ FAULTS: Faults = {
     ),
     "other vocabulary": (with_config(vocab_size=400), "config.json says 400"),
     "no tokenizer": (without_files("tokenizer.json"), "no usable tokenizer"),
-    "damaged tokenizer": (_damaged_tokenizer, "no usable tokenizer"),
+    "damaged tokenizer": (_damaged_tokenizer, "tokenizer.model: no sentencepiece model"),
     "no beginning": (
         with_json("tokenizer.json", post_processor=None),
         "does not begin a text with <s>",

@@ -11,7 +11,15 @@ import pytest
 from mmtrain.errors import DataError
 from mmtrain.models.interface import Example
 from mmtrain.models.text import IGNORED, prompt_ids
-from tests.unit.llava_material import decoded, example, load, mixed, picture, readable
+from tests.unit.llava_material import (
+    decoded,
+    example,
+    load,
+    mixed,
+    picture,
+    readable,
+    spaced,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llava"
 PICTURE_TOKENS = 16  # (32 / 8) squared
@@ -23,7 +31,8 @@ def processor(tiny_checkpoint: Path) -> Any:
 
 
 def test_prompts_are_the_published_form(processor: Any) -> None:
-    found = "\n".join(readable(processor, one) for one in mixed(processor))
+    examples = [*mixed(processor), spaced(processor)]
+    found = "\n".join(readable(processor, one) for one in examples)
     assert found == (GOLDEN / "prompts.txt").read_text(encoding="utf-8")
 
 

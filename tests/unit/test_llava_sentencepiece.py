@@ -13,8 +13,9 @@ import torch
 from mmtrain.models.families.llava import SYSTEM
 from mmtrain.models.interface import Example
 from mmtrain.models.text import IGNORED
-from tests.unit.llava_material import load, mixed, write_lively
+from tests.unit.llava_material import FAMILY, example, load, mixed, picture, spaced, write_lively
 from tests.unit.llava_original import load_original, write_with_sentencepiece
+from tests.unit.sentencepiece_texts import texts
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llava"
 BOS, EOS = 1, 2
@@ -51,31 +52,65 @@ def readable(processor: Any, one: Example) -> str:
 
 
 def test_prompts_are_those_of_training(processor: Any) -> None:
-    found = "\n".join(readable(processor, one) for one in mixed(processor))
+    examples = [*mixed(processor), spaced(processor)]
+    found = "\n".join(readable(processor, one) for one in examples)
     assert found == (GOLDEN / "sentencepiece_prompts.txt").read_text(encoding="utf-8")
 
 
-def test_tokens_are_those_of_training(folder: Path, processor: Any) -> None:
-    """LLaVA's code tokenised the text before and behind the picture one by one."""
+def as_llava(library: Any, prompt: str, picture: int, legacy: bool) -> list[int]:
+    """What LLaVA's code makes of a prompt: what lies around pictures is tokenised one by one.
+
+    Its tokenizer cuts such a stretch at </s>, and without `legacy` takes the space away again that
+    the library puts before all but the first part. A newline before it is cut apart, and takes it.
+    """
+    ids = [BOS]
+    for number, stretch in enumerate(prompt.split("<image>")):
+        ids += [picture] * (16 if number else 0)
+        for place, part in enumerate(stretch.split("</s>")):
+            ids += [EOS] * (place > 0)
+            bare = place > 0 and not legacy
+            ids += library.encode(f"\n{part}")[2:] if bare else library.encode(part)
+    return ids
+
+
+def example_of(processor: Any, turns: Sequence[str], pictures: int) -> list[int]:
+    *earlier, (question, answer) = zip(turns[::2], turns[1::2], strict=True)
+    shown = [picture(number) for number in range(pictures)]
+    return example(processor, "a", question, answer, shown, earlier, 5000).input_ids
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_tokens_are_those_of_training(tmp_path: Path, legacy: bool) -> None:
+    twin = write_lively(tmp_path)
+    folder = write_with_sentencepiece(twin, tmp_path / "original", legacy=legacy)
+    processor = load_original(folder).processor
     library = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    picture, text, _ = mixed(processor)
-    before = library.encode(f"{SYSTEM} USER: ")
-    behind = library.encode("\nWhich digit is in the picture? ASSISTANT: 5")
-    space = library.piece_to_id("\u2581")
-    assert before[-1] == behind[0] == space, "the golden spaces around a picture"
-    pictures = [processor.image_token_id] * 16
-    assert picture.input_ids == [BOS, *before, *pictures, *behind, EOS]
-    plain = library.encode(f"{SYSTEM} USER: Say 7. ASSISTANT: 7 and then 8")
-    assert text.input_ids == [BOS, *plain, EOS]
-    # Loss falls on all of the answer, its leading space included, and on the end.
-    answer = len(library.encode("7 and then 8")) + 1
-    assert [label != IGNORED for label in text.labels].index(True) == len(text.labels) - answer
+    said = [text for text in texts(80) if "<" not in text]
+    for pictures in (0, 1, 2):
+        for start in range(0, len(said) - 4, 4):
+            turns = said[start : start + 4]
+            first, *others = turns
+            if pictures:
+                first = "<image>\n" * pictures + first.strip()
+            prompt = f"{SYSTEM} USER: {first} ASSISTANT: {others[0]}</s>"
+            prompt += f"USER: {others[1]} ASSISTANT: {others[2]}</s>"
+            wanted = as_llava(library, prompt, processor.image_token_id, legacy)
+            assert example_of(processor, turns, pictures) == wanted
+    # With nothing said beside a picture, its turn ends with it.
+    prompt = f"{SYSTEM} USER: <image> ASSISTANT: 5</s>"
+    wanted = as_llava(library, prompt, processor.image_token_id, legacy)
+    assert example_of(processor, (" \n", "5"), 1) == wanted
+
+
+def test_the_loss_falls_on_the_answer_its_space_and_the_end(folder: Path, processor: Any) -> None:
+    library = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    text = mixed(processor)[1]
+    answer = [label for label in text.labels if label != IGNORED]
+    assert answer == [*library.encode("7 and then 8"), EOS] == text.input_ids[-len(answer) :]
 
 
 def test_a_saved_folder_gives_the_same_samples(folder: Path, tmp_path: Path) -> None:
-    from transformers import LlamaTokenizer
-
-    from tests.unit.llava_material import FAMILY
+    from transformers import AutoTokenizer, LlamaTokenizer
 
     loaded = load_original(folder)
     state = dict(loaded.model.named_parameters())
@@ -84,7 +119,11 @@ def test_a_saved_folder_gives_the_same_samples(folder: Path, tmp_path: Path) -> 
     for one, other in zip(mixed(loaded.processor), mixed(again), strict=True):
         assert (one.input_ids, one.labels) == (other.input_ids, other.labels)
         assert all(map(torch.equal, one.pixels, other.pixels))
-    # By the class that its settings name, too.
-    plain = LlamaTokenizer.from_pretrained(str(tmp_path / "saved"))
-    text = f"{SYSTEM} USER: <image>\nWhy? ASSISTANT:"
-    assert plain(text).input_ids == loaded.processor.tokenizer(text).input_ids
+    # Whoever reads it; by the class that its settings name, too.
+    library = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    wanted = [library.encode(text) for text in texts(600)]
+    prompt = f"{SYSTEM} USER: <image>\nWhy? ASSISTANT: 4</s>USER: So? ASSISTANT:"
+    for reader in (AutoTokenizer, LlamaTokenizer):
+        plain = reader.from_pretrained(str(tmp_path / "saved"))
+        assert plain(texts(600), add_special_tokens=False).input_ids == wanted
+        assert plain(prompt).input_ids == loaded.processor.tokenizer(prompt).input_ids

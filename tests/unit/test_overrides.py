@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from mmtrain.assemble import build_model
 from mmtrain.build import resolve
 from mmtrain.config.schema import ComponentConfig
 from mmtrain.errors import CheckpointError, ConfigError
 from mmtrain.models.interface import ModelOptions
 from mmtrain.peft.trainable import Trainable, make_trainable
-from mmtrain.training.export import loading_snippet
+from mmtrain.training.export import class_for_others, loading_snippet
 from tests.unit.llava_material import FAMILY, example, picture
 
 
@@ -86,7 +87,9 @@ def test_random_weights_that_nothing_trains_are_named(
 def test_the_model_card_says_the_shapes(tiny_checkpoint: Path) -> None:
     shapes = {"llm": {"layers": 2}, "vision": {"heads": 2}}
     run = {"model": {"family": "llava", "checkpoint": str(tiny_checkpoint), "overrides": shapes}}
-    snippet = loading_snippet(resolve(run), Trainable({}, (), ()), "LlavaForX", several=False)
+    config = resolve(run)
+    base_class = class_for_others(config, build_model(config, None, trains=False))
+    snippet = loading_snippet(config, Trainable({}, (), ()), base_class, several=False)
     found: dict[str, Any] = {}
     exec(snippet, found)
     assert len(found["model"].model.language_model.layers) == 2

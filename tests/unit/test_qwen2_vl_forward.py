@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as functional
 
 from mmtrain.models.dropout import DropoutScope, KeyedDropout, scope_of, stable_hash
-from mmtrain.models.families.qwen2_vl import batches, computing
+from mmtrain.models.families.qwen2_vl import batches
 from mmtrain.models.interface import Example, LoadedModel
 from mmtrain.models.text import prompt_ids
 from tests.unit.qwen2_vl_material import (
@@ -23,7 +23,9 @@ from tests.unit.qwen2_vl_material import (
     GREEDY,
     TINY,
     example,
+    inputs_of,
     load,
+    logits_of,
     mixed,
     picture,
     picture_inputs,
@@ -62,22 +64,15 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def alone(pair: Pair, one: Example) -> torch.Tensor:
     """transformers' logits of one unpadded sample."""
-    inputs = {
-        "input_ids": torch.tensor([one.input_ids]),
-        "mm_token_type_ids": token_types(one.input_ids, pair.processor),
-        **picture_inputs(one),
-    }
     pair.theirs.model.rope_deltas = None
     with torch.no_grad():
-        return pair.theirs(**inputs).logits[0]
+        return pair.theirs(**inputs_of(one, pair.processor)).logits[0]
 
 
 def logits(pair: Pair, examples: list[Example]) -> torch.Tensor:
     """Ours, at every position."""
-    model = pair.model
     with torch.no_grad():
-        batch = FAMILY.collate(examples, pair.processor)
-        return model.lm_head(computing.hidden_states(model, batch))
+        return logits_of(pair.model, FAMILY.collate(examples, pair.processor))
 
 
 def test_logits_of_a_mixed_batch_equal_transformers(pair: Pair) -> None:

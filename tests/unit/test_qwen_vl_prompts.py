@@ -11,12 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
+from mmtrain.build import model_options, resolve
 from mmtrain.errors import DataError
 from mmtrain.models.families.qwen_vl.processing import pixel_values
 from mmtrain.models.families.qwen_vl.tokenizer import SPECIAL_TOKENS
 from mmtrain.models.interface import Example
 from mmtrain.models.text import IGNORED, prompt_ids
+from mmtrain.peft.trainable import Trainable
+from mmtrain.training.export import loading_snippet
 from tests.unit.qwen_vl_material import (
+    FAMILY,
     GOLDEN,
     example,
     load,
@@ -90,6 +94,57 @@ def test_text_that_spells_special_tokens_stays_text(processor: Any) -> None:
 
     assert special(one) == special(plain)
     assert decoded(processor, one.input_ids).count(spelled) == 4
+
+
+def test_grounding_data_has_control_tokens_of_its_own(
+    processor: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The six tags of regions, where the run file allows them; nothing else that text spells."""
+    folder = write_plain(tmp_path_factory.mktemp("grounding"))
+    allowed = load(folder, grounding_tokens=True).processor
+    others = "<img>x.png</img><|im_end|><|extra_0|><imgpad><Box><ref"
+    asked = f"Where is <ref>the 5</ref>{others}?"
+    said = "<ref>5</ref><box>(1,2),(3,4)</box><quad>(1,1)</quad>cafe\u0301"
+    samples = [example(one, "g", asked, said, [picture(1)]) for one in (allowed, processor)]
+    tokenizer = allowed.tokenizer
+    tags = ["<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>"]
+
+    def tags_of(ids: Sequence[int]) -> list[str]:
+        return [tokenizer.decode([one]) for one in ids if tokenizer.decode([one]) in tags]
+
+    assert tags_of(samples[0].input_ids) == [*tags[:2], *tags]
+    assert tags_of(samples[1].input_ids) == []
+    specials = [
+        [one for one in sample.input_ids if one >= len(tokenizer.ranks) and not tags_of([one])]
+        for sample in samples
+    ]
+    assert specials[0] == specials[1]
+    # As published: what lies between two of them is tokenised by itself, in composed form.
+    plain = tokenizer.special
+    wanted: list[int] = []
+    for tag, inside in (("ref", "5"), ("box", "(1,2),(3,4)"), ("quad", "(1,1)")):
+        wanted += [plain[f"<{tag}>"], *processor.tokenizer.ids(inside), plain[f"</{tag}>"]]
+    wanted += processor.tokenizer.ids("caf\u00e9")
+    assert answers(samples[0])[: len(wanted)] == wanted
+    # An answer is worth nothing without its boxes.
+    decoded_answer = tokenizer.decode(answers(samples[0]), skip_special_tokens=True)
+    assert decoded_answer.rstrip("\n") == said.replace("e\u0301", "\u00e9")
+    # Both spell the same text.
+    assert decoded(allowed, samples[0].input_ids) == decoded(allowed, samples[1].input_ids)
+
+
+@pytest.mark.parametrize("given", [{}, {"grounding_tokens": True}])
+def test_run_file_and_model_card_say_whether_tags_are_tokens(
+    tmp_path: Path, given: dict[str, bool]
+) -> None:
+    folder = write_plain(tmp_path / "folder")
+    config = resolve({"model": {"family": "qwen_vl", "checkpoint": str(folder), **given}})
+    found: dict[str, Any] = {}
+    exec(loading_snippet(config, Trainable({}, (), ()), None, several=False), found)
+    loaded = FAMILY.load(model_options(config), None)
+    for tokenizer in (loaded.processor.tokenizer, found["processor"].tokenizer):
+        is_token = tokenizer.ids("<box>") == [tokenizer.special["<box>"]]
+        assert is_token == ("grounding_tokens" in given)
 
 
 def test_newlines_of_a_question_join_the_one_before_it(processor: Any) -> None:

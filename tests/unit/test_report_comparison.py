@@ -12,10 +12,16 @@ import pytest
 from rich.console import Console
 
 from mmtrain.errors import MmtrainError
-from mmtrain.report.comparison import compare, headline, mode_of, short_keys
+from mmtrain.report.comparison import compare, headline, short_keys
+from mmtrain.report.direction import agreed_metric
 from mmtrain.report.tables import csv_text, markdown, rich_table
 from mmtrain.report.write import write_comparison
+from mmtrain.tasks.interface import Metric
 
+ACCURACY = Metric("val/accuracy", larger_is_better=True, unit="%")
+LOSS = Metric("val/loss", larger_is_better=False)
+RATE = Metric("val/hallucination_rate", larger_is_better=False, unit="%")
+SENTIMENT = Metric("val/sentiment_accuracy", larger_is_better=True, unit="%")
 BY = ["components.llm.r", "optim.lr"]
 
 
@@ -33,7 +39,7 @@ ROWS = [
 
 
 def test_groups_have_sample_statistics_and_are_ordered_by_mean() -> None:
-    result = compare(ROWS, BY, "val/accuracy", baseline=0.1)
+    result = compare(ROWS, BY, ACCURACY, baseline=0.1)
     assert [group.key for group in result.groups] == [("8", "0.001"), ("4", "0.001")]
     single, pair = result.groups
     assert (single.n, single.mean, single.std) == (1, 0.95, None)
@@ -46,14 +52,13 @@ def test_groups_have_sample_statistics_and_are_ordered_by_mean() -> None:
 
 def test_less_is_better_for_losses() -> None:
     rows = [{"lr": 1, "val/loss": 0.5, "name": "a"}, {"lr": 2, "val/loss": 0.3, "name": "b"}]
-    result = compare(rows, ["lr"], "val/loss", baseline=1.0)
-    assert mode_of("val/loss") == "min" and mode_of("val/accuracy") == "max"
+    result = compare(rows, ["lr"], LOSS, baseline=1.0)
     assert result.best_run.name == "b" and result.gain == pytest.approx(0.7)
-    assert compare(rows, ["lr"], "val/loss", mode="max").best_run.name == "a"
+    assert headline(result)[0] == "best run: b with val/loss 0.3"
 
 
 def test_headline_says_best_run_setting_and_gain() -> None:
-    lines = headline(compare(ROWS, BY, "val/accuracy", baseline=0.1))
+    lines = headline(compare(ROWS, BY, ACCURACY, baseline=0.1))
     assert lines == [
         "best run: c with val/accuracy 95.0 %",
         "best setting: r 8 · lr 0.001, 95.0 % ± — over 1 run",
@@ -70,12 +75,12 @@ def test_headline_says_best_run_setting_and_gain() -> None:
 )
 def test_unknown_names_are_corrected(by: list[str], metric: str, hint: str) -> None:
     with pytest.raises(MmtrainError, match=hint):
-        compare(ROWS, by, metric)
+        compare(ROWS, by, Metric(metric, larger_is_better=True))
 
 
 def test_nothing_measured_is_an_error() -> None:
     with pytest.raises(MmtrainError, match="none of 2 runs has a number"):
-        compare(ROWS[3:], BY, "val/accuracy")
+        compare(ROWS[3:], BY, ACCURACY)
 
 
 def test_short_keys_stay_distinct() -> None:
@@ -91,7 +96,7 @@ def _hostile_rows() -> list[dict]:
 
 
 def test_hostile_names_are_text_in_every_table() -> None:
-    result = compare(_hostile_rows(), BY, "val/accuracy")
+    result = compare(_hostile_rows(), BY, ACCURACY)
     out = StringIO()
     Console(file=out, width=200).print(rich_table(result))
     assert "[red]a|b[/red]" in out.getvalue()
@@ -123,7 +128,7 @@ class _Page(HTMLParser):
 def test_page_is_self_contained_and_escapes_names(tmp_path: Path) -> None:
     rows = [row | {"curve": [(1, 2.0), (2, 1.0)]} for row in _hostile_rows()]
     found = write_comparison(
-        rows, BY, "val/accuracy", tmp_path, baseline=0.1, title=HOSTILE[0], notes=[HOSTILE[0]]
+        rows, BY, ACCURACY, tmp_path, baseline=0.1, title=HOSTILE[0], notes=[HOSTILE[0]]
     )
     assert {path.name for path in tmp_path.iterdir()} == {
         f"comparison.{kind}" for kind in ("csv", "md", "html", "png")
@@ -141,5 +146,64 @@ def test_page_is_self_contained_and_escapes_names(tmp_path: Path) -> None:
 def test_far_and_near_baselines_and_many_groups_can_be_drawn(tmp_path: Path) -> None:
     rows = [_row(rank, 1, 0.9 + rank / 10000, f"r{rank}") for rank in range(60)]
     for baseline in (0.0, 0.902, None):
-        found = write_comparison(rows, BY, "val/accuracy", tmp_path, baseline=baseline)
+        found = write_comparison(rows, BY, ACCURACY, tmp_path, baseline=baseline)
         assert found.paths["png"].stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("metric", "best", "better", "gain"),
+    [(RATE, "low", "lower is better", "+40.0"), (SENTIMENT, "high", "higher is better", "+40.0")],
+)
+def test_the_page_marks_the_best_as_the_metric_declares_it(
+    tmp_path: Path, metric: Metric, best: str, better: str, gain: str
+) -> None:
+    values = {"low": 0.1, "middle": 0.5, "high": 0.9}
+    rows = [{"name": name, "by": name, metric.name: value} for name, value in values.items()]
+    found = write_comparison(rows, ["by"], metric, tmp_path, baseline=0.5)
+    page = found.paths["html"].read_text()
+    marked = re.findall('<tr class="first">(.*?)</tr>', page)
+    assert len(marked) == 2 and all(f"<td>{best}</td>" in row for row in marked)
+    assert better in page and f"<b>{gain} points</b>" in page
+    out = StringIO()
+    Console(file=out, width=200).print(found.table())
+    assert better in out.getvalue()
+    assert markdown(found.statistics).splitlines()[2].startswith(f"| {best} |")
+
+
+def test_units_are_shown_and_only_shares_become_percent() -> None:
+    rows = [{"lr": 1, "name": name, "memory": value} for name, value in (("a", 7.25), ("b", 0.5))]
+    memory = Metric("memory", larger_is_better=False, unit="GiB")
+    assert headline(compare(rows, ["lr"], memory, baseline=1.0)) == [
+        "best run: b with memory 0.5 GiB",
+        "best setting: lr 1, 3.875 ± 4.8 GiB over 2 runs",
+        "gain over the unadapted base (1 GiB): +0.5 GiB",
+    ]
+    table = markdown(compare(rows, ["lr"], memory)).splitlines()
+    assert table[0] == "| lr | n | mean ± std in GiB | best | best run |"
+    assert table[2] == "| 1 | 2 | 3.875 ± 4.8 | 0.5 | b |", "a unit stands once in a table"
+    plain = Metric("memory", larger_is_better=True)
+    assert headline(compare(rows, [], plain)) == ["best run: a with memory 7.25"]
+
+
+def test_stored_runs_say_which_way_they_are_better() -> None:
+    assert agreed_metric(RATE.name, [("a", RATE), ("b", RATE)]) == (RATE, [])
+    metric, notes = agreed_metric(RATE.name, [("old", None), ("new", RATE)])
+    assert metric == RATE
+    assert notes == [f"1 stored without a direction of {RATE.name}, read like the others: old"]
+
+
+def test_runs_that_do_not_say_it_or_disagree_are_not_guessed_about() -> None:
+    name = RATE.name
+    with pytest.raises(MmtrainError, match="no run says whether more or less .*--mode max"):
+        agreed_metric(name, [("old", None)])
+    assert agreed_metric(name, [("old", None)], "min") == (Metric(name, False), [])
+    other = Metric(name, larger_is_better=True, unit="points")
+    both = [("a", RATE), ("b", other), ("c", RATE)]
+    with pytest.raises(MmtrainError) as caught:
+        agreed_metric(name, both)
+    assert "(a: less is better in %, b: more is better in points)" in str(caught.value)
+    metric, notes = agreed_metric(name, both, "min")
+    assert metric == Metric(name, False) and notes == [
+        f"--mode min, against what runs declare of {name}"
+    ]
+    assert agreed_metric(name, [("a", RATE)], "min") == (RATE, [])

@@ -2,17 +2,26 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from mmtrain.commands import compare as compare_command
 from mmtrain.commands import report as report_command
 from mmtrain.config.schema import TrackingConfig
 from mmtrain.errors import MmtrainError
+from mmtrain.report import plot
 from mmtrain.report.summary import results, summarize
-from mmtrain.tracking.journal import RunJournal
+from mmtrain.tasks.interface import Metric, validation_metrics
+from mmtrain.tracking.declared import DECLARED_NAME, as_fields, as_tags
+from mmtrain.tracking.journal import JournalEntry, RunJournal
 from mmtrain.tracking.tracker import Status, Tracker
+
+SPEED = Metric("train/samples_per_s", larger_is_better=True, unit="samples/s")
+ACCURACY = Metric("val/accuracy", larger_is_better=True, unit="%")
+RATE = Metric("val/hallucination_rate", larger_is_better=False, unit="%")
 
 
 @pytest.fixture
@@ -29,6 +38,8 @@ def run_dir(tmp_path: Path) -> Path:
         "tracking: {uri: 'http://me:hunter2@host'}\n"
     )
     (folder / "status.json").write_text(json.dumps({"state": "finished"}))
+    declared = (*validation_metrics(None).values(), ACCURACY, SPEED)
+    (folder / DECLARED_NAME).write_text(json.dumps(as_fields(declared)))
     (folder / "evaluation" / "val").mkdir(parents=True)
     (folder / "evaluation" / "val" / "metrics.json").write_text('{"accuracy": 0.75}')
     return folder
@@ -37,9 +48,50 @@ def run_dir(tmp_path: Path) -> Path:
 def test_summary_finds_best_step_last_values_and_evaluations(run_dir: Path) -> None:
     found = results(summarize(run_dir))
     assert found["best val/loss"] == "0.5 at step 30"
-    assert found["last val/accuracy"] == "0.4" and found["last train/loss"] == "0.025"
-    assert found["median train/samples_per_s"] == "70.5"
-    assert found["val: accuracy"] == "0.75" and found["state"] == "finished"
+    assert found["last val/accuracy"] == "40.0 %" and found["last train/loss"] == "0.025"
+    assert found["median train/samples_per_s"] == "70.5 samples/s"
+    assert found["val: accuracy"] == "75.0 %" and found["state"] == "finished"
+
+
+def test_of_two_shares_the_declared_direction_decides_which_step_is_best(run_dir: Path) -> None:
+    settings = run_dir / "run.yaml"
+    settings.write_text(settings.read_text().replace("metric: loss", "metric: accuracy"))
+    assert results(summarize(run_dir))["best val/accuracy"] == "40.0 % at step 40"
+    upside_down = [replace(ACCURACY, larger_is_better=False)]
+    (run_dir / DECLARED_NAME).write_text(json.dumps(as_fields(upside_down)))
+    assert results(summarize(run_dir))["best val/accuracy"] == "10.0 % at step 10"
+
+
+def test_curves_share_axes_by_unit_and_say_which_way_is_better(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    figure = Figure()
+    monkeypatch.setattr(plot, "_png", lambda draw, width, height: draw(figure) or b"")
+    words = Metric("val/answer_words", larger_is_better=True, unit="words")
+    declared = {each.name: each for each in (ACCURACY, RATE, words)}
+    measured = {"val/accuracy": 0.25, RATE.name: 0.5, words.name: 7.0, "val/old": 3.0}
+    entries = [JournalEntry(step, 0.0, 0.0, measured | {"val/loss": 2.0}) for step in (1, 2)]
+    plot.run_png(entries, declared)
+    shown = [{text.get_text() for text in axis.get_legend().get_texts()} for axis in figure.axes]
+    assert shown == [
+        {"val/loss"},
+        {"val/accuracy ↑", "val/hallucination_rate ↓"},
+        {"val/answer_words ↑"},
+        {"val/old"},
+    ]
+    ticks = [axis.yaxis.get_major_formatter()(0.5) for axis in figure.axes]
+    assert ticks[1] == "50 %" and ticks[0] != "50 %"
+    assert [axis.get_ylabel() for axis in figure.axes] == ["", "", "words", ""]
+
+
+def test_a_run_of_an_older_version_has_no_best_rather_than_a_guessed_one(run_dir: Path) -> None:
+    (run_dir / DECLARED_NAME).unlink()
+    found = results(summarize(run_dir))
+    assert found["best val/loss"] == "unknown: an older version stored no direction of it"
+    assert found["last val/accuracy"] == "0.4"
+    (run_dir / DECLARED_NAME).write_text('{"val/loss": {"larger_is_better": "no", "unit": ""}}')
+    with pytest.raises(MmtrainError, match="declared_metrics.json cannot be read .*Delete it"):
+        summarize(run_dir)
 
 
 def test_report_command_prints_and_writes(
@@ -75,8 +127,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         params = {"components.llm.r": str(rank), "seed": str(seed)}
         for step, share in ((1, 0.5), (2, 1.0), (3, 0.9)):
             value = share * (0.8 + rank / 100 + seed / 1000)
-            journal.append(step, 0.0, {"val/accuracy": value, "train/loss": 1 / step})
-        tracker = Tracker.start(folder / name, settings, name, params, {})
+            metrics = {ACCURACY.name: value, RATE.name: 1 - value, "train/loss": 1 / step}
+            journal.append(step, 0.0, metrics)
+        tags = as_tags([ACCURACY, RATE])
+        tracker = Tracker.start(folder / name, settings, name, params, tags)
         assert tracker.finish(status, 60)
     return folder, uri
 
@@ -102,6 +156,30 @@ def test_compare_prints_mean_and_deviation_over_seeds(
     assert all(path.stat().st_size > 100 for path in files.values())
     assert _compare(store, *group, "--value", "last") == 0
     assert "best run: r8-s2 with val/accuracy 79.4 %" in capsys.readouterr().out
+
+
+def test_compare_reads_directions_that_runs_declared(
+    store: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    group = ["--by", "components.llm.r", "--metric", RATE.name]
+    assert _compare(store, *group) == 0
+    output = capsys.readouterr().out
+    assert "lower is better" in output and "11.9 ± 0.1 %" in output
+    assert "best run: r8-s2 with val/hallucination_rate 11.8 %" in output
+    assert _compare(store, *group, "--mode", "max") == 0
+    output = capsys.readouterr().out
+    assert "best run: r4-s0 with val/hallucination_rate 58.0 %" in output
+    assert "--mode max, against what runs declare of val/hallucination_rate" in output
+
+
+def test_a_direction_that_nobody_declared_has_to_be_given(
+    store: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    group = ["--by", "components.llm.r", "--metric", "train/loss"]
+    with pytest.raises(MmtrainError, match="no run says whether more or less train/loss"):
+        _compare(store, *group)
+    assert _compare(store, *group, "--mode", "min") == 0
+    assert "train/loss 0.3333" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

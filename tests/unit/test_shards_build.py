@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import io
 import json
 import os
 import shutil
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
 from data_shards import command
 from data_shards.build import Recipe, build_split
-from data_shards.writer import ShardWriter, published
+from data_shards.publish import published
+from data_shards.writer import ShardWriter
+from mmtrain.data.codec import encode_sample
 from mmtrain.data.shards import ShardFolder
 from mmtrain.errors import ConfigError, DataError, MmtrainError
 from mmtrain.tasks.datasets import digits, scienceqa
 from mmtrain.tasks.interface import ImageBytes, Sample
 
+# Three samples without pictures, one after the other.
+PINNED_SHA256 = "3863dcdda35a5a09d87fc6d82889adc75e37b1c3776683d392ae7150b594d5ea"
 RAW = Path(__file__).parents[1] / "golden" / "tasks" / "scienceqa" / "raw"
 
 
@@ -195,16 +202,52 @@ def test_verify_fails_with_every_problem(
 # --- writer -------------------------------------------------------------------------------------
 
 
-def test_duplicate_ids_are_refused(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path)
-    writer.add(Sample("a"))
-    with pytest.raises(DataError, match="two samples have the id 'a'"):
-        writer.add(Sample("a"))
+def test_unsound_samples_are_refused_with_their_names(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, samples_per_shard=2)
+    one = Sample("a", answers=("yes",))
+    for sample in (
+        one,
+        one,
+        replace(one, id="b", choices=("no",)),
+        replace(one, id="c", answers=()),
+    ):
+        writer.add(sample)
+    writer.add(replace(one, id="d", question=None))  # type: ignore[arg-type]
+    with pytest.raises(DataError) as caught:
+        writer.finish("digits", "train", 0, None, {})
+    assert "4 of 5 samples cannot be trained on" in str(caught.value)
+    for fault in (
+        "two samples have the id 'a', the first in shard-000000.tar",
+        "shard-000001.tar': sample 'b': its answer 'yes' is none of its 1 choices",
+        "sample 'c' has no answer",
+        "'question' is null, not a text",
+    ):
+        assert fault in str(caught.value)
+    assert not (tmp_path / "manifest.json").exists()
 
 
 def test_forbidden_picture_type_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="sample 'a'"):
+    with pytest.raises(DataError, match="'000000000.0.gif' is not allowed"):
         ShardWriter(tmp_path).add(Sample("a", images=(ImageBytes("gif", b"GIF89a"),)))
+
+
+def test_webdataset_writes_and_the_bytes_tell_no_place_or_time(tmp_path: Path) -> None:
+    import webdataset
+
+    samples = [Sample(str(number), question="q", answers=("a",)) for number in range(3)]
+    writer = ShardWriter(tmp_path)
+    for sample in samples:
+        writer.add(sample)
+    manifest = writer.finish("digits", "train", 0, None, {})
+    data = (tmp_path / "shard-000000.tar").read_bytes()
+    # As webdataset's own writer makes it, and pinned: no version of it may change our data.
+    file = io.BytesIO()
+    with webdataset.TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as tar:
+        for number, sample in enumerate(samples):
+            (member,) = encode_sample(sample, f"{number:09d}")
+            tar.write({"__key__": f"{number:09d}", "json": member[1]})
+    assert data == file.getvalue()
+    assert manifest.shards[0].sha256 == sha256(data).hexdigest() == PINNED_SHA256
 
 
 def test_interrupted_build_leaves_the_old_folder(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import string
 import struct
 import tarfile
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,12 +23,12 @@ from mmtrain.data.codec import (
     decode_image,
     decode_sample,
     encode_sample,
-    pack_members,
-    unpack_members,
 )
+from mmtrain.data.tar import unpack_members
 from mmtrain.errors import DataError
 from mmtrain.tasks.interface import ImageBytes, Sample, Turn
 from tests.fuzz import examples
+from tests.tar_bytes import pack
 
 KEY = "000000007"
 _TEXT = st.text(max_size=20)
@@ -36,9 +37,10 @@ _JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_TEXT, inner, max_size=3),
     max_leaves=5,
 )
+_ANSWERS = st.lists(_TEXT, min_size=1, max_size=3).map(tuple)
 _SAMPLES = st.builds(
     Sample,
-    id=_TEXT,
+    id=st.text(min_size=1, max_size=20),
     images=st.lists(
         st.builds(
             ImageBytes, st.sampled_from(sorted(codec.IMAGE_EXTENSIONS)), st.binary(max_size=1500)
@@ -47,9 +49,12 @@ _SAMPLES = st.builds(
     ).map(tuple),
     turns=st.lists(st.builds(Turn, st.sampled_from(["user", "assistant"]), _TEXT)).map(tuple),
     question=_TEXT,
-    answers=st.lists(_TEXT, max_size=3).map(tuple),
-    choices=st.lists(_TEXT, max_size=3).map(tuple),
+    answers=_ANSWERS,
     meta=st.dictionaries(_TEXT, _JSON, max_size=3),
+).flatmap(
+    lambda sample: st.lists(_TEXT, max_size=2).map(
+        lambda others: replace(sample, choices=(*others, sample.answers[0]) if others else ())
+    )
 )
 
 
@@ -70,9 +75,9 @@ def _noise(mode: str = "RGB", size: int = 48) -> Image.Image:
 @settings(max_examples=examples(60), deadline=None)
 @given(_SAMPLES)
 def test_every_sample_survives_the_round_trip(sample: Sample) -> None:
-    record = pack_members(encode_sample(sample, KEY))
+    record = pack(encode_sample(sample, KEY))
     assert len(record) % 512 == 0
-    assert decode_sample(unpack_members(record), KEY) == sample
+    assert decode_sample(unpack_members(record)) == sample
 
 
 @settings(max_examples=examples(150), deadline=None)
@@ -80,13 +85,13 @@ def test_every_sample_survives_the_round_trip(sample: Sample) -> None:
 def test_damaged_bytes_never_raise_anything_but_our_error(
     sample: Sample, data: st.DataObject
 ) -> None:
-    record = bytearray(pack_members(encode_sample(sample, KEY)))
+    record = bytearray(pack(encode_sample(sample, KEY)))
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, len(record) - 1))
         record[place] = data.draw(st.integers(0, 255))
     cut = data.draw(st.integers(0, len(record)))
     try:
-        decode_sample(unpack_members(bytes(record[:cut])), KEY)
+        decode_sample(unpack_members(bytes(record[:cut])))
     except DataError:
         pass
 
@@ -96,28 +101,23 @@ def test_damaged_bytes_never_raise_anything_but_our_error(
 def test_any_json_member_gives_a_sample_or_our_error(value: object) -> None:
     for text in (json.dumps(value), json.dumps({"id": value, "turns": value, "meta": value})):
         try:
-            decode_sample([(f"{KEY}.json", text.encode())], KEY)
+            decode_sample([(f"{KEY}.json", text.encode())])
         except DataError:
             pass
 
 
-def test_headers_are_the_same_everywhere() -> None:
-    members = encode_sample(Sample("a", question="q"), KEY)
-    assert pack_members(members) == pack_members(members)
-    header = pack_members(members)[:512]
-    assert header[136:147] == b"00000000000", "modification time must be zero"
-    assert header[265:297] == bytes(32), "no owner name"
-
-
-@pytest.mark.parametrize("name", ["x.pkl", "x.pyd", "x.pth", "x.txt.gz", "x.0.gif", "x", ".json"])
+@pytest.mark.parametrize(
+    "name",
+    ["x.pkl", "x.pyd", "x.pth", "x.txt.gz", "x.0.gif", "x", ".json", "/x.json", "a/../x.json"],
+)
 def test_members_off_the_allow_list_are_refused(name: str) -> None:
     with pytest.raises(DataError, match="not allowed"):
-        decode_sample([("x.json", b"{}"), (name, pickle.dumps(1))], "x")
+        decode_sample([("x.json", b"{}"), (name, pickle.dumps(1))])
 
 
 def test_paths_and_links_are_refused() -> None:
     with pytest.raises(DataError, match="not allowed"):
-        decode_sample([("../x.json", b"{}")], "x")
+        decode_sample([("../x.json", b"{}")])
     link = tarfile.TarInfo("x.json")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     with pytest.raises(DataError, match="not a regular file"):
@@ -125,23 +125,72 @@ def test_paths_and_links_are_refused() -> None:
 
 
 def test_foreign_keys_missing_and_doubled_members_are_refused() -> None:
-    with pytest.raises(DataError, match="expected"):
-        decode_sample([("other.json", b"{}")], KEY)
+    with pytest.raises(DataError, match="'other.json' lies where sample 'x' is expected"):
+        decode_sample([("x.json", b"{}"), ("other.json", b"{}")])
     with pytest.raises(DataError, match="no JSON"):
-        decode_sample([(f"{KEY}.0.png", b"")], KEY)
+        decode_sample([])
+    with pytest.raises(DataError, match="no JSON"):
+        decode_sample([(f"{KEY}.0.png", b"")])
     with pytest.raises(DataError, match="two JSON"):
-        decode_sample([(f"{KEY}.json", b"{}")] * 2, KEY)
+        decode_sample([(f"{KEY}.json", b"{}")] * 2)
     with pytest.raises(DataError, match="numbered"):
-        decode_sample([(f"{KEY}.json", b"{}"), (f"{KEY}.1.png", b"")], KEY)
+        decode_sample([(f"{KEY}.json", b"{}"), (f"{KEY}.1.png", b"")])
     with pytest.raises(DataError, match="0 pictures, 1 expected"):
-        decode_sample([(f"{KEY}.json", b'{"num_images": 1}')], KEY)
+        decode_sample([(f"{KEY}.json", b'{"num_images": 1}')])
     with pytest.raises(DataError, match="not valid JSON"):
-        decode_sample([(f"{KEY}.json", b"[" * 100_000)], KEY)
+        decode_sample([(f"{KEY}.json", b"[" * 100_000)])
 
 
 def test_caption_in_a_text_member_is_the_answer() -> None:
-    members = [(f"{KEY}.json", b"{}"), (f"{KEY}.txt", "a bird".encode())]
-    assert decode_sample(members, KEY).answers == ("a bird",)
+    members = [(f"{KEY}.json", b"{}"), (f"{KEY}.txt", b"a bird")]
+    assert decode_sample(members).answers == ("a bird",)
+
+
+def _decoded(**fields: object) -> Sample:
+    content = json.dumps({"answers": ["yes"], **fields}).encode()
+    return decode_sample([(f"{KEY}.json", content)])
+
+
+@pytest.mark.parametrize(
+    ("fields", "fault"),
+    [
+        ({"question": 5}, "'question' is 5, not a text"),
+        ({"question": None}, "'question' is null, not a text"),
+        ({"id": 7}, "'id' is 7, not a text"),
+        ({"id": ""}, "'id' is \"\", not a text"),
+        ({"answers": "yes"}, "'answers' is \"yes\", not a list of texts"),
+        ({"answers": []}, f"sample '{KEY}' has no answer"),
+        ({"answers": ["no"], "choices": ["yes"]}, "'no' is none of its 1 choices"),
+        ({"turns": [["robot", "hello"]]}, "'turns' is .* not a list of"),
+        ({"meta": []}, "'meta' is"),
+        ({"question": "\ud800"}, "half a surrogate pair"),
+        ({"meta": {"hint": "\udfff"}}, "half a surrogate pair"),
+        ({"num_images": "x" * 9999}, '0 pictures, "x{39} expected'),
+    ],
+)
+def test_what_is_no_sample_is_named(fields: dict[str, object], fault: str) -> None:
+    with pytest.raises(DataError, match=fault) as caught:
+        _decoded(**fields)
+    assert caught.value.remedy and len(str(caught.value)) < 300
+
+
+def test_fields_of_others_are_left_alone() -> None:
+    assert _decoded(url=5, score=None) == Sample(KEY, answers=("yes",))
+    turns = [["user", "hello"], ["assistant", "hi"]]
+    assert len(_decoded(answers=[], turns=turns).turns) == 2
+
+
+def test_pictures_of_other_writers() -> None:
+    content = ("a/b/7.json", b'{"answers": ["yes"]}')
+    single = decode_sample([("a/b/7.JPG", b"1"), content])
+    assert single.id == "a/b/7" and single.images == (ImageBytes("jpg", b"1"),)
+    # Sorted by name, as webdataset writes them, 10 comes before 2.
+    many = [(f"a/b/7.{number}.png", b"%d" % number) for number in range(12)]
+    found = decode_sample([*sorted(many), content])
+    assert [image.data for image in found.images] == [b"%d" % number for number in range(12)]
+    for second in ("a/b/7.png", "a/b/7.0.png"):
+        with pytest.raises(DataError, match="not numbered 0, 1"):
+            decode_sample([("a/b/7.jpg", b"1"), (second, b"2"), content])
 
 
 def test_members_over_the_byte_cap_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,6 +248,20 @@ def _png_claiming(width: int, height: int) -> bytes:
 def test_size_is_checked_before_decoding(side: int) -> None:
     with pytest.raises(DataError, match="pixels.*scale it down"):
         decode_image(_png_claiming(side, side), "s")
+
+
+@pytest.mark.parametrize(
+    ("size", "fault"),
+    [
+        ((1, 201), "1 x 201 pixels is more than 200 times as long as wide"),
+        ((20_000, 1), "20000 x 1 pixels has a side of more than 16384"),
+        ((17_000, 100), "side of more than 16384"),
+    ],
+)
+def test_lines_that_resizing_would_blow_up_are_refused(size: tuple[int, int], fault: str) -> None:
+    with pytest.raises(DataError, match=f"sample 's': .*{fault}.*crop it"):
+        decode_image(_encoded(Image.new("L", size)), "s")
+    assert decode_image(_encoded(Image.new("L", (1, 200))), "s").size == (1, 200)
 
 
 def test_pixel_limit_is_the_callers() -> None:

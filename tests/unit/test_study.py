@@ -107,6 +107,25 @@ def test_names_of_long_and_odd_values_stay_valid() -> None:
     assert all(re.match(RUN_NAME_PATTERN, trial.name) for trial in trials)
 
 
+def test_names_of_large_and_small_numbers_are_readable_valid_and_one_for_each_trial() -> None:
+    rates = [1e6, 1e-7, 1.0000001, 1.0000002, 2.5e21, -3e20]
+    trials = expand(study(search={"optim.lr": {"grid": rates}}))
+    assert [trial.name.rsplit("-", 1)[0] for trial in trials] == [
+        f"lr{text}" for text in ("1e6", "1e-07", "1", "1", "2.5e21", "-3e20")
+    ]
+    assert len({trial.name for trial in trials}) == len(rates)
+    assert all(re.match(RUN_NAME_PATTERN, trial.name) for trial in trials)
+
+
+@pytest.mark.parametrize("tracking", [float("inf"), 3, "mlflow", ["a"], {"tags": float("nan")}])
+def test_tracking_of_a_wrong_shape_is_one_line_of_the_report(tracking: Any) -> None:
+    wrong = study(base={**BASE, "tracking": tracking})
+    with pytest.raises(ConfigError) as caught:
+        check_trials(wrong, expand(wrong), "study.yaml")
+    (problem,) = caught.value.problems
+    assert problem.startswith("tracking") and "; give " in problem
+
+
 def test_keys_with_the_same_ending_are_told_apart() -> None:
     both = study(search={"optim.lr": {"grid": [1e-3]}, "components.llm.lr": {"grid": [2e-3]}})
     assert expand(both)[0].name.startswith("optim_lr0.001-llm_lr0.002-")

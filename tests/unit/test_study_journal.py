@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from mmtrain.errors import ConfigError, LaunchError, MmtrainError
+from mmtrain.tasks.interface import Metric
 from ray_tune import cluster
 from ray_tune.cleaning import drop_checkpoints
 from ray_tune.journal import (
@@ -31,6 +32,8 @@ from ray_tune.study import Study
 from ray_tune.trials import expand
 from tests.tiny import free_port
 from tests.unit.test_study import BASE
+
+ACCURACY = Metric("val/accuracy", larger_is_better=True, unit="%")
 
 
 def a_study(folder: Path, **changes: Any) -> Study:
@@ -55,10 +58,10 @@ def settle(journal: Journal, statuses: list[str], values: list[float]) -> None:
 
 def test_a_resumed_study_runs_only_what_is_not_settled(tmp_path: Path) -> None:
     study = a_study(tmp_path)
-    journal = open_journal(study, expand(study), resume=False)
+    journal = open_journal(study, expand(study), ACCURACY, resume=False)
     assert len(journal.unsettled()) == 4
     settle(journal, [FINISHED, STOPPED, FAILED, RUNNING], [0.5, 0.1, 0.2, 0.3])
-    again = open_journal(study, expand(study), resume=True)
+    again = open_journal(study, expand(study), ACCURACY, resume=True)
     names = list(again.records)
     assert [record.status for record in again.records.values()] == [
         FINISHED,
@@ -72,38 +75,39 @@ def test_a_resumed_study_runs_only_what_is_not_settled(tmp_path: Path) -> None:
 
 def test_a_used_folder_is_not_used_again_by_accident(tmp_path: Path) -> None:
     study = a_study(tmp_path)
-    settle(open_journal(study, expand(study), resume=False), [FINISHED], [0.5])
+    settle(open_journal(study, expand(study), ACCURACY, resume=False), [FINISHED], [0.5])
     with pytest.raises(MmtrainError, match="holds 4 trials. Go on with it by --resume"):
-        open_journal(study, expand(study), resume=False)
+        open_journal(study, expand(study), ACCURACY, resume=False)
 
 
 def test_another_study_cannot_go_on_in_the_folder(tmp_path: Path) -> None:
     study = a_study(tmp_path)
-    settle(open_journal(study, expand(study), resume=True), [FINISHED], [0.5])
-    other = a_study(tmp_path, mode="min", ranks_per_trial=2)
+    settle(open_journal(study, expand(study), ACCURACY, resume=True), [FINISHED], [0.5])
+    other = a_study(tmp_path, metric="val/loss", ranks_per_trial=2)
     with pytest.raises(ConfigError) as caught:
-        open_journal(other, expand(other), resume=True)
-    assert 'mode: the folder\'s study says "max", this one "min"' in str(caught.value)
+        open_journal(other, expand(other), ACCURACY, resume=True)
+    expected = 'metric: the folder\'s study says "val/accuracy", this one "val/loss"'
+    assert expected in str(caught.value)
     assert "ranks_per_trial" in str(caught.value)
-    freely = a_study(tmp_path, max_concurrent=3, by=["seed"], keep_checkpoints="all")
-    open_journal(freely, expand(freely), resume=True)
+    freely = a_study(tmp_path, max_concurrent=3, by=["seed"], keep_checkpoints="all", mode=None)
+    open_journal(freely, expand(freely), ACCURACY, resume=True)
 
 
 def test_a_study_that_never_started_may_change(tmp_path: Path) -> None:
     study = a_study(tmp_path)
-    open_journal(study, expand(study), resume=False).remember_parent("abc")
-    assert open_journal(study, expand(study), resume=False).parent_run_id == "abc"
-    other = a_study(tmp_path, mode="min")
-    assert open_journal(other, expand(other), resume=False).parent_run_id is None
+    open_journal(study, expand(study), ACCURACY, resume=False).remember_parent("abc")
+    assert open_journal(study, expand(study), ACCURACY, resume=False).parent_run_id == "abc"
+    other = a_study(tmp_path, metric="val/loss")
+    assert open_journal(other, expand(other), ACCURACY, resume=False).parent_run_id is None
 
 
 def test_a_half_written_result_costs_a_rerun_not_the_study(tmp_path: Path) -> None:
     study = a_study(tmp_path)
-    journal = open_journal(study, expand(study), resume=False)
+    journal = open_journal(study, expand(study), ACCURACY, resume=False)
     settle(journal, [FINISHED] * 4, [0.1] * 4)
     name = next(iter(journal.records))
     (tmp_path / "results" / f"{name}.json").write_text('{"name": "r')
-    again = open_journal(study, expand(study), resume=True)
+    again = open_journal(study, expand(study), ACCURACY, resume=True)
     assert [record.name for record in again.unsettled()] == [name]
 
 
@@ -111,16 +115,16 @@ def test_a_damaged_study_file_is_an_error(tmp_path: Path) -> None:
     study = a_study(tmp_path)
     (tmp_path / "study.json").write_text("{")
     with pytest.raises(MmtrainError, match="not readable"):
-        open_journal(study, expand(study), resume=True)
+        open_journal(study, expand(study), ACCURACY, resume=True)
     (tmp_path / "study.json").write_text('{"format_version": 99}')
     with pytest.raises(MmtrainError, match="format version 99"):
-        open_journal(study, expand(study), resume=True)
+        open_journal(study, expand(study), ACCURACY, resume=True)
 
 
 def test_the_parent_run_survives_a_restart(tmp_path: Path) -> None:
     study = a_study(tmp_path)
-    open_journal(study, expand(study), resume=False).remember_parent("abc")
-    assert open_journal(study, expand(study), resume=True).parent_run_id == "abc"
+    open_journal(study, expand(study), ACCURACY, resume=False).remember_parent("abc")
+    assert open_journal(study, expand(study), ACCURACY, resume=True).parent_run_id == "abc"
 
 
 def test_one_driver_at_a_time(tmp_path: Path) -> None:
@@ -148,9 +152,9 @@ def test_the_best_is_by_mode_never_nan_and_the_earliest_on_a_tie() -> None:
     for step, value in enumerate([0.5, float("nan"), 0.9, 0.9, 0.1], start=1):
         record.add(step, {"m": value}, 0.0)
     record.add(9, {"other": 1.0}, 0.0)
-    assert record.best("m", "max") == (0.9, 3)
-    assert record.best("m", "min") == (0.1, 5)
-    assert record.best("absent", "max") is None
+    assert record.best(Metric("m", larger_is_better=True)) == (0.9, 3)
+    assert record.best(Metric("m", larger_is_better=False)) == (0.1, 5)
+    assert record.best(ACCURACY) is None
 
 
 def asha_study(folder: Path) -> Study:
@@ -165,27 +169,29 @@ def test_ashas_rungs_after_a_restart_are_what_they_were(
     from ray_tune.scheduler import Rungs
 
     study = asha_study(tmp_path)
-    journal = open_journal(study, expand(study), resume=False)
+    journal = open_journal(study, expand(study), ACCURACY, resume=False)
     *past, last = journal.records.values()
-    live = Rungs(study)
+    live = Rungs(study.scheduler, ACCURACY)
     verdicts = []
     for time_s, (record, seen) in enumerate(zip(past, [0.8, 0.4, 0.9])):
         number = record.add(2, {"val/accuracy": seen}, float(time_s))
         verdicts.append(live.goes_on(record.name, number, {"val/accuracy": seen}))
         journal.save(record)
     assert verdicts == [True, False, True], "half of the trials pass each rung"
-    restarted = Rungs(study)
-    restarted.replay(open_journal(study, expand(study), resume=True).records)
+    restarted = Rungs(study.scheduler, ACCURACY)
+    restarted.replay(open_journal(study, expand(study), ACCURACY, resume=True).records)
     assert live.goes_on(last.name, 1, {"val/accuracy": value}) == goes_on
     assert restarted.goes_on(last.name, 1, {"val/accuracy": value}) == goes_on
-    assert Rungs(study).goes_on(last.name, 1, {"val/accuracy": value}), "without memory: always"
+    assert Rungs(study.scheduler, ACCURACY).goes_on(
+        last.name, 1, {"val/accuracy": value}
+    ), "without memory: always"
 
 
 def test_the_scheduler_writes_down_before_it_stops_and_ignores_repeats(tmp_path: Path) -> None:
     from ray_tune.scheduler import StudyScheduler
 
     study = asha_study(tmp_path)
-    journal = open_journal(study, expand(study), resume=False)
+    journal = open_journal(study, expand(study), ACCURACY, resume=False)
     names = list(journal.records)
     scheduler = StudyScheduler(study, journal)
 
@@ -195,7 +201,7 @@ def test_the_scheduler_writes_down_before_it_stops_and_ignores_repeats(tmp_path:
 
     assert report(names[0], 2, 0.8) == "CONTINUE"
     assert report(names[1], 2, 0.1) == "STOP"
-    again = open_journal(study, expand(study), resume=True)
+    again = open_journal(study, expand(study), ACCURACY, resume=True)
     assert again.records[names[1]].status == STOPPED
     resumed = StudyScheduler(study, again)
     trial = SimpleNamespace(config={"trial": names[0]})
@@ -207,7 +213,7 @@ def test_the_scheduler_writes_down_before_it_stops_and_ignores_repeats(tmp_path:
 def test_no_scheduler_lets_every_trial_go_on(tmp_path: Path) -> None:
     from ray_tune.scheduler import Rungs
 
-    rungs = Rungs(a_study(tmp_path))
+    rungs = Rungs(a_study(tmp_path).scheduler, ACCURACY)
     assert all(rungs.goes_on("t", number, {"val/accuracy": 0.0}) for number in range(1, 200))
 
 
@@ -218,11 +224,11 @@ def test_a_trial_without_room_says_what_it_wants(
     from ray_tune.progress import View
 
     study = a_study(tmp_path)
-    journal = open_journal(study, expand(study), resume=False)
+    journal = open_journal(study, expand(study), ACCURACY, resume=False)
     now = [1000.0]
     monkeypatch.setattr(events.time, "time", lambda: now[0])
     callback = events.StudyCallback(
-        study, journal, View(study, journal), lambda: "it wants 2 CPU; free are 0 CPU of 2 CPU"
+        study, journal, View(journal), lambda: "it wants 2 CPU; free are 0 CPU of 2 CPU"
     )
     trial = SimpleNamespace(config={"trial": next(iter(journal.records))})
     callback.on_trial_start(0, [], trial)
@@ -245,8 +251,8 @@ def test_a_trial_without_the_metric_has_failed(tmp_path: Path) -> None:
     from ray_tune.progress import View
 
     study = a_study(tmp_path)
-    journal = open_journal(study, expand(study), resume=False)
-    callback = events.StudyCallback(study, journal, View(study, journal), lambda: "")
+    journal = open_journal(study, expand(study), ACCURACY, resume=False)
+    callback = events.StudyCallback(study, journal, View(journal), lambda: "")
     first, second = list(journal.records.values())[:2]
     second.add(2, {"val/loss": 1.0, "val/accurracy": 0.5}, 0.0)
     for record in (first, second):
@@ -265,7 +271,7 @@ def test_validations_that_nobody_heard_are_read_from_the_run(tmp_path: Path) -> 
     from ray_tune.progress import View
 
     study = a_study(tmp_path)
-    journal = open_journal(study, expand(study), resume=False)
+    journal = open_journal(study, expand(study), ACCURACY, resume=False)
     record = next(iter(journal.records.values()))
     run_dir = tmp_path / "trials" / record.name
     run_dir.mkdir(parents=True)
@@ -274,12 +280,12 @@ def test_validations_that_nobody_heard_are_read_from_the_run(tmp_path: Path) -> 
         for step, metrics in [(1, {"train/loss": 1.0}), (2, {"val/accuracy": 0.25})]
     ]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    callback = events.StudyCallback(study, journal, View(study, journal), lambda: "")
+    callback = events.StudyCallback(study, journal, View(journal), lambda: "")
     trial = SimpleNamespace(config={"trial": record.name})
     callback.on_trial_start(0, [], trial)
     callback.on_trial_result(0, [], trial, {"outcome": 1, "failure": "", "training_seconds": 0.0})
     assert record.status == FINISHED
-    assert record.best("val/accuracy", "max") == (0.25, 2)
+    assert record.best(ACCURACY) == (0.25, 2)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +295,7 @@ def test_optimizer_checkpoints_of_settled_trials_are_dropped(
     tmp_path: Path, policy: str, kept: list[int]
 ) -> None:
     study = a_study(tmp_path, keep_checkpoints=policy)
-    journal = open_journal(study, expand(study), resume=False)
+    journal = open_journal(study, expand(study), ACCURACY, resume=False)
     settle(journal, [FINISHED, STOPPED, FINISHED, FAILED], [0.5, 0.95, 0.9, 0.99])
     folders = [tmp_path / "trials" / name for name in journal.records]
     for folder in folders:
@@ -302,7 +308,7 @@ def test_optimizer_checkpoints_of_settled_trials_are_dropped(
 
 def test_results_and_comparison_hold_every_trial(tmp_path: Path) -> None:
     study = a_study(tmp_path, baseline=0.1)
-    journal = open_journal(study, expand(study), resume=False)
+    journal = open_journal(study, expand(study), ACCURACY, resume=False)
     settle(journal, [FINISHED, FINISHED, STOPPED, FAILED], [0.5, 0.7, 0.2, 0.9])
     list(journal.records.values())[3].reason = "rank 1: it broke, badly"
     text = write_results(study, journal).read_text()
@@ -330,14 +336,14 @@ def test_a_baseline_file_is_an_evaluations_metrics(tmp_path: Path) -> None:
 
 def test_the_live_line_says_how_far_the_study_is(tmp_path: Path) -> None:
     study = a_study(tmp_path)
-    journal = open_journal(study, expand(study), resume=False)
-    assert summary(study, journal, 1) == "0/4 trials done, 0 running, 0 failed"
+    journal = open_journal(study, expand(study), ACCURACY, resume=False)
+    assert summary(journal, 1) == "0/4 trials done, 0 running, 0 failed"
     first, second, third, _ = journal.records.values()
     first.status, first.seconds = FINISHED, 60.0
     first.add(2, {"val/accuracy": 0.75}, 0.0)
     second.status, third.status = RUNNING, RUNNING
-    line = summary(study, journal, 2)
-    expected = "1/4 trials done, 2 running, 0 failed; about 2 min left; best val/accuracy 0.7500"
+    line = summary(journal, 2)
+    expected = "1/4 trials done, 2 running, 0 failed; about 2 min left; best val/accuracy 75.0 %"
     assert line == f"{expected} ({first.name})"
     assert seconds_left(journal, 2) == 120.0
 
@@ -359,27 +365,6 @@ def test_the_token_of_the_private_ray_is_its_users_own(tmp_path: Path) -> None:
     assert stat.S_IMODE(os.stat(token).st_mode) == 0o600
     assert environment["RAY_AUTH_MODE"] == "token"
     assert token.read_text() not in "".join(environment.values())
-
-
-def test_a_failure_is_one_line_of_the_rank_that_caused_it() -> None:
-    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
-    from ray.train.v2.api.exceptions import WorkerGroupError
-
-    from ray_tune.worker import RankFailure, failure_in_words
-
-    def failed(**ranks: Exception) -> str:
-        failures = {int(rank[-1]): error for rank, error in ranks.items()}
-        return failure_in_words(WorkerGroupError("", failures))
-
-    echo = RankFailure("RuntimeError: [gloo/pair.cc:547] Connection closed by peer [127.0.0.1]")
-    cause = RankFailure("step 3: the loss is NaN. Lower optim.lr.")
-    assert failed(rank0=echo, rank1=cause) == f"rank 1: {cause}"
-    assert failed(rank0=echo) == f"rank 0: {echo}"
-    wrapped = UserExceptionWithTraceback(ValueError("first\n  last line\n"), "Traceback …")
-    assert failed(rank3=wrapped) == "rank 3: ValueError: last line"
-    died = RuntimeError("The actor is dead because its worker process has died. Worker exit …")
-    assert failed(rank0=echo, rank1=died).startswith("rank 1: its process was killed or crashed")
-    assert failure_in_words(ValueError("no\nranks here")) == "ranks here"
 
 
 @pytest.mark.parametrize(

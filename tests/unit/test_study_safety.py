@@ -11,15 +11,18 @@ from typing import Any
 import pytest
 
 from mmtrain.errors import ConfigError
+from mmtrain.tasks.datasets.digits import Digits
+from mmtrain.tasks.interface import Metric
 from mmtrain.tracking.journal import JOURNAL_NAME, RunJournal
 from ray_tune.cluster import private_folder
 from ray_tune.journal import FINISHED, open_journal
 from ray_tune.outcome import compare_trials, plot_trials, write_results
-from ray_tune.study import load_study
+from ray_tune.study import Study, load_study
 from ray_tune.trials import check_trials, expand
 from tests.tiny import REPOSITORY
+from tests.unit.judged import LENGTH, RATE, SENTIMENT, judge_digits
 from tests.unit.test_study import BASE, study
-from tests.unit.test_study_journal import a_study, settle
+from tests.unit.test_study_journal import ACCURACY, a_study, settle
 
 CANARY = "canary-7f3a"
 
@@ -38,7 +41,7 @@ def files_with(text: str, folder: Path) -> list[Path]:
 
 def test_trials_that_failed_before_their_first_step_do_not_stop_the_plots(tmp_path: Path) -> None:
     settings = a_study(tmp_path)
-    journal = open_journal(settings, expand(settings), resume=False)
+    journal = open_journal(settings, expand(settings), ACCURACY, resume=False)
     empty, half, measured, never = (tmp_path / "trials" / name for name in journal.records)
     for folder in (empty, half, measured):
         RunJournal(folder / JOURNAL_NAME).close()
@@ -58,10 +61,10 @@ def test_no_file_of_a_study_holds_a_password(tmp_path: Path) -> None:
     settings = with_password(tmp_path, CANARY)
     trials = expand(settings)
     assert CANARY in trials[0].run["tracking"]["uri"], "the run itself needs it"
-    journal = open_journal(settings, trials, resume=False)
+    journal = open_journal(settings, trials, ACCURACY, resume=False)
     journal.remember_parent("abc")
     settle(journal, [FINISHED] * 3, [0.5, 0.6, 0.7])
-    callback = events.StudyCallback(settings, journal, View(settings, journal), lambda: "")
+    callback = events.StudyCallback(settings, journal, View(journal), lambda: "")
     failing = SimpleNamespace(config={"trial": list(journal.records)[3]})
     callback.on_trial_start(0, [], failing)
     failure = f"cannot reach postgresql://me:{CANARY}@db/runs"
@@ -79,22 +82,22 @@ def test_no_file_of_a_study_holds_a_password(tmp_path: Path) -> None:
 
 def test_a_study_with_a_password_is_the_same_study_on_resume(tmp_path: Path) -> None:
     settings = with_password(tmp_path, CANARY)
-    settle(open_journal(settings, expand(settings), resume=False), [FINISHED], [0.5])
+    settle(open_journal(settings, expand(settings), ACCURACY, resume=False), [FINISHED], [0.5])
     for password in (CANARY, "a-new-one"):
         again = with_password(tmp_path, password)
-        assert len(open_journal(again, expand(again), resume=True).unsettled()) == 3
+        assert len(open_journal(again, expand(again), ACCURACY, resume=True).unsettled()) == 3
     elsewhere = with_password(tmp_path, CANARY, host="other")
     with pytest.raises(ConfigError) as caught:
-        open_journal(elsewhere, expand(elsewhere), resume=True)
+        open_journal(elsewhere, expand(elsewhere), ACCURACY, resume=True)
     assert "tracking" in str(caught.value) and CANARY not in str(caught.value)
 
 
 def test_a_folder_from_before_passwords_were_hidden_goes_on_without_them(tmp_path: Path) -> None:
     settings = with_password(tmp_path, CANARY)
-    settle(open_journal(settings, expand(settings), resume=False), [FINISHED], [0.5])
+    settle(open_journal(settings, expand(settings), ACCURACY, resume=False), [FINISHED], [0.5])
     path = tmp_path / "study.json"
     path.write_text(path.read_text().replace("***", f"me:{CANARY}"))
-    open_journal(settings, expand(settings), resume=True)
+    open_journal(settings, expand(settings), ACCURACY, resume=True)
     assert files_with(CANARY, tmp_path) == []
 
 
@@ -144,9 +147,9 @@ def test_trials_are_ranked_by_what_their_adapters_are_chosen_by() -> None:
     alike = study(
         metric="val/accuracy", mode="max", base={**BASE, "validate": {"metric": "accuracy"}}
     )
-    check_trials(alike, expand(alike), "study.yaml")
+    assert check_trials(alike, expand(alike), "study.yaml") == ACCURACY
     default = study()
-    check_trials(default, expand(default), "study.yaml")
+    assert check_trials(default, expand(default), "study.yaml").mode == "min"
 
 
 def test_a_searched_validate_metric_counts_as_well() -> None:
@@ -169,3 +172,52 @@ def test_the_worst_trial_is_never_ranked_first() -> None:
     )
     with pytest.raises(ConfigError, match="set mode: max"):
         check_trials(upside_down, expand(upside_down), "study.yaml")
+
+
+def judged_study(metric: Metric, folder: Path, **changes: Any) -> Study:
+    base = {**BASE, "validate": {"metric": metric.name}}
+    return a_study(folder, base=base, metric=f"val/{metric.name}", mode=None, **changes)
+
+
+@pytest.mark.parametrize(("metric", "best"), [(RATE, 1), (SENTIMENT, 2), (LENGTH, 2)])
+def test_trials_are_ranked_as_their_task_declares_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: Metric, best: int
+) -> None:
+    from ray_tune.scheduler import Rungs
+
+    judge_digits(monkeypatch, [])
+    asha = {"type": "asha", "grace": 1, "reduction_factor": 2, "max": 8}
+    settings = judged_study(metric, tmp_path, scheduler=asha)
+    trials = expand(settings)
+    ranking = check_trials(settings, trials, "study.yaml")
+    journal = open_journal(settings, trials, ranking, resume=False)
+    rungs = Rungs(settings.scheduler, ranking)
+    verdicts = []
+    for record, value in zip(journal.records.values(), [0.5, 0.1, 0.9, 0.5]):
+        record.status = FINISHED
+        number = record.add(2, {ranking.name: value}, 1.0)
+        verdicts.append(rungs.goes_on(record.name, number, {ranking.name: value}))
+    names = list(journal.records)
+    assert journal.best() is journal.records[names[best]]
+    assert compare_trials(settings, journal).statistics.best_run.name == names[best]
+    assert verdicts[best] and not verdicts[3 - best], "ASHA stops the worst"
+
+
+def test_a_metric_that_no_validation_gives_is_known_before_any_trial(tmp_path: Path) -> None:
+    for metric, meant in (("val/acuracy", "val/accuracy"), ("accuracy", "val/accuracy")):
+        wrong = a_study(tmp_path, metric=metric)
+        with pytest.raises(ConfigError) as caught:
+            check_trials(wrong, expand(wrong), "study.yaml")
+        fault = f"metric: validation of the trials gives no '{metric}'"
+        assert f"{fault}; did you mean '{meant}'?" in str(caught.value)
+
+
+def test_tasks_that_mean_something_else_by_a_metric_are_not_ranked_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Digits, "metrics", (Metric("accuracy", larger_is_better=False),))
+    base = {**BASE, "validate": {"metric": "accuracy"}}
+    search = {"data.task": {"grid": ["digits", "scienceqa"]}}
+    mixed = a_study(tmp_path, base=base, search=search, mode=None)
+    with pytest.raises(ConfigError, match="val/accuracy does not mean the same in .*search one"):
+        check_trials(mixed, expand(mixed), "study.yaml")

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from mmtrain.safe_text import redact, redact_uri
 from mmtrain.tracking.client import TrackingError, check_uri
 from mmtrain.tracking.fields import cut, environment_tags, flatten, valid_key
-from mmtrain.tracking.uri import redact, redact_uri, resolve_uri, without_userinfo
+from mmtrain.tracking.uri import resolve_uri, without_userinfo
 
 
 def test_flatten_gives_dotted_strings() -> None:

@@ -1,5 +1,6 @@
 """Tracking against a real MLflow: sqlite and a server that dies and comes back."""
 
+import fcntl
 import os
 import signal
 import socket
@@ -8,18 +9,26 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
-from mmtrain.config.schema import TrackingConfig
+from mmtrain.build import resolve
+from mmtrain.config.schema import RunConfig, TrackingConfig
+from mmtrain.errors import Terminated
+from mmtrain.tracking import client as client_module
 from mmtrain.tracking import tracker as tracker_module
-from mmtrain.tracking.client import end_parent_run, parent_run
+from mmtrain.tracking.client import TrackingError, end_parent_run, parent_run
 from mmtrain.tracking.journal import RunJournal
 from mmtrain.tracking.reading import RunStore
 from mmtrain.tracking.state import load_state
 from mmtrain.tracking.tracker import Tracker, sync
+from mmtrain.training.ending import fail
+from mmtrain.training.opening import open_folder
+from mmtrain.training.recorder import Recorder
+from mmtrain.training.run_folder import ended_as, write_status
 
 CANARY = "canary-5ecret"
 # A step of training is tens of milliseconds; a line may cost a small part of one.
@@ -284,3 +293,105 @@ def test_silent_server_does_not_hold_the_end_of_training(tmp_path: Path) -> None
         began = time.monotonic()
         assert not tracker.finish("KILLED", 0.5)
         assert time.monotonic() - began < 1.5
+
+
+def _recorded(run_dir: Path, uri: str, name: str) -> tuple[RunConfig, Recorder]:
+    """A run whose tracker has sent its first step; its folder says that it is running."""
+    run = {
+        "name": name,
+        "output_dir": str(run_dir),
+        "model": {"family": "llava", "preset": "tiny"},
+        "components": {"llm": {"mode": "peft", "method": "lora", "r": 2}},
+        "data": {"task": "digits", "train": "shards"},
+        "optim": {"max_steps": 2},
+        "tracking": {"uri": uri, "experiment": name},
+    }
+    config = resolve(run)
+    with ExitStack() as held:
+        open_folder(config, held)
+    recorder = Recorder(run_dir, config)
+    recorder.start({}, {}, 0)
+    recorder.record(1, 0.5, {"train/loss": 1.0})
+    deadline = time.monotonic() + 60
+    while not _sent(uri, run_dir, 1):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return config, recorder
+
+
+def _kill(recorder: Recorder) -> None:
+    """As if the process were killed: nothing more is sent."""
+    assert recorder._tracker is not None
+    recorder._tracker._abandoned.set()
+    recorder._tracker.wake()
+    recorder._tracker._thread.join(60)
+
+
+def _status_and_artifacts(uri: str, run_dir: Path) -> tuple[str, list[str]]:
+    state = load_state(run_dir)
+    assert state is not None and state.run_id is not None
+    client = MlflowClient(uri)
+    names = [found.path for found in client.list_artifacts(state.run_id, "adapter")]
+    return client.get_run(state.run_id).info.status, names
+
+
+@pytest.mark.parametrize("mended_by", ["the same command", "report --sync"])
+def test_a_run_killed_at_its_very_end_is_mended(
+    tmp_path: Path, database: str, mended_by: str
+) -> None:
+    run_dir = tmp_path / "run"
+    config, recorder = _recorded(run_dir, database, f"mended by {mended_by}".replace(" ", "-"))
+    _kill(recorder)
+    (run_dir / "adapter").mkdir()
+    (run_dir / "adapter" / "weights.txt").write_text("w")
+    recorder.end("FINISHED", [run_dir / "adapter"])
+    write_status(run_dir, "finished", metrics={"val/loss": 1.0}, best_step=1, step=1)
+    assert _status_and_artifacts(database, run_dir) == ("RUNNING", [])
+    if mended_by == "report --sync":
+        sync(run_dir, None, ended_as(run_dir))
+    else:
+        with ExitStack() as held:
+            assert open_folder(config, held)[1] == {"val/loss": 1.0}
+    assert _status_and_artifacts(database, run_dir) == ("FINISHED", ["adapter/weights.txt"])
+
+
+@pytest.mark.parametrize(("state", "wanted"), [("failed", "FAILED"), ("running", "KILLED")])
+def test_sync_closes_a_run_whose_process_could_not(
+    tmp_path: Path, database: str, state: str, wanted: str
+) -> None:
+    _, recorder = _recorded(tmp_path / "run", database, f"sync-{state}")
+    _kill(recorder)
+    write_status(tmp_path / "run", state)
+    sync(tmp_path / "run", None, ended_as(tmp_path / "run"))
+    assert _status_and_artifacts(database, tmp_path / "run")[0] == wanted
+
+
+@pytest.mark.parametrize(
+    ("first", "error", "wanted"),
+    [
+        (None, Terminated(), "KILLED"),
+        (None, RuntimeError("no such sample"), "FAILED"),
+        (RuntimeError("of rank 1"), Terminated(), "FAILED"),
+    ],
+)
+def test_a_run_that_ends_badly_is_closed(
+    tmp_path: Path, database: str, first: Exception | None, error: BaseException, wanted: str
+) -> None:
+    _, recorder = _recorded(tmp_path / "run", database, f"ends-{wanted}-{first is None}")
+    if first is not None:
+        fail(tmp_path / "run", 1, None, first)
+    fail(tmp_path / "run", 0, recorder, error)
+    assert _status_and_artifacts(database, tmp_path / "run")[0] == wanted
+
+
+def test_a_lock_that_nobody_lets_go_of_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "FIRST_USE_LIMIT_S", 0.3)
+    lock = tmp_path / "mlflow.db.lock"
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(TrackingError, match="held by another process") as caught:
+            parent_run(f"sqlite:///{tmp_path}/mlflow.db", "locked", "study")
+    assert f"fuser {lock}" in str(caught.value)
+    assert not (tmp_path / "mlflow.db").exists()

@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from mmtrain.tasks.interface import ImageBytes, Rendered, Sample, Template, Turn
-from mmtrain.tasks.metrics import exact_matches, mean
+from mmtrain.tasks.interface import ImageBytes, Metric, Rendered, Sample, Template, Turn
+from mmtrain.tasks.metrics import ACCURACY, exact_matches, mean
 
 CHOICES = tuple("0123456789")
 QUESTION = "Which digit is in the picture?"
@@ -49,8 +49,8 @@ class Digits:
     build_options: type[BaseModel] = DigitsOptions
     needs_raw = False
     templates: Mapping[str, Template] = {"multiple_choice": multiple_choice}
-    metrics: tuple[str, ...] = ("accuracy",)
-    primary_metric = "accuracy"
+    metrics: tuple[Metric, ...] = (ACCURACY,)
+    primary_metric = ACCURACY
 
     def read(self, raw: Path | None, split: str, options: DigitsOptions) -> Iterator[Sample]:
         """The pictures of a split; both domains hold the same ones."""
@@ -73,7 +73,7 @@ class Digits:
     ) -> tuple[dict[str, float], list[float]]:
         """Accuracy: the prediction is the digit and nothing else."""
         scores = exact_matches(predictions, [sample.answers[0] for sample in samples])
-        return {"accuracy": mean(scores)}, scores
+        return {ACCURACY.name: mean(scores)}, scores
 
 
 def _split_members(split: str, num_pictures: int) -> list[int]:

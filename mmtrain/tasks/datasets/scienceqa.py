@@ -14,12 +14,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from mmtrain.errors import DataError
-from mmtrain.tasks.interface import ImageBytes, Rendered, Sample, Template, Turn
-from mmtrain.tasks.metrics import exact_matches, mean
+from mmtrain.tasks.interface import ImageBytes, Metric, Rendered, Sample, Template, Turn
+from mmtrain.tasks.metrics import ACCURACY, exact_matches, mean
 
 LETTERS = "ABCDE"  # no question has more than five choices
 _META_KEYS = ("hint", "lecture", "solution", "subject", "topic", "category", "skill", "grade")
 _NAMED_AT_MOST = 5
+ACCURACY_IMAGE = Metric("accuracy_image", larger_is_better=True, unit="%")
 
 
 class ScienceQAOptions(BaseModel):
@@ -39,7 +40,7 @@ def zhou2024(sample: Sample) -> Rendered:
         f"{letter}. {choice}" for letter, choice in zip(letters, sample.choices, strict=True)
     )
     prompt = f"{sample.question} {options}"
-    target = letters[sample.meta["answer_index"]]
+    target = letters[_answer_index(sample)]
     return Rendered((Turn("user", prompt),), target, candidates=tuple(letters))
 
 
@@ -51,8 +52,20 @@ def instructblip_peft(sample: Sample) -> Rendered:
     text = f"Context: {{{context}}} Question: {{{sample.question}}} Options: {{{options}}} Answer:"
     # The papers' text processor drops these four signs from prompts, not from answers.
     prompt = re.sub(r"[!*#;]", "", text)
-    target = candidates[sample.meta["answer_index"]]
+    target = candidates[_answer_index(sample)]
     return Rendered((Turn("user", prompt),), target, instruction=prompt, candidates=candidates)
+
+
+def _answer_index(sample: Sample) -> int:
+    """The number of the right choice; `meta` says it where two choices read the same."""
+    index = sample.meta.get("answer_index")
+    if index is None:
+        return sample.choices.index(sample.answers[0])
+    if type(index) is not int or not 0 <= index < len(sample.choices):
+        raise ValueError(f"answer_index {index!r} among {len(sample.choices)} choices")
+    if sample.choices[index] != sample.answers[0]:
+        raise ValueError(f"choice {index} is not the answer")
+    return index
 
 
 def _lettered_candidates(sample: Sample) -> tuple[str, ...]:
@@ -76,7 +89,7 @@ def chosen_letter(prediction: str) -> str | None:
 
 def _letter_scores(samples: Sequence[Sample], predictions: Sequence[str]) -> list[float]:
     return [
-        float(chosen_letter(prediction) == LETTERS[sample.meta["answer_index"]])
+        float(chosen_letter(prediction) == LETTERS[_answer_index(sample)])
         for sample, prediction in zip(samples, predictions, strict=True)
     ]
 
@@ -102,8 +115,8 @@ class ScienceQA:
         "zhou2024": zhou2024,
         "instructblip_peft": instructblip_peft,
     }
-    metrics: tuple[str, ...] = ("accuracy", "accuracy_image")
-    primary_metric = "accuracy"
+    metrics: tuple[Metric, ...] = (ACCURACY, ACCURACY_IMAGE)
+    primary_metric = ACCURACY
 
     def read(self, raw: Path | None, split: str, options: ScienceQAOptions) -> Iterator[Sample]:
         """The questions of a split in the order of `pid_splits.json`."""
@@ -123,10 +136,10 @@ class ScienceQA:
     ) -> tuple[dict[str, float], list[float]]:
         """Accuracy as the template's paper computes it, and the same over pictures alone."""
         scores = _EVALUATORS[template](samples, predictions)
-        metrics = {"accuracy": mean(scores)}
+        metrics = {ACCURACY.name: mean(scores)}
         with_image = [score for sample, score in zip(samples, scores, strict=True) if sample.images]
         if with_image:
-            metrics["accuracy_image"] = mean(with_image, "accuracy_image")
+            metrics[ACCURACY_IMAGE.name] = mean(with_image, ACCURACY_IMAGE.name)
         return metrics, scores
 
 

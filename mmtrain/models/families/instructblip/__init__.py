@@ -21,6 +21,7 @@ from mmtrain.models.interface import (
     ForwardResult,
     LoadedModel,
     ModelOptions,
+    ProcessorCode,
     SublayerMap,
 )
 
@@ -121,6 +122,12 @@ class InstructBlip:
         from mmtrain.models.families.instructblip import computing
 
         return computing.generate(model, processor, examples, settings)
+
+    def processor_code(self, options: ModelOptions) -> ProcessorCode | None:
+        """The folder's own."""
+        return ProcessorCode(
+            ("AutoProcessor",), ("processor = AutoProcessor.from_pretrained(base)",)
+        )
 
     def write_tiny(
         self, folder: Path, texts: Sequence[str], seed: int, preset: str = "tiny"

@@ -10,13 +10,12 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from mmtrain.models.dropout import (
+    KEYED_ATTENTION,
     DropoutScope,
     KeyedAttentionDropout,
     KeyedDropout,
     scope_of,
 )
-
-KEYED_ATTENTION = "mmtrain_keyed"
 
 
 def attend(

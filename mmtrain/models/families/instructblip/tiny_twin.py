@@ -9,14 +9,10 @@ from pathlib import Path
 from string import printable
 from typing import Any
 
-import torch
-
+from mmtrain.models import tiny
 from mmtrain.models.families.instructblip.encoding import IMAGE_TOKEN
-from mmtrain.models.weights import initialise_weights
 
 VOCABULARY = 384
-# Near one over the root of the width: with the usual 0.02 so narrow a model learns slowly.
-WEIGHT_SPREAD = 0.1
 _ROUND_TO = 64  # published embeddings have more rows than the tokenizer has tokens
 _CHARACTERS = sorted(set(printable) - set("\t\n\r\x0b\x0c"))
 
@@ -39,10 +35,7 @@ def write(family: Any, config: Any, texts: Sequence[str], seed: int, folder: Pat
     config.text_config.vocab_size = -(-len(tokenizer) // _ROUND_TO) * _ROUND_TO
     config.qformer_config.vocab_size = len(qformer_tokenizer)
     config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    folder.mkdir(parents=True, exist_ok=True)
-    model = family.skeleton(config).to(torch.float32)
-    initialise_weights(dict(model.named_parameters()), seed, WEIGHT_SPREAD)
-    model.save_pretrained(str(folder))
+    tiny.write_model(family, config, folder, seed, tiny.NARROW_SPREAD)
     processor.save_pretrained(str(folder))
 
 

@@ -1,11 +1,19 @@
 """LLaVA-1.5 and ShareGPT4V: CLIP ViT-L/14-336, a two-layer projector, Vicuna.
 
-The conversation is vicuna_v1 and pictures are padded to squares, as the published models were
-trained. Folders are those of transformers, or of LLaVA's own code.
+The conversation is vicuna_v1, the turn behind a picture is stripped and pictures are padded to
+squares, as the published models were trained; written folders make transformers do the same.
+LLaVA's own code leaves out of the loss what it cannot cut (its `tokenization mismatch`: an empty
+answer, or `ASSISTANT:` inside a question); here the loss falls on such an answer and its end, too.
+
+Folders are those of transformers, or of LLaVA's own code. A `tokenizer.model` without
+tokenizer.json is cut as sentencepiece cuts it, and as `legacy` in tokenizer_config.json says:
+`false` puts no space before the text behind `</s>`. Where nothing is said it is `true`, as for the
+published code.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from mmtrain.errors import CheckpointError
 from mmtrain.models.families.llava.features import embed, tokens_per_image, vision_features
 from mmtrain.models.families.llava.layouts import rename
+from mmtrain.models.families.llava.prompts import IMAGE_TOKEN, SYSTEM
 from mmtrain.models.families.llava.shapes import PRESETS
 from mmtrain.models.interface import (
     AttentionShape,
@@ -24,6 +33,7 @@ from mmtrain.models.interface import (
     ForwardResult,
     LoadedModel,
     ModelOptions,
+    ProcessorCode,
 )
 
 if TYPE_CHECKING:
@@ -43,12 +53,6 @@ __all__ = [
     "tokens_per_image",
     "vision_features",
 ]
-SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-IMAGE_TOKEN = "<image>"
-ANSWER_CUE = " ASSISTANT:"
 
 _LLM_LAYER = r"model\.language_model\.layers\.(?P<layer>\d+)"
 _CLIP_LAYER = r"model\.vision_tower\.encoder\.layers\.(?P<layer>\d+)"
@@ -150,18 +154,13 @@ class Llava:
         """Tokenise in the vicuna_v1 form, pictures before the first question."""
         from mmtrain.models import text
         from mmtrain.models.dropout import stable_hash
+        from mmtrain.models.families.llava import prompts
         from mmtrain.models.families.llava.pictures import pixel_values
 
         turns = text.conversation(rendered)
         control_tokens = processor.tokenizer.all_special_tokens
         text.refuse_control_tokens(control_tokens, sample_id, (said for _, said in turns))
-        pieces = [text.Piece(f"{SYSTEM} ")]
-        for number, (role, said) in enumerate(turns):
-            pictures = f"{IMAGE_TOKEN}\n" * len(images) if number == 0 else ""
-            if role == "user":
-                pieces.append(text.Piece(f"USER: {pictures}{said}{ANSWER_CUE}"))
-            else:
-                pieces.append(text.Piece(f" {said}</s>", is_answer=True))
+        pieces = prompts.pieces(turns, len(images), processor.picture_gap)
         ids, labels = text.tokenise(processor.tokenizer, pieces)
         token_id = processor.image_token_id
         ids, labels = text.expand(ids, labels, token_id, processor.tokens_per_image)
@@ -229,6 +228,18 @@ class Llava:
             model, processor.tokenizer, embeds, attention_mask.to(device), settings
         )
 
+    def processor_code(self, options: ModelOptions) -> ProcessorCode | None:
+        """Published folders would have the sides of wide pictures cut off."""
+        return ProcessorCode(
+            ("AutoProcessor", "LlavaImageProcessor"),
+            (
+                "processor = AutoProcessor.from_pretrained(base)",
+                "# Pictures are padded to squares, as in training.",
+                "pictures = LlavaImageProcessor.from_pretrained(base, do_pad=True)",
+                "processor.image_processor = pictures",
+            ),
+        )
+
     def write_tiny(
         self, folder: Path, texts: Sequence[str], seed: int, preset: str = "tiny"
     ) -> None:
@@ -249,12 +260,19 @@ class Llava:
         state: Mapping[str, torch.Tensor],
         folder: Path,
     ) -> None:
-        """A standard Hugging Face folder, its vocabulary padded if it lacks the picture token."""
+        """A standard Hugging Face folder, its vocabulary padded if it lacks the picture token.
+
+        Whoever reads it by transformers gets the pictures and prompts of training.
+        """
         from mmtrain.models import building
+        from mmtrain.models.families.llava import pictures, prompts
         from mmtrain.models.families.llava.vocabulary import with_picture_token
 
         config, state = with_picture_token(model.config, state)
-        building.save_folder(config, processor, state, folder)
+        written = copy.copy(processor)
+        written.image_processor = pictures.padding_processor(processor.image_processor)
+        written.chat_template = prompts.chat_template(processor.picture_gap)
+        building.save_folder(config, written, state, folder)
 
 
 @dataclass(frozen=True)
@@ -269,7 +287,7 @@ class Opened:
 def open_folder(options: ModelOptions, config: Any, model_types: tuple[str, ...]) -> Opened:
     """Its processor and where its weights lie."""
     from mmtrain.models import building, configuration
-    from mmtrain.models.families.llava import original
+    from mmtrain.models.families.llava import original, prompts
 
     folder = Path(str(options.checkpoint))
     stored = configuration.stored_config(folder, model_types)
@@ -284,8 +302,8 @@ def open_folder(options: ModelOptions, config: Any, model_types: tuple[str, ...]
     found = size["height"], size["width"]
     building.refuse_other_picture_size(folder, found, config.vision_config.image_size)
     processor.tokens_per_image = tokens_per_image(config)
-    cue = processor.tokenizer(ANSWER_CUE, add_special_tokens=False)
-    processor.num_cue_tokens = len(cue["input_ids"])
+    processor.num_cue_tokens = prompts.num_cue_tokens(processor.tokenizer)
+    processor.picture_gap = prompts.gap_behind_pictures(processor.tokenizer)
     return Opened(processor, sources, not is_original)
 
 

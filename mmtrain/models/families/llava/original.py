@@ -15,6 +15,7 @@ from mmtrain.models import configuration, weights
 from mmtrain.models.families.llava.layouts import is_tower_of_original, rename_clip, rename_original
 from mmtrain.models.families.llava.shapes import CLIP_L_336
 from mmtrain.models.interface import ModelOptions
+from mmtrain.models.sentencepiece_file import cut_as_sentencepiece, read_where_alone
 
 _LLAMA_KEYS = (
     "attention_bias attention_dropout bos_token_id eos_token_id head_dim hidden_act hidden_size"
@@ -41,6 +42,8 @@ def original_config(stored: Mapping[str, Any], options: ModelOptions) -> Any:
     folder = Path(str(options.checkpoint))
     _refuse_other_shapes(folder, stored)
     tower = tower_folder(folder, stored, options)
+    if tower is None and weights.has_weights(folder):
+        sources(stored, options)  # refuses a folder that has no tower inside either
     text = {key: stored[key] for key in _LLAMA_KEYS if key in stored}
     feature = stored.get("mm_vision_select_feature", "patch")
     translated = dict(
@@ -162,17 +165,17 @@ def original_processor(
 def _tokenizer(folder: Path) -> Any:
     """From `tokenizer.json` as it is, where somebody made one; else from `tokenizer.model`.
 
-    In training the text behind a picture was tokenised on its own, so that it began with a space:
-    `legacy` does the same. The begin-of-text token is asked for: files may leave it to the class.
+    The begin-of-text token is asked for: files may leave it to the class.
     """
     from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
+    sentencepiece = read_where_alone(folder)
     try:
-        if (folder / "tokenizer.json").exists() or not (folder / "tokenizer.model").exists():
+        if sentencepiece is None:
             return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
         tokenizer = LlamaTokenizer.from_pretrained(
             str(folder),
-            legacy=True,
+            legacy=sentencepiece.legacy,
             add_bos_token=True,
             add_eos_token=False,
             local_files_only=True,
@@ -183,7 +186,9 @@ def _tokenizer(folder: Path) -> Any:
             f"{folder}: no usable tokenizer there ({fault}).",
             "Copy tokenizer.model or tokenizer.json from the published checkpoint.",
         ) from error
-    tokenizer.init_kwargs["legacy"] = True  # saved with it, for those who read it by this class
+    cut_as_sentencepiece(tokenizer, sentencepiece)
+    # Saved with it, for those who read it by this class.
+    tokenizer.init_kwargs["legacy"] = sentencepiece.legacy
     return tokenizer
 
 

@@ -38,3 +38,10 @@ def pixel_values(image_processor: Any, images: Sequence[Image]) -> list[torch.Te
     colour = mean_colour(image_processor)
     squares = [pad_to_square(image, colour) for image in images]
     return [image_processor(one, return_tensors="pt")["pixel_values"][0] for one in squares]
+
+
+def padding_processor(image_processor: Any) -> Any:
+    """The same settings in transformers' class that pads to a square by itself, for others."""
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    return LlavaImageProcessorPil.from_dict(image_processor.to_dict(), do_pad=True)

@@ -21,6 +21,7 @@ from mmtrain.models.interface import (
     ForwardResult,
     LoadedModel,
     ModelOptions,
+    ProcessorCode,
 )
 
 if TYPE_CHECKING:
@@ -168,6 +169,19 @@ class Qwen2VL:
         from mmtrain.models.families.qwen2_vl import computing
 
         return computing.generate(model, processor, examples, settings)
+
+    def processor_code(self, options: ModelOptions) -> ProcessorCode | None:
+        """In two parts: transformers' processor of both asks for torchvision, for its videos."""
+        cap = f", max_pixels={options.max_pixels}" if options.max_pixels else ""
+        return ProcessorCode(
+            ("AutoImageProcessor", "AutoTokenizer"),
+            (
+                "tokenizer = AutoTokenizer.from_pretrained(base)",
+                "image_processor = AutoImageProcessor.from_pretrained(",
+                f'    base, backend="pil"{cap}',
+                ")",
+            ),
+        )
 
     def write_tiny(
         self, folder: Path, texts: Sequence[str], seed: int, preset: str = "tiny"

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from mmtrain.models import tiny
 from mmtrain.models.families.qwen2_vl.processing import (
     IMAGE_TOKEN,
     SYSTEM,
@@ -18,7 +17,6 @@ from mmtrain.models.families.qwen2_vl.processing import (
     VISION_START,
     make_processor,
 )
-from mmtrain.models.weights import initialise_weights
 
 TEXT_END = "<|endoftext|>"
 VIDEO_TOKEN = "<|video_pad|>"
@@ -35,8 +33,6 @@ ADDED_TOKENS = (
 )
 VOCABULARY = 448  # without the added tokens
 _ROUND_TO = 64  # published embeddings have more rows than the tokenizer has tokens
-# Near one over the root of the width: with the usual 0.02 so narrow a model learns slowly.
-WEIGHT_SPREAD = 0.1
 # 32 x 32 stays as it is; the largest picture makes 8 x 8 tokens.
 MIN_PIXELS, MAX_PIXELS = 16 * 16, 64 * 64
 
@@ -111,8 +107,5 @@ def write(family: Any, config: Any, texts: Sequence[str], seed: int, folder: Pat
         merge_size=vision.spatial_merge_size,
         temporal_patch_size=vision.temporal_patch_size,
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    model = family.skeleton(config).to(torch.float32)
-    initialise_weights(dict(model.named_parameters()), seed, WEIGHT_SPREAD)
-    model.save_pretrained(str(folder))
+    tiny.write_model(family, config, folder, seed, tiny.NARROW_SPREAD)
     make_processor(tokenizer, image_processor, config.model_type).save_pretrained(str(folder))

@@ -5,6 +5,10 @@ the names of the published weights, with its fused projections kept. The token e
 head are components of their own, because the released fine-tuning code trains them in full; the
 resampler's fixed positions are one because it trains nothing there: `full` on the connector leaves
 them as they are. `full` on the LLM is its layers and last norm.
+
+Text stays text, whatever it spells, where the original makes control tokens of `<ref>`, `<box>`,
+`<quad>`, their ends and all others. `model.grounding_tokens: true` makes control tokens of these
+six, and of no others, in questions and answers: for grounding data.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from mmtrain.models.interface import (
     ForwardResult,
     LoadedModel,
     ModelOptions,
+    ProcessorCode,
 )
 
 if TYPE_CHECKING:
@@ -79,7 +84,7 @@ class QwenVL:
 
     presets: Mapping[str, Mapping[str, Any]] = {"qwen-vl-chat": _QWEN_VL_CHAT, "tiny": _TINY}
     model_types = ("qwen",)
-    own_options: tuple[str, ...] = ()
+    own_options: tuple[str, ...] = ("grounding_tokens",)
     default_max_length = 2048  # beyond it the base extrapolates
     components: Mapping[str, tuple[str, ...]] = {
         "vision": (r"transformer\.visual\.(?!attn_pool\.|ln_post\.|proj$).*",),
@@ -141,7 +146,8 @@ class QwenVL:
         processor, sources = None, []
         if options.checkpoint is not None:
             folder = Path(options.checkpoint)
-            processor, sources = processing.load_processor(folder, config), [(folder, weight_name)]
+            processor = processing.load_processor(folder, config, options.grounding_tokens)
+            sources = [(folder, weight_name)]
         model = building.build_empty(self.skeleton, config, options.dtype, zero3_config)
         files = building.fill(model, sources, options)
         if not files or options.allow_reinit:
@@ -209,6 +215,10 @@ class QwenVL:
         from mmtrain.models.families.qwen_vl import computing
 
         return computing.generate(model, processor, examples, settings)
+
+    def processor_code(self, options: ModelOptions) -> ProcessorCode | None:
+        """transformers has no class for these folders."""
+        return None
 
     def write_tiny(
         self, folder: Path, texts: Sequence[str], seed: int, preset: str = "tiny"

@@ -57,9 +57,9 @@ def make_processor(tokenizer: QwenTokenizer, config: QWenConfig) -> Processor:
     return Processor(tokenizer, config.visual["image_size"], num_queries(config))
 
 
-def load_processor(folder: Path, config: QWenConfig) -> Processor:
+def load_processor(folder: Path, config: QWenConfig, grounding: bool) -> Processor:
     """The folder's processor; a tokenizer that does not fit config.json is an error."""
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, grounding)
     assert config.visual is not None
     found, wanted = tokenizer.special[IMAGE_START], config.visual["image_start_id"]
     if found != wanted:

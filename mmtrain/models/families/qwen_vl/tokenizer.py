@@ -1,7 +1,7 @@
 """The tokenizer of `qwen.tiktoken`: byte-pair encoding by rank, and special tokens behind it.
 
 Text never becomes a special token here, whatever it spells: those are put in by id, where the form
-of a conversation asks for them.
+of a conversation asks for them. The tags of grounding data are texts' own, where they are allowed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,10 +23,11 @@ from mmtrain.errors import CheckpointError
 FILE = "qwen.tiktoken"
 TEXT_END, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 IMAGE_START, IMAGE_END, IMAGE_PAD = "<img>", "</img>", "<imgpad>"
+GROUNDING_TOKENS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
 SPECIAL_TOKENS = (
     *(TEXT_END, TURN_START, TURN_END),
     *(f"<|extra_{number}|>" for number in range(205)),
-    *("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>"),
+    *GROUNDING_TOKENS,
     *(IMAGE_START, IMAGE_END, IMAGE_PAD),
 )
 _SETTINGS = {"model_max_length": 8192, "tokenizer_class": "QWenTokenizer"}
@@ -41,8 +43,10 @@ class QwenTokenizer:
 
     bos_token_id = None  # texts begin with no token of their own
 
-    def __init__(self, ranks: Mapping[bytes, int]) -> None:
+    def __init__(self, ranks: Mapping[bytes, int], grounding: bool = False) -> None:
         self.ranks = ranks
+        self._of_texts = GROUNDING_TOKENS if grounding else ()  # special tokens that texts hold
+        self._cut = re.compile(f"({'|'.join(map(re.escape, self._of_texts)) or '(?!)'})")
         self.special = {token: len(ranks) + n for n, token in enumerate(SPECIAL_TOKENS)}
         self._bytes = sorted(ranks, key=lambda token: ranks[token])
         self._pairs = _pair_encoder(ranks)
@@ -61,22 +65,33 @@ class QwenTokenizer:
         return len(self.ranks) + len(self.special)
 
     def ids(self, text: str) -> list[int]:
-        """The ordinary tokens of a text, in Unicode's composed form as published."""
+        """The tokens of a text, in Unicode's composed form as published."""
         composed = unicodedata.normalize("NFC", text)
-        return list(self._pairs.encode(composed, add_special_tokens=False).ids)
+        ids: list[int] = []
+        for stretch in self._cut.split(composed):
+            if stretch in self._of_texts:
+                ids.append(self.special[stretch])
+            else:
+                ids += self._pairs.encode(stretch, add_special_tokens=False).ids
+        return ids
 
     def convert_tokens_to_ids(self, token: str) -> int | None:
         """The id of a token by its spelling; special tokens go first."""
         return self.special.get(token, self.ranks.get(token.encode()))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """The text of tokens; ids beyond the vocabulary, which embeddings round up, are nothing."""
+        """The text of tokens; ids beyond the vocabulary, which embeddings round up, are nothing.
+
+        Special tokens that texts may hold are never skipped: an answer's boxes are its point.
+        """
+        skipped = set(SPECIAL_TOKENS).difference(self._of_texts) if skip_special_tokens else set()
         parts = []
         for one in map(int, ids):
             if one < len(self._bytes):
                 parts.append(self._bytes[one])
-            elif one < len(self) and not skip_special_tokens:
-                parts.append(SPECIAL_TOKENS[one - len(self._bytes)].encode())
+            elif one < len(self):
+                token = SPECIAL_TOKENS[one - len(self._bytes)]
+                parts.append(b"" if token in skipped else token.encode())
         return b"".join(parts).decode("utf-8", errors="replace")
 
     def batch_decode(self, rows: Any, skip_special_tokens: bool = False) -> list[str]:
@@ -92,8 +107,8 @@ class QwenTokenizer:
         (target / "tokenizer_config.json").write_text(json.dumps(_SETTINGS, indent=2) + "\n")
 
 
-def load_tokenizer(folder: Path) -> QwenTokenizer:
-    """The tokenizer of a checkpoint folder."""
+def load_tokenizer(folder: Path, grounding: bool = False) -> QwenTokenizer:
+    """The tokenizer of a checkpoint folder; whether texts may hold the tags of grounding data."""
     path = folder / FILE
     try:
         lines = path.read_bytes().split(b"\n")
@@ -115,7 +130,7 @@ def load_tokenizer(folder: Path) -> QwenTokenizer:
             " tokens, with every single byte among them.",
             "Copy it again.",
         )
-    return QwenTokenizer(ranks)
+    return QwenTokenizer(ranks, grounding)
 
 
 def train(texts: Sequence[str], num_tokens: int) -> QwenTokenizer:

@@ -1,0 +1,111 @@
+"""Text cut as the sentencepiece library cuts it, where a folder has `tokenizer.model` alone.
+
+transformers makes merges of such a file in the order of the pieces' numbers. LLaMA's runs of spaces
+have low numbers and the lowest score: they would be joined first, sentencepiece joins them last.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmtrain.errors import CheckpointError
+from mmtrain.models.weights import read_json
+
+_SPACE = "\u2581"  # as pieces spell it
+log = logging.getLogger("mmtrain")
+
+
+@dataclass(frozen=True)
+class SentencePieceFile:
+    """`tokenizer.model`, and how a folder wants it read."""
+
+    library: Any  # sentencepiece's own processor
+    # Whether a space goes before every text behind a special token, not only before the first.
+    legacy: bool
+
+
+def read_where_alone(folder: Path) -> SentencePieceFile | None:
+    """The folder's file; None where there is none, or where somebody made a tokenizer.json of it.
+
+    Call it before transformers reads the folder: of a damaged file that would say "no tiktoken".
+    """
+    from sentencepiece import SentencePieceProcessor
+
+    path = folder / "tokenizer.model"
+    if not path.is_file() or (folder / "tokenizer.json").exists():
+        return None
+    try:
+        library = SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        fault = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{path}: no sentencepiece model ({fault}).", "Copy it from the published checkpoint."
+        ) from error
+    return SentencePieceFile(library, _is_legacy(folder))
+
+
+def _is_legacy(folder: Path) -> bool:
+    """So says tokenizer_config.json. Where it says nothing, or is not there, it is so.
+
+    The transformers that LLaVA and InstructBLIP were published with knew nothing else, or took it
+    for granted.
+    """
+    settings = folder / "tokenizer_config.json"
+    found = read_json(settings).get("legacy") if settings.exists() else None
+    legacy = True if found is None else bool(found)
+    reason = "the published default" if found is None else f"as {settings.name} says"
+    log.info(
+        "%s: read with legacy: %s, %s", folder / "tokenizer.model", str(legacy).lower(), reason
+    )
+    return legacy
+
+
+def cut_as_sentencepiece(tokenizer: Any, file: SentencePieceFile) -> None:
+    """Give a byte-pair tokenizer that transformers made of the file the right merges.
+
+    Equal ids but for one case, which transformers decides for both of its classes: without
+    `legacy`, a text that begins with a space gets no second one.
+    """
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    backend, library = tokenizer.backend_tokenizer, file.library
+    if not isinstance(backend.model, models.BPE):
+        return
+    numbers = range(library.get_piece_size())
+    vocabulary = {library.id_to_piece(number): number for number in numbers}
+    scores = {library.id_to_piece(number): library.get_score(number) for number in numbers}
+    # Text never becomes one of these, whatever it spells.
+    marks = [
+        piece
+        for piece, number in vocabulary.items()
+        if library.is_control(number) or library.is_unknown(number) or library.is_byte(number)
+    ]
+    backend.model = models.BPE(
+        vocab=vocabulary,
+        merges=generate_merges(vocabulary, scores, marks),
+        unk_token=library.id_to_piece(library.unk_id()),
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    if file.legacy:
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)]
+        )
+        backend.pre_tokenizer = None
+    else:
+        backend.normalizer = None
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(
+            replacement=_SPACE, prepend_scheme="first", split=False
+        )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace(_SPACE, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(content=" ", left=1),
+        ]
+    )

@@ -1,0 +1,34 @@
+"""What rank 0 does for all: its result or its error reaches every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mmtrain import distributed
+from mmtrain.errors import MmtrainError, Terminated
+
+
+def on_main(action: Callable[[], Any]) -> Any:
+    """Rank 0's result on every rank; its error, whatever it is, so that no rank is left waiting."""
+    value: Any = None
+    error: Exception | None = None
+    text: str | None = None
+    if distributed.is_main():
+        try:
+            value = action()
+        except Exception as fault:
+            error, text = fault, worded(fault)
+    value, text = distributed.from_main((value, text))
+    if error is not None:
+        raise error
+    if text is not None:
+        raise MmtrainError(text)
+    return value
+
+
+def worded(error: BaseException) -> str:
+    """An error as one line; what is none of ours needs its type to be understood."""
+    if isinstance(error, MmtrainError | Terminated) or not str(error):
+        return str(error) or type(error).__name__
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,245 @@
+"""What a card must compute as a CPU does. `python -m benchmarks.gpu --only tests` runs this.
+
+One process on the card and one on the CPU walk the tiny twins; the tests compare what they wrote.
+With MMTRAIN_CARD=cpu the CPU stands in for the card and fewer twins are walked, so that this file
+works when a card comes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_shards.writer import ShardWriter
+from mmtrain import plugins
+from mmtrain.models.dropout import DropoutScope, KeyedAttentionDropout, KeyedDropout
+from tests import tiny
+from tests.distributed.test_families_train import TEXTS, TWINS, FamilyWalk
+
+DEVICE = os.environ.get("MMTRAIN_CARD", "cuda")
+ON_CARD = DEVICE == "cuda"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(ON_CARD and not torch.cuda.is_available(), reason="no CUDA device here"),
+]
+needs_card = pytest.mark.skipif(not ON_CARD, reason="the CPU stands in for the card")
+
+STAGES = ("zero0", "zero1", "zero2", "zero3") if ON_CARD else ("zero0", "zero3")
+WALKED = TWINS if ON_CARD else [("llava", "tiny")]
+REPEATED = [(f, p) for f, p in WALKED if p == "tiny" and f in ("llava", "instructblip")]
+IDS = [f"{family}-{preset}" for family, preset in WALKED]
+FIRST = WALKED[[family for family, _ in WALKED].index("llava")]
+STEPS = 5
+FP32_TOLERANCE, BF16_TOLERANCE = 1e-4, 1e-2
+
+
+class CardWalk:
+    """The runs of one twin on one device."""
+
+    def __init__(self, root: Path, device: str, family: str, preset: str) -> None:
+        self.walk = FamilyWalk(root, family, preset)
+        self.folder = self.walk.root / device
+
+    def job(self, name: str, stage: str, shards: str, stop: int | None = None, **changes: Any):
+        """A run on samples with and without pictures."""
+        job = self.walk.mixed(name, stage, shards, stop)
+        run = job["run"] | {"output_dir": str(self.folder / name)} | changes
+        run["parallel"] = {"deepspeed": stage, "threads": 1}
+        run["optim"] = run["optim"] | {"max_steps": STEPS}
+        run["data"] = {key: run["data"][key] for key in ("task", "train", "workers")}
+        if stop is None:
+            del run["checkpoint"], run["validate"]
+        else:
+            run["data"] |= {"val": shards, "val_limit": 4}
+        return {"name": f"{self.walk.root.name} {name}", "run": run, "stop_at_validation": stop}
+
+    def losses(self, name: str) -> list[float]:
+        """A run's losses."""
+        return tiny.read_metrics(self.folder / name, "train/loss")
+
+    def trained(self, name: str) -> list[bytes]:
+        """All that a run exported."""
+        files = sorted((self.folder / name).glob("*/**/*.safetensors"))
+        assert files, self.folder / name
+        return [path.read_bytes() for path in files if "checkpoints" not in path.parts]
+
+
+def card_jobs(walk: CardWalk, shards: str) -> list[dict[str, Any]]:
+    """Everything on the card for one twin."""
+    bf16 = walk.walk.run("x")["model"] | {"dtype": "bf16"}
+    jobs = [walk.job(stage, stage, shards) for stage in STAGES]
+    jobs += [walk.job(f"bf16-{stage}", stage, shards, model=bf16) for stage in STAGES[1::2]]
+    if (walk.walk.family, walk.walk.preset) not in REPEATED:
+        return jobs
+    for stage in STAGES[1::2]:
+        jobs.append(walk.job(f"repeat-{stage}", stage, shards))
+        jobs.append(walk.job(f"cut-{stage}", stage, shards, stop=2))
+        jobs.append(walk.job(f"cut-{stage}", stage, shards, stop=2) | {"stop_at_validation": None})
+    for stage in ("zero0", "zero3"):
+        asked = {stage: {"folder": shards, "batch_size": 3}}
+        jobs.append(
+            {
+                "name": f"{walk.walk.root.name} answers {stage}",
+                "evaluate": str(walk.folder / "zero0"),
+                "overrides": [f"parallel.deepspeed={stage}"],
+                "passes": asked,
+            }
+        )
+    return jobs
+
+
+def start(jobs: list[dict[str, Any]], path: Path, device: str) -> subprocess.Popen[bytes]:
+    """The walk on one device; TF32 is off, so that fp32 means fp32."""
+    path.write_text(json.dumps(jobs))
+    environment = os.environ | {"NVIDIA_TF32_OVERRIDE": "0"}
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    with path.with_suffix(".log").open("w") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.gpu.walk", str(path)],
+            cwd=tiny.REPOSITORY,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def write_shards(root: Path) -> str:
+    """Questions with and without pictures."""
+    task = plugins.load("task", "scienceqa")
+    folder = root / "train"
+    folder.mkdir()
+    writer = ShardWriter(folder)
+    for sample in task.read(tiny.write_scienceqa_raw(root / "raw"), "train", task.build_options()):
+        writer.add(sample)
+    writer.finish("scienceqa", "train", 0, None, {})
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("card")
+    (root / "facts").mkdir()
+    shards = write_shards(root)
+    on_card: dict[str, list[dict[str, Any]]] = {}
+    on_cpu: list[dict[str, Any]] = []
+    for family, preset in WALKED:
+        walk = CardWalk(root, "card", family, preset)
+        plugins.load("family", family).write_tiny(walk.walk.checkpoint, TEXTS, 0, preset)
+        on_card[walk.walk.root.name] = card_jobs(walk, shards)
+        on_cpu.append(CardWalk(root, "cpu", family, preset).job("zero1", "zero1", shards))
+    if ON_CARD:
+        first = CardWalk(root, "card", *FIRST)
+        for kind in ("count_waits", "out_of_memory"):
+            run = first.job(kind, "zero1", shards)["run"]
+            out = str(root / "facts" / f"{kind}.json")
+            on_card[first.walk.root.name].append({"name": kind, kind: run, "out": out})
+    # A process per twin: their jobs are too small to keep a card or its host busy.
+    walks = [start(jobs, root / f"card-{name}.json", DEVICE) for name, jobs in on_card.items()]
+    walks.append(start(on_cpu, root / "cpu.json", "cpu"))
+    codes = [process.wait() for process in walks]
+    logs = [path.read_text()[-2000:] for path in sorted(root.glob("*.log"))]
+    assert codes == [0] * len(codes), "\n".join(logs)
+    return root
+
+
+@pytest.fixture(params=WALKED, ids=IDS)
+def walk(root: Path, request: pytest.FixtureRequest) -> CardWalk:
+    return CardWalk(root, "card", *request.param)
+
+
+def spread(found: list[float], wanted: list[float]) -> float:
+    assert len(found) == len(wanted) == STEPS, (found, wanted)
+    return max(abs(one - other) / abs(other) for one, other in zip(found, wanted))
+
+
+def keep(root: Path, name: str, value: Any) -> None:
+    """What the report shows."""
+    (root / "facts" / f"{name}.json").write_text(json.dumps(value))
+
+
+def test_every_job_ran(root: Path) -> None:
+    for path in root.glob("*.failures"):
+        assert path.read_text() == "", path
+
+
+def test_fp32_losses_equal_the_cpus(root: Path, walk: CardWalk) -> None:
+    wanted = CardWalk(root, "cpu", walk.walk.family, walk.walk.preset).losses("zero1")
+    found = {stage: spread(walk.losses(stage), wanted) for stage in STAGES}
+    keep(root, f"fp32-{walk.walk.root.name}", found)
+    assert max(found.values()) <= FP32_TOLERANCE, found
+
+
+def test_bf16_losses_are_close(root: Path, walk: CardWalk) -> None:
+    wanted = walk.losses(STAGES[-1])
+    found = {s: spread(walk.losses(f"bf16-{s}"), wanted) for s in STAGES[1::2]}
+    keep(root, f"bf16-{walk.walk.root.name}", found)
+    assert max(found.values()) <= BF16_TOLERANCE, found
+
+
+@pytest.mark.parametrize("stage", STAGES[1::2])
+def test_repeats_and_resumes_are_bit_equal(root: Path, stage: str) -> None:
+    for family, preset in REPEATED:
+        walk = CardWalk(root, "card", family, preset)
+        for name in (f"repeat-{stage}", f"cut-{stage}"):
+            assert walk.losses(name) == walk.losses(stage), (family, name)
+            assert walk.trained(name) == walk.trained(stage), (family, name)
+
+
+def test_same_answers_whole_and_sharded(root: Path) -> None:
+    for family, preset in REPEATED:
+        folder = CardWalk(root, "card", family, preset).folder / "zero0"
+        whole, sharded = (
+            json.loads((folder / f"{stage}.json").read_text()) for stage in ("zero0", "zero3")
+        )
+        assert whole["answers"] and whole["answers"] == sharded["answers"], family
+
+
+def test_dropout_masks_equal_the_cpus() -> None:
+    rows, tokens, width = 3, 50, 256
+    x = torch.ones(rows, tokens, width)
+    attention = torch.ones(rows, 4, tokens, tokens)
+    kept = []
+    for device in ("cpu", DEVICE):
+        scope = DropoutScope(seed=7)
+        scope.step = 11
+        scope.set_rows("llm", torch.arange(rows, device=device) * 2**40 + 5)
+        plain = KeyedDropout(0.1, "some.module", "llm", scope)
+        on_attention = KeyedAttentionDropout(0.1, "some.module", "llm", scope)
+        kept.append([plain(x.to(device)).cpu(), on_attention(attention.to(device)).cpu()])
+    assert all(torch.equal(one, other) for one, other in zip(*kept))
+    assert 0.08 < float((kept[0][0] == 0).float().mean()) < 0.12
+
+
+@needs_card
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_dropout_kernel_equals_the_operators(dtype: torch.dtype) -> None:
+    from mmtrain.models import dropout
+
+    x = torch.randn(7, 33, 1500, device="cuda", dtype=dtype)
+    keys = torch.randint(-(2**31), 2**31, (7, 33), device="cuda", dtype=torch.int32)
+    kernel = dropout._kernel()
+    assert kernel is not None
+    for threshold in (-(2**31) + 2**28, 5):
+        found, wanted = (f(x, keys, threshold, 1.25) for f in (kernel, dropout.masked_plainly))
+        assert torch.equal(found, wanted)
+
+
+@needs_card
+def test_waits_of_a_step_are_few(root: Path) -> None:
+    waits = json.loads((root / "facts" / "count_waits.json").read_text())
+    assert 0 < len(waits) <= 40, waits
+
+
+@needs_card
+def test_running_out_of_memory_says_what_to_lower(root: Path) -> None:
+    message = json.loads((root / "facts" / "out_of_memory.json").read_text())
+    assert "out of device memory with micro_batch" in message
+    assert "activation_checkpointing" in message
