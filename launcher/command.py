@@ -15,7 +15,9 @@ from launcher.plan import TRAIN_PROGRAM, HostSpec, Job, Master, make_plan
 from launcher.ssh import SshSettings, agent_command, destination, master_address
 from launcher.supervise import run_launch
 from mmtrain.build import resolve
+from mmtrain.config.yaml_text import read_text
 from mmtrain.errors import ConfigError
+from mmtrain.safe_text import redact_user_text
 
 HELP = "start the ranks of a run on this machine or on the hosts of a hostfile"
 _EPILOG = """examples:
@@ -86,7 +88,7 @@ def describe(specs: Sequence[HostSpec], commands: Sequence[list[str]]) -> str:
         last = spec.first_rank + spec.num_ranks - 1
         devices = "" if spec.devices is None else f" on devices {list(spec.devices)}"
         ranks = f"ranks {spec.first_rank}-{last} of {spec.world_size}{devices}"
-        lines.append(f"{spec.host}: {ranks}: {shlex.join(command)}")
+        lines.append(f"{spec.host}: {ranks}: {redact_user_text(shlex.join(command))}")
     return "\n".join(lines)
 
 
@@ -104,10 +106,7 @@ def _hosts(args: argparse.Namespace) -> list[Host]:
         return [_this_machine(args)]
     if args.ranks is not None:
         raise ConfigError(["--ranks is for this machine only; set slots in the hostfile"], "launch")
-    try:
-        text = Path(args.hostfile).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"cannot be read: {error}"], args.hostfile) from None
+    text = read_text(args.hostfile, "give the path of a hostfile")
     return select_hosts(parse_hostfile(text, args.hostfile), args.include, args.exclude)
 
 

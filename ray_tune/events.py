@@ -10,8 +10,8 @@ from typing import Any
 from ray.tune import Callback
 
 from mmtrain.errors import nearest
-from mmtrain.tracking.journal import JOURNAL_NAME, RunJournal
 from mmtrain.safe_text import redact
+from mmtrain.tracking.journal import JOURNAL_NAME, RunJournal
 from ray_tune.cleaning import drop_checkpoints
 from ray_tune.journal import FAILED, FINISHED, RUNNING, SETTLED, Journal, Record
 from ray_tune.messages import FAILURE, OUTCOME, STARTED, TRAINING_SECONDS
