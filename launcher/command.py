@@ -78,8 +78,9 @@ def describe(specs: Sequence[HostSpec], commands: Sequence[list[str]]) -> str:
     """The plan as text; of the environment only the names."""
     job, master = specs[0].job, specs[0].master
     port = str(master.port or "a free port")
+    overrides = map(redact_user_text, job.overrides)
     lines = [
-        f"program: {' '.join(job.program)} {job.run_name} {' '.join(job.overrides)}".rstrip(),
+        " ".join(["program:", *job.program, job.run_name, *overrides]),
         f"working directory: {job.workdir}",
         f"master: {master.address}, {port}",
         f"environment: {', '.join(sorted(job.environment)) or 'nothing passed'}",
@@ -88,7 +89,7 @@ def describe(specs: Sequence[HostSpec], commands: Sequence[list[str]]) -> str:
         last = spec.first_rank + spec.num_ranks - 1
         devices = "" if spec.devices is None else f" on devices {list(spec.devices)}"
         ranks = f"ranks {spec.first_rank}-{last} of {spec.world_size}{devices}"
-        lines.append(f"{spec.host}: {ranks}: {redact_user_text(shlex.join(command))}")
+        lines.append(f"{spec.host}: {ranks}: {shlex.join(command)}")
     return "\n".join(lines)
 
 
