@@ -10,7 +10,12 @@ from mmtrain import plugins
 from mmtrain.config.deepspeed import find_deepspeed_config
 from mmtrain.config.load import read_data, with_overrides
 from mmtrain.config.problems import checked, shown
-from mmtrain.config.schema import RESERVED_COMPONENT_KEYS, ComponentConfig, RunConfig
+from mmtrain.config.schema import (
+    LARGEST_BATCH,
+    RESERVED_COMPONENT_KEYS,
+    ComponentConfig,
+    RunConfig,
+)
 from mmtrain.errors import ConfigError, MmtrainError, nearest
 from mmtrain.models.interface import Family, ModelOptions
 from mmtrain.peft.placement import sublayer_problems
@@ -184,8 +189,9 @@ def _layout_problems(data: Mapping[str, Any], world_size: int | None) -> list[st
     optim = _section(data, "optim")
     total = optim.get("global_batch", defaults.global_batch)
     micro = optim.get("micro_batch", defaults.micro_batch)
-    if type(total) is not int or type(micro) is not int or micro < 1 or total < 1:
-        return problems
+    sizes = (total, micro)
+    if not all(type(size) is int and 1 <= size <= LARGEST_BATCH for size in sizes):
+        return problems  # the schema says so
     ranks = world_size or 1
     if total % (micro * ranks):
         product = f"micro_batch {micro}" + (f" x {ranks} ranks" if world_size else "")
