@@ -22,9 +22,6 @@ from mmtrain.peft.placement import sublayer_problems
 from mmtrain.tasks.interface import LOSS
 from mmtrain.tracking.uri import DISABLED, URI_EXAMPLES, uri_problem
 
-# Beyond this none is proposed.
-_LARGEST_MICRO_BATCH = 65_536
-
 
 def resolve(
     source: str | Path | Mapping[str, Any],
@@ -189,16 +186,13 @@ def _layout_problems(data: Mapping[str, Any], world_size: int | None) -> list[st
     optim = _section(data, "optim")
     total = optim.get("global_batch", defaults.global_batch)
     micro = optim.get("micro_batch", defaults.micro_batch)
-    sizes = (total, micro)
-    if not all(type(size) is int and 1 <= size <= LARGEST_BATCH for size in sizes):
+    if not all(type(size) is int and 1 <= size <= LARGEST_BATCH for size in (total, micro)):
         return problems  # the schema says so
     ranks = world_size or 1
     if total % (micro * ranks):
         product = f"micro_batch {micro}" + (f" x {ranks} ranks" if world_size else "")
-        # The numbers are the user's, of any size: the search for a better one must end.
-        largest = min(micro - 1, total // ranks, _LARGEST_MICRO_BATCH)
-        sizes = (size for size in range(largest, 0, -1) if total % (size * ranks) == 0)
-        better = next(sizes, None)
+        smaller = range(min(micro - 1, total // ranks), 0, -1)
+        better = next((size for size in smaller if total % (size * ranks) == 0), None)
         remedy = f"micro_batch {better}" if better else f"a multiple of {ranks} ranks"
         problems.append(
             f"optim.global_batch: {shown(total)} is no multiple of {product}; use {remedy}"
