@@ -1,6 +1,6 @@
 # Everything starts here: `make demo` for the whole tool in miniature, `make test` for its proof.
 .DEFAULT_GOAL := help
-.PHONY: help install lint test test-all demo benchmark clean
+.PHONY: help install lint test test-all demo benchmark gpu clean
 
 VENV := .venv
 # Modules, not scripts: an environment that sees the caller's packages lacks their scripts.
@@ -36,6 +36,9 @@ demo: $(INSTALLED)  ## digits, a tiny LLaVA, a LoRA study and its comparison, on
 
 benchmark: $(INSTALLED)  ## samples/s beside TRL's SFTTrainer, same model, batches and LoRA
 	$(BIN)/python -m benchmarks.single_run --dtype both
+
+gpu: $(INSTALLED)  ## prove and measure everything on one GPU, within 8 minutes
+	$(BIN)/python -m benchmarks.gpu
 
 clean:  ## remove the environment, caches and build outputs; runs and results stay
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .import_linter_cache .hypothesis

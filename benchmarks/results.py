@@ -182,13 +182,15 @@ def _markdown(record: Mapping[str, Any], results: Sequence[Measured]) -> list[st
         "mmtrain runs with `deterministic: false`, TRL's default too; on a CPU neither side",
         "prepares data ahead of the step.",
         "",
-        "| precision | mmtrain | trl | trl-tuned | ratio to trl | to trl-tuned | loss difference |",
-        "|---|---|---|---|---|---|---|",
     ]
+    labels = results[0].labels
+    others = [label for label in labels if label != OURS]
+    heads = ["precision", *labels, *(f"mmtrain / {label}" for label in others), "loss difference"]
+    lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for result in results:
-        others = [label for label in result.labels if label != OURS]
         cells = [result.dtype, *(_shown(result.samples_per_s(label)) for label in result.labels)]
         cells += [_shown(result.ratios(label)) for label in others]
-        cells.append(f"{max(result.loss_difference(label) for label in others):.1e}")
+        differences = [result.loss_difference(label) for label in others]
+        cells.append(f"{max(differences):.1e}" if differences else "–")
         lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -16,6 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from safetensors.torch import save_file
 
 from data_shards.writer import ShardWriter
 from mmtrain import plugins
@@ -84,12 +85,12 @@ def write_folder(folder: Path, family_name: str, preset: str, texts: Sequence[st
 
 
 def _write_names(family: Any, config: Any, folder: Path, *_: Any) -> None:
-    """Configuration and the list of weights; the file that should hold them is empty."""
+    """Configuration and the list of weights; the file that should hold them has none."""
     folder.mkdir(parents=True)
     config.save_pretrained(str(folder))
     with torch.device("meta"):
         names = [name for name, _ in family.skeleton(config).named_parameters()]
-    (folder / "empty.safetensors").touch()
+    save_file({}, str(folder / "empty.safetensors"))
     index = {"weight_map": dict.fromkeys(names, "empty.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 

@@ -40,6 +40,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--questions", action="store_true", help="samples as long as ScienceQA's, not digits"
     )
+    parser.add_argument("--peers", nargs="+", choices=list(TRL_OPTIONS), default=list(TRL_OPTIONS))
     parser.add_argument("--windows", type=int, default=3, help="timed windows per peer")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps per window")
     parser.add_argument("--batch", type=int, default=16, help="samples per optimizer step")
@@ -67,9 +68,11 @@ def measure(args: argparse.Namespace, dtype: str, folder: Path) -> Measured:
             stack.callback(peers[label].close)
 
         start("mmtrain", "benchmarks.peer_mmtrain", {})
-        if find_spec("trl") is None:
+        chosen = args.peers if find_spec("trl") else []
+        if not chosen:
             print("trl is not installed: its columns are left out", flush=True)
-        for label, options in TRL_OPTIONS.items() if find_spec("trl") else ():
+        for label in chosen:
+            options = TRL_OPTIONS[label]
             workers = {"dataloader_num_workers": job["workers"]} if options else {}
             start(label, "benchmarks.peer_trl", {**options, **workers})
         print(f"{dtype}: starting {', '.join(peers)}", flush=True)

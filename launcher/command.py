@@ -15,7 +15,9 @@ from launcher.plan import TRAIN_PROGRAM, HostSpec, Job, Master, make_plan
 from launcher.ssh import SshSettings, agent_command, destination, master_address
 from launcher.supervise import run_launch
 from mmtrain.build import resolve
+from mmtrain.config.yaml_text import read_text
 from mmtrain.errors import ConfigError, LaunchError
+from mmtrain.safe_text import redact_user_text
 from mmtrain.training.run_folder import note_failure
 
 HELP = "start the ranks of a run on this machine or on the hosts of a hostfile"
@@ -83,8 +85,9 @@ def describe(specs: Sequence[HostSpec], commands: Sequence[list[str]]) -> str:
     """The plan as text; of the environment only the names."""
     job, master = specs[0].job, specs[0].master
     port = str(master.port or "a free port")
+    overrides = map(redact_user_text, job.overrides)
     lines = [
-        f"program: {' '.join(job.program)} {job.run_name} {' '.join(job.overrides)}".rstrip(),
+        " ".join(["program:", *job.program, job.run_name, *overrides]),
         f"working directory: {job.workdir}",
         f"master: {master.address}, {port}",
         f"environment: {', '.join(sorted(job.environment)) or 'nothing passed'}",
@@ -111,10 +114,7 @@ def _hosts(args: argparse.Namespace) -> list[Host]:
         return [_this_machine(args)]
     if args.ranks is not None:
         raise ConfigError(["--ranks is for this machine only; set slots in the hostfile"], "launch")
-    try:
-        text = Path(args.hostfile).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"cannot be read: {error}"], args.hostfile) from None
+    text = read_text(args.hostfile, "give the path of a hostfile")
     return select_hosts(parse_hostfile(text, args.hostfile), args.include, args.exclude)
 
 

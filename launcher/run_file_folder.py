@@ -1,4 +1,4 @@
-"""Where an agent keeps the run file that its ranks read: a folder that soon goes after it.
+"""Where an agent keeps the run file that its ranks read: a folder that is gone soon after it.
 
 An agent holds a lock on its folder. One that is killed outright cannot clear its folder away, but
 its lock goes with it: the next agent of the same user here removes what nobody holds.

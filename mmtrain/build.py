@@ -10,7 +10,12 @@ from mmtrain import plugins
 from mmtrain.config.deepspeed import find_deepspeed_config
 from mmtrain.config.load import read_data, with_overrides
 from mmtrain.config.problems import checked, shown
-from mmtrain.config.schema import RESERVED_COMPONENT_KEYS, ComponentConfig, RunConfig
+from mmtrain.config.schema import (
+    LARGEST_BATCH,
+    RESERVED_COMPONENT_KEYS,
+    ComponentConfig,
+    RunConfig,
+)
 from mmtrain.errors import ConfigError, MmtrainError, nearest
 from mmtrain.models.interface import Family, ModelOptions
 from mmtrain.peft.placement import sublayer_problems
@@ -181,13 +186,14 @@ def _layout_problems(data: Mapping[str, Any], world_size: int | None) -> list[st
     optim = _section(data, "optim")
     total = optim.get("global_batch", defaults.global_batch)
     micro = optim.get("micro_batch", defaults.micro_batch)
-    if type(total) is not int or type(micro) is not int or micro < 1 or total < 1:
-        return problems
+    if not all(type(size) is int and 1 <= size <= LARGEST_BATCH for size in (total, micro)):
+        return problems  # the schema says so
     ranks = world_size or 1
     if total % (micro * ranks):
         product = f"micro_batch {micro}" + (f" x {ranks} ranks" if world_size else "")
-        divisors = [size for size in range(1, micro) if total % (size * ranks) == 0]
-        remedy = f"micro_batch {divisors[-1]}" if divisors else f"a multiple of {ranks} ranks"
+        smaller = range(min(micro - 1, total // ranks), 0, -1)
+        better = next((size for size in smaller if total % (size * ranks) == 0), None)
+        remedy = f"micro_batch {better}" if better else f"a multiple of {ranks} ranks"
         problems.append(
             f"optim.global_batch: {shown(total)} is no multiple of {product}; use {remedy}"
         )

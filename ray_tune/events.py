@@ -68,9 +68,11 @@ class StudyCallback(Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The trial's driver itself died."""
         record = self._record(trial)
-        text = str(trial.get_error() or "")
+        # Where Ray writes it first; `get_error` reads a copy that is not made yet.
+        text = Path(trial.error_file).read_text("utf-8") if trial.error_file else ""
         self._settle(record, f"its driver died: {died_in_words(text) or last_line(text)}")
-        record.seconds += time.time() - self._started_s.get(record.name, time.time())
+        now_s = time.time()
+        record.seconds += now_s - self._started_s.get(record.name, now_s)
         self._without_ranks.pop(record.name, None)
         self._journal.save(record)
         self._view.ended(record)

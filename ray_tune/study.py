@@ -179,7 +179,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
-    data, problems = yaml_text.read(path, "give the path of a study file")
+    data, problems = yaml_text.parse(yaml_text.read_text(path, "give the path of a study file"))
     if not isinstance(data, dict):
         fault = f"the file holds {shown(data)}; a study file is a mapping with 'base' and 'search'"
         raise ConfigError(problems or [fault], str(path))

@@ -81,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         print(f"{name}: {section.title} …", flush=True)
         with tempfile.TemporaryDirectory(prefix="mmtrain-gpu-") as scratch:
-            limit_s = min(left_s, section.limit_s)
+            # The limits are a card's; a CPU may take what there is.
+            limit_s = min(left_s, section.limit_s) if args.device == "cuda" else left_s
             record = run_section(section, args.device, Path(scratch), limit_s)
         results.add(name, record)
         print(f"{name}: {record['end']}, {record['seconds']:.0f} s", flush=True)

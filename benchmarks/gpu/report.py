@@ -44,7 +44,8 @@ def markdown(record: Mapping[str, Any]) -> list[str]:
         "tests": _tests,
         "training": _runs,
         "families": _runs,
-        "peers": _peers,
+        "trl-tuned": _peers,
+        "trl": _peers,
         "profile": _profile,
     }
     for name, section in record["sections"].items():
@@ -108,7 +109,9 @@ def _runs(card: str, section: Mapping[str, Any]) -> list[str]:
         *lines,
         "",
         "Tokens are unpadded, pictures' included. 4P counts the LLM's matrices alone, four"
-        " operations per weight and token: no embeddings, head, tower or attention.",
+        " operations per weight and token: no embeddings, head, tower or attention. Peak is what"
+        " torch allocated, the estimate `mmtrain check`'s for the largest batch, neither with"
+        " CUDA's own memory.",
     ]
 
 

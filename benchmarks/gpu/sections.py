@@ -166,18 +166,22 @@ def _profile(device: str, scratch: Path) -> list[str]:
     return _training_program(scratch, {preset: "llava"}, [job])
 
 
-def _peers(device: str, scratch: Path) -> list[str]:
-    out = ["--out", str(scratch / "peers.json"), "--device", device, "--questions"]
-    if device == "cpu":
-        tiny = ["--dtype", "fp32", "--batch", "2", "--windows", "1", "--steps", "2"]
-        return ["benchmarks.single_run", *tiny, *out]
-    batch = 4 if memory_gib() > LARGE_CARD_GIB else 2  # three peers hold a model at once
-    shape = ["--preset", "llava-1.5-7b", "--dtype", "bf16", "--r", str(RANK)]
-    windows = ["--windows", "3", "--steps", "4", "--batch", str(batch)]
-    return ["benchmarks.single_run", *shape, *windows, *out]
+def _beside(peer: str) -> Callable[[str, Path], list[str]]:
+    def command(device: str, scratch: Path) -> list[str]:
+        out = ["--out", str(scratch / "peers.json"), "--device", device, "--questions"]
+        out += ["--peers", peer]
+        if device == "cpu":
+            tiny = ["--dtype", "fp32", "--batch", "2", "--windows", "1", "--steps", "2"]
+            return ["benchmarks.single_run", *tiny, *out]
+        batch = 4 if memory_gib() > LARGE_CARD_GIB else 2  # both hold a model at once
+        shape = ["--preset", "llava-1.5-7b", "--dtype", "bf16", "--r", str(RANK)]
+        windows = ["--windows", "4", "--steps", "4", "--batch", str(batch)]
+        return ["benchmarks.single_run", *shape, *windows, *out]
+
+    return command
 
 
-def _collect_peers(scratch: Path) -> dict[str, Any]:
+def _peers(scratch: Path) -> dict[str, Any]:
     path = scratch / "peers.json"
     return {"peers": json.loads(path.read_text())["results"]} if path.exists() else {}
 
@@ -187,8 +191,9 @@ SECTIONS: Mapping[str, Section] = {
     for section in (
         Section("tests", "correctness on this card", 200, _tests, _collect_tests),
         Section("training", "LLaVA-1.5-7B, LoRA r=128", 110, _training, _collect_runs),
-        Section("peers", "the same beside TRL, alternating", 130, _peers, _collect_peers),
+        Section("trl-tuned", "beside TRL without recomputation", 80, _beside("trl-tuned"), _peers),
         Section("profile", "one step by kind of work", 60, _profile, _collect_runs),
         Section("families", "one line per family", 150, _families, _collect_runs),
+        Section("trl", "beside TRL with its defaults", 80, _beside("trl"), _peers),
     )
 }

@@ -25,7 +25,8 @@ from benchmarks.gpu.kernels import profiled, summarise
 from benchmarks.shapes import random_weights
 from mmtrain import build, distributed, plugins
 from mmtrain.build import resolve
-from mmtrain.commands.check import examine
+from mmtrain.models.interface import Batch, BatchSize
+from mmtrain.planning.memory import GIB, estimate
 from mmtrain.training import loop
 from mmtrain.training.run import run_training
 from mmtrain.training.step import StepResult, train_step
@@ -48,6 +49,7 @@ class Clock:
     adapter_rank: int
     ended_s: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    longest: BatchSize = BatchSize(0, 0, 0)
     losses: list[float] = field(default_factory=list)
     seconds_of: dict[str, float] = field(default_factory=dict)
     profile: dict[str, Any] | None = None
@@ -60,6 +62,7 @@ class Clock:
         else:
             result = train_step(engine, batches, *rest)
         synchronize()
+        self.longest = max(self.longest, *map(size_of, batches.micro_batches), key=_padded_tokens)
         self.ended_s.append(time.perf_counter())
         self.tokens.append(result.num_tokens)
         self.losses.append(result.loss)
@@ -76,6 +79,17 @@ class Clock:
         synchronize()
         spent_s = time.perf_counter() - began_s
         self.seconds_of[name] = self.seconds_of.get(name, 0.0) + spent_s
+
+
+def size_of(batch: Batch) -> BatchSize:
+    """What a padded micro-batch measures."""
+    samples = len(batch.ids)
+    answers = -(-batch.num_answer_tokens // samples)
+    return BatchSize(samples, batch.tensors["input_ids"].shape[-1], answers)
+
+
+def _padded_tokens(size: BatchSize) -> int:
+    return size.samples * size.tokens
 
 
 def synchronize() -> None:
@@ -124,12 +138,10 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
         except Enough:
             pass
     speed = _speed(clock, config)
-    longest = max(clock.tokens) // config.optim.global_batch
-    estimate = examine(config, 1, longest)["memory"]["gib_per_rank"]["zero1"]
     return {
         "name": job["name"],
         **speed,
-        "estimate_gib": estimate,
+        "estimate_gib": estimate(config, 1, clock.longest)[1].allocated / GIB,
         "first_step_s": clock.ended_s[0] - clock.started_s,
         "seconds": clock.seconds_of,
         "peak_gib": loop.peak_memory_gib(),

@@ -34,7 +34,7 @@ def parse_run(
 def read_data(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], list[str]]:
     """The raw mapping of a run file with overrides, and the problems met on the way."""
     remedy = "give the path of a run file; `mmtrain init` writes one"
-    data, problems = yaml_text.read(path, remedy)
+    data, problems = yaml_text.parse(yaml_text.read_text(path, remedy))
     if problems and data is None:
         raise ConfigError(problems, str(path))
     if not isinstance(data, dict):

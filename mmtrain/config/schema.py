@@ -143,6 +143,9 @@ class DataConfig(Section):
     )
 
 
+LARGEST_BATCH = 2**20
+
+
 class OptimConfig(Section):
     """AdamW and its schedule."""
 
@@ -159,8 +162,12 @@ class OptimConfig(Section):
     min_lr: float = Field(0.0, ge=0, description="rate at the end of cosine or linear")
     epochs: int | None = Field(None, ge=1, description="passes over the data; default 1")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
-    global_batch: int = Field(128, ge=1, description="samples per optimizer step, all ranks")
-    micro_batch: int = Field(16, ge=1, description="samples per forward on one rank")
+    global_batch: int = Field(
+        128, ge=1, le=LARGEST_BATCH, description="samples per optimizer step, all ranks"
+    )
+    micro_batch: int = Field(
+        16, ge=1, le=LARGEST_BATCH, description="samples per forward on one rank"
+    )
 
     @model_validator(mode="after")
     def _exclusive(self) -> OptimConfig:

@@ -174,14 +174,14 @@ def _whole_sentence(error: yaml.MarkedYAMLError) -> str:
     return f"{error.context} {problem}" if problem.startswith("but ") else problem
 
 
-def read(path: str | Path, remedy: str) -> tuple[Any, list[str]]:
-    """`parse` of a file; `remedy` says what to give where there is none."""
+def read_text(path: str | Path, remedy: str) -> str:
+    """The text of a file of settings; `remedy` says what to give where there is none."""
     try:
         with open(path, "rb") as file:  # no more than needed: it may have no end, as /dev/zero
             content = file.read(MAX_FILE_BYTES + 1)
         if len(content) > MAX_FILE_BYTES:
             raise ValueError(f"more than {MAX_FILE_BYTES >> 10} KiB are no settings; {remedy}")
-        return parse(content.decode())
+        return content.decode()
     except FileNotFoundError:
         raise ConfigError([f"there is no such file; {remedy}"], str(path)) from None
     except (OSError, ValueError) as error:

@@ -22,13 +22,13 @@ class PatchLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[pictures, colours, *sizes] to [pictures, channels, *grid]; a remainder is not read."""
-        grid = [size // length for size, length in zip(x.shape[2:], self.kernel, strict=True)]
-        read = [slice(count * length) for count, length in zip(grid, self.kernel, strict=True)]
-        cut = x[:, :, *read]
-        for place in range(len(grid)):
-            cut = cut.unflatten(2 + 2 * place, (grid[place], self.kernel[place]))
+        cut = x
+        for number, length in enumerate(self.kernel):
+            place = 2 + 2 * number
+            count = cut.shape[place] // length
+            cut = cut.narrow(place, 0, count * length).unflatten(place, (count, length))
         of_grid, in_patch = range(2, cut.dim(), 2), range(3, cut.dim(), 2)
-        patches = cut.permute(0, *of_grid, 1, *in_patch).flatten(1 + len(grid))
+        patches = cut.permute(0, *of_grid, 1, *in_patch).flatten(1 + len(of_grid))
         return functional.linear(patches, self.weight.flatten(1), self.bias).movedim(-1, 1)
 
 

@@ -16,7 +16,6 @@ import torch.nn.functional as functional
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from mmtrain.models.interface import Batch, Family
 
@@ -68,7 +67,7 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         """Run one operator and count what it made; views share a storage."""
         made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
+        for tensor in made if isinstance(made, (tuple, list)) else (made,):
             if isinstance(tensor, torch.Tensor):
                 self._count(tensor.untyped_storage())
         return made

@@ -23,7 +23,8 @@ def agreed_metric(
         return _as_asked(name, said, mode)
     if not said:
         raise MmtrainError(
-            f"no run says whether more or less {name} is better: an older version stored them.",
+            f"no run says whether more or less {name} is better: it has no direction, or an older"
+            " version stored the runs.",
             _GIVE_MODE,
         )
     if len(said) > 1:

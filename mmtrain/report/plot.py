@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmtrain.errors import MmtrainError
 from mmtrain.report.comparison import Statistics, label
-from mmtrain.report.units import PERCENT, direction_text, unit_of, value_text
+from mmtrain.report.units import PERCENT, direction_text, unit_of, value_text, with_arrow
 from mmtrain.tasks.interface import Metric
 from mmtrain.tracking.declared import read_declared
 from mmtrain.tracking.journal import JOURNAL_NAME, JournalEntry, RunJournal
@@ -71,7 +71,7 @@ def run_png(entries: Sequence[JournalEntry], declared: Mapping[str, Metric]) -> 
         rows = -(-len(panels) // columns)
         axes = figure.subplots(rows, columns, squeeze=False).flatten()
         for axis, (title, names) in zip(axes, panels):
-            _draw_panel(axis, title, {name: series[name] for name in names})
+            _draw_panel(axis, title, {name: series[name] for name in names}, declared)
             if title == _VALIDATION:
                 _set_unit(axis.yaxis, unit_of(names[0], declared))
         for axis in axes[len(panels) :]:
@@ -113,19 +113,22 @@ def _panels(
     return chosen or [("metrics", list(series))]
 
 
-def _draw_panel(axis: Axes, title: str, series: dict[str, Points]) -> None:
+def _draw_panel(
+    axis: Axes, title: str, series: dict[str, Points], declared: Mapping[str, Metric]
+) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for index, (name, points) in enumerate(sorted(series.items())):
         colour = COLOURS[index % len(COLOURS)]
         steps, values = zip(*points)
+        text = with_arrow(name, declared)
         if name.startswith("val/"):
-            axis.plot(steps, values, "o-", color=colour, markersize=4, linewidth=1.6, label=name)
+            axis.plot(steps, values, "o-", color=colour, markersize=4, linewidth=1.6, label=text)
         elif len(points) < 30:
-            axis.plot(steps, values, color=colour, linewidth=1.6, label=name)
+            axis.plot(steps, values, color=colour, linewidth=1.6, label=text)
         else:
             axis.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
-            axis.plot(steps, smoothed(values), color=colour, linewidth=1.8, label=name)
+            axis.plot(steps, smoothed(values), color=colour, linewidth=1.8, label=text)
     axis.set_title(title)
     axis.set_xlabel("optimizer step")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))

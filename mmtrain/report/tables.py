@@ -7,7 +7,7 @@ import io
 from typing import TYPE_CHECKING
 
 from mmtrain.report.comparison import Statistics, short_keys
-from mmtrain.report.units import direction_text, spread_text, value_text
+from mmtrain.report.units import direction_text, spread_text, table_unit, value_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,17 +17,19 @@ _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 def header(result: Statistics) -> list[str]:
     """Column names, the keys by their shortest names."""
-    return [*short_keys(result.by), "n", "mean ± std", "best", "best run"]
+    _, at_top = table_unit(result.metric)
+    return [*short_keys(result.by), "n", f"mean ± std{at_top}", "best", "best run"]
 
 
 def cells(result: Statistics) -> list[list[str]]:
     """One line of text a group, best mean first."""
+    unit, _ = table_unit(result.metric)
     return [
         [
             *group.key,
             str(group.n),
-            spread_text(result.metric.unit, group.mean, group.std),
-            value_text(result.metric.unit, group.best),
+            spread_text(unit, group.mean, group.std),
+            value_text(unit, group.best),
             group.best_run,
         ]
         for group in result.groups

@@ -35,9 +35,26 @@ def gain_text(unit: str, gain: float) -> str:
     return f"{gain:+.4g} {unit}".rstrip()
 
 
+def table_unit(metric: Metric) -> tuple[str, str]:
+    """The unit behind each number of a table, and what its column's name ends with.
+
+    A longer unit than percent stands once, at the top.
+    """
+    if metric.unit in ("", PERCENT):
+        return metric.unit, ""
+    return "", f" in {metric.unit}"
+
+
 def unit_of(name: str, declared: Mapping[str, Metric]) -> str:
     """The unit that a run declares; none for what it does not."""
     return declared[name].unit if name in declared else ""
+
+
+def with_arrow(name: str, declared: Mapping[str, Metric]) -> str:
+    """The name with an arrow that points where it is better, as papers write it."""
+    if name not in declared:
+        return name
+    return f"{name} {'↑' if declared[name].larger_is_better else '↓'}"
 
 
 def direction_text(metric: Metric) -> str:

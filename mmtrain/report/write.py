@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mmtrain.report import html, tables
 from mmtrain.report.comparison import Statistics, compare, headline, label, short_keys
 from mmtrain.report.plot import comparison_png, curves_png
-from mmtrain.report.units import direction_text, gain_text, spread_text, value_text
+from mmtrain.report.units import direction_text, gain_text, spread_text, table_unit, value_text
 from mmtrain.tasks.interface import Metric
 
 if TYPE_CHECKING:
@@ -134,7 +134,8 @@ def _cards(result: Statistics) -> list[tuple[str, str]]:
 
 
 def _all_runs(result: Statistics) -> str:
-    rows = [[run.name, *run.key, value_text(result.metric.unit, run.value)] for run in result.runs]
-    header = ["run", *short_keys(result.by), result.metric.name]
+    unit, at_top = table_unit(result.metric)
+    rows = [[run.name, *run.key, value_text(unit, run.value)] for run in result.runs]
+    header = ["run", *short_keys(result.by), f"{result.metric.name}{at_top}"]
     numbers = frozenset({len(header) - 1})
     return html.table("Every run, best first", header, rows, numbers, mark_first=True)

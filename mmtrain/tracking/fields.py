@@ -64,13 +64,20 @@ def environment_tags() -> dict[str, str]:
         "mlflow.source.type": "LOCAL",
         "mlflow.user": _user(),
     }
-    for package in _VERSIONED:
-        try:
-            tags[f"version.{package}"] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
+    tags |= {f"version.{package}": version for package, version in installed_versions().items()}
     commit = _git_commit()
     return tags | ({"mlflow.source.git.commit": commit} if commit else {})
+
+
+def installed_versions() -> dict[str, str]:
+    """What computes; mmtrain itself may run from a plain folder, which has no version."""
+    versions = {}
+    for package in _VERSIONED:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
 
 
 def _user() -> str:

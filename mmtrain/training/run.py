@@ -5,7 +5,6 @@ The launcher starts this as a process per rank, Ray calls it in its workers: sam
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -33,6 +32,7 @@ from mmtrain.data.stream import Layout, StepStream
 from mmtrain.distributed import World
 from mmtrain.errors import ConfigError, Terminated
 from mmtrain.evaluation.evaluate import Evaluation, evaluate, write_evaluation
+from mmtrain.tracking.fields import installed_versions
 from mmtrain.training import checkpoint as checkpoints
 from mmtrain.training.checkpoint import CheckpointFolder
 from mmtrain.training.early_stopping import EarlyStopping
@@ -253,7 +253,6 @@ def _facts(
     settings: Mapping[str, Any],
     inputs: Mapping[str, str],
 ) -> dict[str, Any]:
-    packages = ("mmtrain", "torch", "transformers", "deepspeed", "peft")
     return {
         "seed": config.seed,
         "layout": {
@@ -263,7 +262,7 @@ def _facts(
             "zero_stage": settings["zero_optimization"]["stage"],
             "threads": torch.get_num_threads(),
         },
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": installed_versions(),
         "inputs": dict(inputs),
     }
 

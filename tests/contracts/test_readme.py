@@ -20,6 +20,7 @@ OWNED = {
     "make test-all": "Makefile",
     "make lint": ".ci/run",
     "make benchmark": "tests/end_to_end/test_benchmark.py",
+    "make gpu": "tests/end_to_end/test_benchmark.py",
     "mmtrain train run.yaml --max-steps 5": "tests/end_to_end/test_commands.py",
     "mmtrain train run.yaml --overfit 16": "tests/end_to_end/test_commands.py",
     "mmtrain launch run.yaml --hostfile hosts": "tests/distributed/test_two_hosts.py",

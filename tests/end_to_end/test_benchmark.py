@@ -8,24 +8,33 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks import single_run
 from tests.tiny import AVX2, REPOSITORY
 
 
-def test_single_run_beside_trl(tmp_path: Path) -> None:
-    out = tmp_path / "result.json"
-    shape = ["--threads", "1", "--dtype", "fp32", "--windows", "1", "--steps", "2", "--batch", "4"]
-    assert single_run.main([*shape, "--out", str(out)]) == 0
-
-    record = json.loads(out.read_text())
-    (result,) = record["results"]
-    assert result["identical_batches"]
-    assert len(result["losses"]["mmtrain"]) == 4
-    # Same weights, batches and optimizer: only the order of floating-point sums may differ.
-    assert max(result["max_relative_loss_difference"].values()) < 1e-5
-    assert result["losses"]["mmtrain"][-1] < result["losses"]["mmtrain"][0]
-    assert set(result["ratio"]) == {"trl", "trl-tuned"}
-    assert "| fp32 |" in out.with_suffix(".md").read_text()
+def test_everything_for_a_card_on_the_cpu(tmp_path: Path) -> None:
+    """The whole of `make gpu` on tiny models, so that it works on the day a card comes."""
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--budget", "1500"]
+        code = subprocess.call(
+            [*command, "--out", str(tmp_path)], cwd=REPOSITORY, stdout=output, stderr=output
+        )
+    assert code == 0, log.read_text()[-4000:]
+    sections = json.loads((tmp_path / "gpu-cpu.json").read_text())["sections"]
+    assert [section["end"] for section in sections.values()] == ["done"] * 6
+    assert sections["tests"]["tests"] > 5 and not sections["tests"]["failed"]
+    for name in ("training", "families", "profile"):
+        for run in sections[name]["runs"]:
+            assert run["samples_per_s"] > 0 and run["estimate_gib"] > 0, run
+    (profiled,) = sections["profile"]["runs"]
+    assert 0.9 < sum(profiled["profile"]["shares"].values()) < 1.1
+    for label in ("trl", "trl-tuned"):
+        (result,) = sections[label]["peers"]
+        assert result["identical_batches"] and set(result["ratio"]) == {label}
+        # Same weights, batches and optimizer: only the order of floating-point sums may differ.
+        assert result["max_relative_loss_difference"][label] < 1e-5
+        assert result["losses"]["mmtrain"][-1] < result["losses"]["mmtrain"][0]
+    assert "| trl-tuned |" in (tmp_path / "gpu-cpu.md").read_text()
 
 
 def test_bf16_is_left_out_with_a_line_where_it_is_emulated() -> None:

@@ -48,6 +48,8 @@ def test_mlflow_has_the_run(launched: Path) -> None:
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
     assert run.data.params["components.llm.r"] == "4" and run.data.tags["digest.data.train"]
+    declared = json.loads(run.data.tags["mmtrain.metric.val/accuracy"])
+    assert declared == {"larger_is_better": True, "unit": "%"}
     assert len(client.get_metric_history(run.info.run_id, "train/loss")) == 6
     names = {item.path for item in client.list_artifacts(run.info.run_id)}
     assert {"adapter", "full", "evaluation", "run.yaml"} <= names
@@ -80,7 +82,13 @@ def test_report_and_compare_read_it_back(launched: Path, tmp_path: Path) -> None
     uri = f"sqlite:///{launched.parent}/mlflow.db"
     table = tmp_path / "table.csv"
     arguments = ("compare", "commands", "--uri", uri, "--by", "components.llm.r")
-    tiny.run_cli(*arguments, "--metric", "val/accuracy", "--csv", str(table))
+    shown = tiny.run_cli(*arguments, "--metric", "val/accuracy", "--csv", str(table)).stdout
+    assert "val/accuracy (higher is better)" in shown and " %" in shown
+    # What the loop measures has a direction, too; a learning rate has none.
+    shown = tiny.run_cli(*arguments, "--metric", "memory/peak_gib").stdout
+    assert "memory/peak_gib (lower is better)" in shown and "in GiB" in shown
+    refused = tiny.run_cli(*arguments, "--metric", "train/lr", check=False)
+    assert refused.returncode == 2 and "Give --mode max" in refused.stderr
     assert "components.llm.r" in table.read_text() or "r" in table.read_text().splitlines()[0]
 
 

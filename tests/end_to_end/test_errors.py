@@ -6,6 +6,9 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from mmtrain.__main__ import main
 from tests import tiny
 
 
@@ -48,6 +51,22 @@ def test_a_busy_port(tiny_checkpoint: Path, digit_shards: Path, tmp_path: Path) 
         port = str(holder.getsockname()[1])
         line = fault_line("launch", file, "--ranks", "2", "--master-port", port)
     assert f"port {port} is busy" in line and "--master-port" in line
+
+
+def test_pictures_that_cannot_be_read(
+    tiny_checkpoint: Path, digit_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process: each is found before anything is loaded."""
+    file = run_file(tmp_path, tiny_checkpoint, digit_shards)
+    (tmp_path / "page.jpg").write_text("<html>not a picture</html>")
+    for path, told in (
+        (tmp_path / "page.jpg", "no picture that can be read here. Give an intact JPEG"),
+        (tmp_path / "none.png", "there is no such file. Correct the path."),
+        (tmp_path, "there is no such file. Correct the path."),
+        (Path("/dev/zero"), "there is no such file. Correct the path."),
+    ):
+        assert main(["predict", file, "--image", str(path), "What is it?"]) == 2
+        assert capsys.readouterr().err.startswith(f"error: --image {path}: {told}")
 
 
 def test_evaluating_what_is_no_run(tmp_path: Path) -> None:

@@ -5,25 +5,24 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from mmtrain.build import resolve
 from mmtrain.commands import check
-from mmtrain.commands.census import count
-from mmtrain.config.memory import CONTEXT_BYTES, Blocks, Sizes, memory_per_rank_bytes
-from mmtrain.config.schema import ComponentConfig
+from mmtrain.config.schema import ComponentConfig, ParallelConfig
+from mmtrain.config.yaml_text import parse
 from mmtrain.data.manifest import FORMAT_VERSION
 from mmtrain.errors import ConfigError, DataError
 from mmtrain.peft.placement import chosen_layers, chosen_roles, select
 
 ROOT = Path(__file__).resolve().parents[2]
+CARD_GIB = 78  # of an "80 GB" card
 LORA = {"mode": "peft", "method": "lora", "r": 128, "alpha": 256}
 BASE_7B, BASE_13B = 7_062_902_784, 13_350_839_296
 CONNECTOR_7B, CONNECTOR_13B = 20_979_712, 31_467_520
@@ -97,8 +96,15 @@ def test_thirteen_billion_parameters_in_seconds(run_check: Check) -> None:
 
 def test_model_and_components_are_enough_and_the_batch_is_planned(run_check: Check) -> None:
     data = run_data("tiny", llm={"mode": "full"})
-    memory = json.loads(run_check(data, "--json", "--world-size", "4", "--tokens", "100"))["memory"]
+    arguments = ["--json", "--world-size", "4", "--tokens", "100"]
+    memory = json.loads(run_check(data, *arguments))["memory"]
     assert (memory["world_size"], memory["tokens_per_sample"]) == (4, 100)
+    assert memory["answer_tokens_per_sample"] == 32
+    longer = json.loads(run_check(data, *arguments, "--answer-tokens", "64"))["memory"]
+    assert longer["answer_tokens_per_sample"] == 64
+    assert longer["gib_per_rank"]["zero1"] > memory["gib_per_rank"]["zero1"]
+    parts = memory["parts_gib_per_rank"]["zero1"]
+    assert sum(parts.values()) == pytest.approx(memory["gib_per_rank"]["zero1"])
     with pytest.raises(ConfigError, match="no multiple of micro_batch 16 x 3 ranks"):
         run_check(data, "--world-size", "3")
 
@@ -154,58 +160,49 @@ def run_files() -> list[Path]:
 
 
 @pytest.mark.parametrize("file", run_files(), ids=lambda file: file.stem)
-def test_examples_pass(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_examples_pass_and_fit(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # The demo makes its own checkpoints, of the tiny preset's shape.
     made = "demo_output/" in file.read_text()
     overrides = ["model.checkpoint=null", "model.preset=tiny"] if made else []
     arguments = argparse.Namespace(
-        run_file=str(file), overrides=overrides, json=False, world_size=None, tokens=None
+        run_file=str(file),
+        overrides=overrides,
+        json=True,
+        world_size=None,
+        tokens=None,
+        answer_tokens=None,
     )
     assert check.run(arguments) == 0
-    assert "trainable" in capsys.readouterr().out
+    report = json.loads(capsys.readouterr().out)
+    assert report["trainable_params"] > 0
+    memory = report["memory"]
+    assert memory["gib_per_rank"][f"zero{memory['zero_stage']}"] < CARD_GIB
+
+
+def published_runs() -> list[dict[str, Any]]:
+    """The README's run file and the bases of the packaged studies."""
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    studies = [file.read_text() for file in (ROOT / "ray_tune" / "studies").glob("*.yaml")]
+    found = [parse(text)[0] for text in [*blocks, *studies]]
+    return [data.get("base", data) for data in found if "model" in data.get("base", data)]
+
+
+def test_the_readme_and_the_studies_hold_no_more_than_the_example_that_fits() -> None:
+    example = parse((ROOT / "docs/examples/scienceqa-lora-7b.yaml").read_text())[0]
+    runs = published_runs()
+    assert len(runs) == 3
+    for run in runs:
+        assert "llava-1.5-7b" in run["model"]["checkpoint"]
+        assert run["parallel"] == {"deepspeed": ParallelConfig().deepspeed}  # the example's
+        for component in ("connector", "llm"):
+            sizes = ("mode", "method", "sublayers", "r")
+            ours, theirs = (data["components"][component] for data in (run, example))
+            assert [ours.get(key) for key in sizes] == [theirs.get(key) for key in sizes]
+        assert run["optim"]["micro_batch"] <= example["optim"]["micro_batch"]
 
 
 def test_there_are_examples() -> None:
     assert len(run_files()) >= 5
-
-
-SIZES = Sizes(
-    weights=1000,
-    trainable=100,
-    bytes_per_weight=2,
-    blocks=[Blocks(num_blocks=4, hidden=8, kv_width=8, mlp_width=16, num_tokens=10)],
-    vocabulary=0,
-    num_label_tokens=0,
-    num_live_parameters=300,
-    activation_checkpointing=False,
-)
-
-
-def test_memory_by_stage() -> None:
-    activations = 10 * 4 * (6 * 8 + 2 * 8 + 3 * 16) * 2
-    rest = memory_per_rank_bytes(SIZES, world_size=4)
-    assert {stage: size - CONTEXT_BYTES - activations for stage, size in rest.items()} == {
-        0: 2000 + 200 + 1200,
-        1: 2000 + 200 + 300,
-        2: 2000 + 50 + 300,
-        3: 500 + 50 + 300 + 600,
-    }
-    recomputed = replace(SIZES, activation_checkpointing=True)
-    kept = memory_per_rank_bytes(recomputed, 4)[0] - CONTEXT_BYTES - 3400
-    assert kept == 10 * (4 * 8 + (6 * 8 + 2 * 8 + 3 * 16)) * 2
-
-
-def test_backward_stops_below_the_lowest_layer_that_trains() -> None:
-    def depths(**components: Any) -> list[int]:
-        config = resolve(run_data("llava-1.5-7b", **components))
-        return [part.num_blocks for part in count(config).blocks]
-
-    assert depths(llm=LORA | {"layers": "last-4"}) == [4]
-    assert depths(llm=LORA | {"layers": [3, 30]}) == [29]
-    assert depths(llm=LORA | {"layers": "last-4"}, connector={"mode": "full"}) == [32]
-    assert depths(vision=LORA | {"layers": "last-2"}) == [32, 2]
-    assert depths(llm={"mode": "full"}) == [32]
-    assert depths() == []
 
 
 # --- placement without a model -------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,10 @@ def test_state_survives_a_checkpoint() -> None:
     assert after == before
 
 
-def test_an_unknown_metric_is_an_error_with_the_nearest_name() -> None:
-    with pytest.raises(TrainingError, match="did you mean 'accuracy'"):
-        stopping(metric="acuracy").update({"val/loss": 1.0, "val/accuracy": 0.5}, 1)
+def test_a_metric_that_validation_does_not_give_is_an_error_with_the_nearest_name() -> None:
+    fault = "validate.metric: validation gives no 'accuracy'; did you mean 'accuracy_image'"
+    with pytest.raises(TrainingError, match=re.escape(fault)):
+        stopping(metric="accuracy").update({"val/loss": 1.0, "val/accuracy_image": 0.5}, 1)
 
 
 def test_a_run_stops_when_patience_runs_out_and_keeps_best_and_last(

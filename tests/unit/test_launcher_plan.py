@@ -207,7 +207,9 @@ def test_dry_run_shows_names_but_no_values_and_starts_nothing(
     monkeypatch.chdir(tmp_path)
     parser = argparse.ArgumentParser()
     command.configure(parser)
-    assert command.run(parser.parse_args(["RUN.yaml", "seed=1", "--ranks", "2", "--dry-run"])) == 0
+    overrides = ["seed=1", "tracking.tags.token=hunter2"]
+    arguments = ["RUN.yaml", *overrides, "--ranks", "2", "--dry-run"]
+    assert command.run(parser.parse_args(arguments)) == 0
     shown = capsys.readouterr().out
     assert "TOKEN" in shown and "hunter2" not in shown
     assert "localhost: ranks 0-1 of 2" in shown and "train RUN.yaml seed=1" in shown
@@ -228,7 +230,8 @@ def test_a_wrong_run_file_is_reported_once_before_anything_starts(tmp_path: Path
         (["--include", "a"], "need a --hostfile"),
         (["--ranks", "0"], "give 1 or more"),
         (["--ranks", "2", "--hostfile", "H"], "for this machine only"),
-        (["--hostfile", "/nowhere"], "cannot be read"),
+        (["--hostfile", "/nowhere"], "no such file; give the path of a hostfile"),
+        (["--hostfile", "/dev/zero"], "more than 256 KiB are no settings"),
     ],
 )
 def test_wrong_arguments(tmp_path: Path, arguments: list[str], message: str) -> None:

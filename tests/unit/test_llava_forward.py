@@ -64,7 +64,7 @@ def test_logits_of_a_mixed_batch_equal_transformers(loaded: LoadedModel, referen
         wanted = alone(reference, one)
         assert wanted.abs().max() > 0.5, "weights too small to tell anything"
         difference = (ours[row, : len(one.input_ids)] - wanted).abs().max()
-        assert difference <= TOLERANCE, (one.id, float(difference))
+        assert difference <= TOLERANCE * wanted.abs().max(), (one.id, float(difference))
 
 
 def test_loss_is_the_sum_over_answer_tokens(loaded: LoadedModel, reference: Any) -> None:
@@ -164,7 +164,8 @@ def test_unpadded_vocabulary(folder: Path, reference: Any, tmp_path: Path) -> No
         ours = logits_of(unpadded.model, batch)
     for row, one in enumerate(examples):
         wanted = alone(reference, one)[:, :size]
-        assert (ours[row, : len(one.input_ids)] - wanted).abs().max() <= TOLERANCE
+        difference = (ours[row, : len(one.input_ids)] - wanted).abs().max()
+        assert difference <= TOLERANCE * wanted.abs().max()
     answers = FAMILY.generate(unpadded.model, unpadded.processor, examples, GREEDY)
     assert len(answers) == len(examples)
 

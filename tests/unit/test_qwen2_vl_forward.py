@@ -82,7 +82,7 @@ def test_logits_of_a_mixed_batch_equal_transformers(pair: Pair) -> None:
         wanted = alone(pair, one)
         assert wanted.abs().max() > 0.5, "weights too small to tell anything"
         difference = (ours[row, : len(one.input_ids)] - wanted).abs().max()
-        assert difference <= TOLERANCE, (one.id, float(difference))
+        assert difference <= TOLERANCE * wanted.abs().max(), (one.id, float(difference))
 
 
 def test_loss_is_the_sum_over_answer_tokens(pair: Pair) -> None:

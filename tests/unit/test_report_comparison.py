@@ -178,6 +178,9 @@ def test_units_are_shown_and_only_shares_become_percent() -> None:
         "best setting: lr 1, 3.875 ± 4.8 GiB over 2 runs",
         "gain over the unadapted base (1 GiB): +0.5 GiB",
     ]
+    table = markdown(compare(rows, ["lr"], memory)).splitlines()
+    assert table[0] == "| lr | n | mean ± std in GiB | best | best run |"
+    assert table[2] == "| 1 | 2 | 3.875 ± 4.8 | 0.5 | b |", "a unit stands once in a table"
     plain = Metric("memory", larger_is_better=True)
     assert headline(compare(rows, [], plain)) == ["best run: a with memory 7.25"]
 

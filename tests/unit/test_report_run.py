@@ -6,15 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from mmtrain.commands import compare as compare_command
 from mmtrain.commands import report as report_command
 from mmtrain.config.schema import TrackingConfig
 from mmtrain.errors import MmtrainError
+from mmtrain.report import plot
 from mmtrain.report.summary import results, summarize
 from mmtrain.tasks.interface import Metric, validation_metrics
 from mmtrain.tracking.declared import DECLARED_NAME, as_fields, as_tags
-from mmtrain.tracking.journal import RunJournal
+from mmtrain.tracking.journal import JournalEntry, RunJournal
 from mmtrain.tracking.tracker import Status, Tracker
 
 SPEED = Metric("train/samples_per_s", larger_is_better=True, unit="samples/s")
@@ -58,6 +60,28 @@ def test_of_two_shares_the_declared_direction_decides_which_step_is_best(run_dir
     upside_down = [replace(ACCURACY, larger_is_better=False)]
     (run_dir / DECLARED_NAME).write_text(json.dumps(as_fields(upside_down)))
     assert results(summarize(run_dir))["best val/accuracy"] == "10.0 % at step 10"
+
+
+def test_curves_share_axes_by_unit_and_say_which_way_is_better(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    figure = Figure()
+    monkeypatch.setattr(plot, "_png", lambda draw, width, height: draw(figure) or b"")
+    words = Metric("val/answer_words", larger_is_better=True, unit="words")
+    declared = {each.name: each for each in (ACCURACY, RATE, words)}
+    measured = {"val/accuracy": 0.25, RATE.name: 0.5, words.name: 7.0, "val/old": 3.0}
+    entries = [JournalEntry(step, 0.0, 0.0, measured | {"val/loss": 2.0}) for step in (1, 2)]
+    plot.run_png(entries, declared)
+    shown = [{text.get_text() for text in axis.get_legend().get_texts()} for axis in figure.axes]
+    assert shown == [
+        {"val/loss"},
+        {"val/accuracy ↑", "val/hallucination_rate ↓"},
+        {"val/answer_words ↑"},
+        {"val/old"},
+    ]
+    ticks = [axis.yaxis.get_major_formatter()(0.5) for axis in figure.axes]
+    assert ticks[1] == "50 %" and ticks[0] != "50 %"
+    assert [axis.get_ylabel() for axis in figure.axes] == ["", "", "words", ""]
 
 
 def test_a_run_of_an_older_version_has_no_best_rather_than_a_guessed_one(run_dir: Path) -> None:

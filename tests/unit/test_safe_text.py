@@ -16,7 +16,7 @@ from mmtrain.errors import ConfigError, MmtrainError
 from mmtrain.safe_text import MAX_LINE_CHARS, presentable, redact_user_text, redacted
 from mmtrain.tracking.fields import flatten
 from mmtrain.training.progress import set_up_logging
-from mmtrain.training.run_folder import prepare
+from mmtrain.training.run_folder import make_folder, store_run
 
 CANARY = "hunter2"
 URL = f"http://user:{CANARY}@host"
@@ -124,7 +124,7 @@ def test_wrong_arguments_are_repeated_safely(capsys: pytest.CaptureFixture[str])
 def test_logs_stored_run_files_and_parameters_keep_no_secret(tmp_path: Path) -> None:
     tags = {"password": CANARY, "note": URL, "plain": "stays"}
     run = parse_run({**RUN, "output_dir": str(tmp_path), "tracking": {"uri": URL, "tags": tags}})
-    prepare(run)
+    store_run(run, make_folder(run))
     stored = load_run_file(tmp_path / "run.yaml").tracking
     assert stored.tags == {"password": "***", "note": "http://***@host", "plain": "stays"}
     assert CANARY not in str(flatten(run.model_dump()))

@@ -34,14 +34,6 @@ from tests.tiny import free_port
 from tests.unit.test_study import BASE
 
 ACCURACY = Metric("val/accuracy", larger_is_better=True, unit="%")
-# As Ray 2.60 says it, shortened in the middle.
-RAYS_PARAGRAPH = """\
-1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.2, \
-ID: 05dae6) was 22.41GB used / 23.59GB limit (0.950020)
-OOM kill reason: Memory usage 24063379968B exceeded threshold of 24059061043B (95.0% of …)
-Refer to the documentation on how to address the out of memory issue: https://docs.ray.io/en/… \
-Consider provisioning more memory on this node or reducing task parallelism …
-"""
 
 
 def a_study(folder: Path, **changes: Any) -> Study:
@@ -274,23 +266,6 @@ def test_a_trial_without_the_metric_has_failed(tmp_path: Path) -> None:
     assert "did you mean 'val/accurracy'?" in second.reason
 
 
-def test_a_driver_that_ran_out_of_memory_is_explained_in_our_words(tmp_path: Path) -> None:
-    from ray_tune import events
-    from ray_tune.progress import View
-
-    study = a_study(tmp_path)
-    journal = open_journal(study, expand(study), ACCURACY, resume=False)
-    callback = events.StudyCallback(study, journal, View(journal), lambda: "")
-    first, second = list(journal.records.values())[:2]
-    for record, text in ((first, RAYS_PARAGRAPH), (second, "Traceback …\n\nKeyError: 'a'\n\n")):
-        trial = SimpleNamespace(config={"trial": record.name}, get_error=lambda: text)
-        callback.on_trial_start(0, [], trial)
-        callback.on_trial_error(0, [], trial)
-    assert first.reason.startswith("its driver died: out of memory on its machine (22.41GB used")
-    assert "docs.ray.io" not in first.reason and "\n" not in first.reason
-    assert second.reason == "its driver died: KeyError: 'a'"
-
-
 def test_validations_that_nobody_heard_are_read_from_the_run(tmp_path: Path) -> None:
     from ray_tune import events
     from ray_tune.progress import View
@@ -390,39 +365,6 @@ def test_the_token_of_the_private_ray_is_its_users_own(tmp_path: Path) -> None:
     assert stat.S_IMODE(os.stat(token).st_mode) == 0o600
     assert environment["RAY_AUTH_MODE"] == "token"
     assert token.read_text() not in "".join(environment.values())
-
-
-def test_a_failure_is_one_line_of_the_rank_that_caused_it() -> None:
-    from ray.exceptions import OutOfMemoryError
-    from ray.train.v2._internal.exceptions import (
-        UserExceptionWithTraceback,
-        WorkerHealthCheckFailedError,
-    )
-    from ray.train.v2.api.exceptions import WorkerGroupError
-
-    from ray_tune.failures import RankFailure, failure_in_words
-
-    def failed(**ranks: Exception) -> str:
-        failures = {int(rank[-1]): error for rank, error in ranks.items()}
-        return failure_in_words(WorkerGroupError("", failures))
-
-    echo = RankFailure("RuntimeError: [gloo/pair.cc:547] Connection closed by peer [127.0.0.1]")
-    cause = RankFailure("step 3: the loss is NaN. Lower optim.lr.")
-    assert failed(rank0=echo, rank1=cause) == f"rank 1: {cause}"
-    assert failed(rank0=echo) == f"rank 0: {echo}"
-    wrapped = UserExceptionWithTraceback(ValueError("first\n  last line\n"), "Traceback …")
-    assert failed(rank3=wrapped) == "rank 3: ValueError: last line"
-    died = RuntimeError("The actor is dead because its worker process has died. Worker exit …")
-    assert failed(rank0=echo, rank1=died).startswith("rank 1: its process was killed or crashed")
-    starved = OutOfMemoryError(RAYS_PARAGRAPH)
-    expected = (
-        "rank 1: out of memory on its machine (22.41GB used / 23.59GB limit); lower max_concurrent"
-        " or ranks_per_trial in the study, or optim.micro_batch in its base"
-    )
-    assert failed(rank0=echo, rank1=starved) == expected
-    polled = WorkerHealthCheckFailedError("A worker health check failed.", failure=starved)
-    assert failed(rank0=echo, rank1=polled) == expected
-    assert failure_in_words(ValueError("no\nranks here")) == "ranks here"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import torch
 
 from mmtrain.models import answers, batching
 from mmtrain.models.families.qwen2_vl.encoding import num_tokens
-from mmtrain.models.families.qwen2_vl.shapes import USUAL_PICTURE_SIDE, picture_tokens
+from mmtrain.models.families.qwen2_vl.shapes import picture_tokens
 from mmtrain.models.interface import Batch, BatchSize, Example
 
 COLOURS = 3
@@ -31,21 +32,18 @@ def collate(examples: Sequence[Example], processor: Any) -> Batch:
 
 def planned_batch(config: Any, size: BatchSize) -> Batch:
     """A batch of this size with square pictures of the usual size, to measure what it costs."""
-    vision = config.vision_config
-    merge, patch, frames = (
-        vision.spatial_merge_size,
-        vision.patch_size,
-        vision.temporal_patch_size,
-    )
-    side = USUAL_PICTURE_SIDE // (patch * merge) * merge
+    vision, image_id = config.vision_config, config.image_token_id
+    patch, frames = vision.patch_size, vision.temporal_patch_size
     cutter = SimpleNamespace(temporal_patch_size=frames, patch_size=patch)
     processor = SimpleNamespace(
-        merge_size=merge, image_token_id=config.image_token_id, image_processor=cutter
+        merge_size=vision.spatial_merge_size, image_token_id=image_id, image_processor=cutter
     )
-    picture = [config.image_token_id] * picture_tokens(config, "llm")
-    pixels = torch.zeros(side * side, COLOURS * frames * patch**2)
-    grid = {"grid": [(1, side, side)]}
-    return collate(batching.planned_examples(size, picture, pixels, grid), processor)
+    num_patches = picture_tokens(config, "vision")
+    side = math.isqrt(num_patches)
+    pixels = torch.zeros(num_patches, COLOURS * frames * patch**2)
+    picture = [image_id] * picture_tokens(config, "llm")
+    examples = batching.planned_examples(size, picture, pixels, {"grid": [(1, side, side)]})
+    return collate(examples, processor)
 
 
 def picture_tensors(
