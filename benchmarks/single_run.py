@@ -1,6 +1,6 @@
 """mmtrain and TRL's SFTTrainer on the same LLaVA, batches and LoRA, window by window in turn.
 
-    python -m benchmarks.single_run [--dtype fp32|bf16|both] [--windows 3] [--steps 4]
+    python -m benchmarks.single_run [--dtype fp32|bf16|both] [--windows 3] [--steps 3]
     python -m benchmarks.single_run --preset llava-1.5-7b --device cuda --dtype bf16
 
 Prints samples/s of each, the ratios, and the losses side by side; writes benchmarks/results/.
@@ -42,7 +42,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--peers", nargs="+", choices=list(TRL_OPTIONS), default=list(TRL_OPTIONS))
     parser.add_argument("--windows", type=int, default=3, help="timed windows per peer")
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps per window")
+    parser.add_argument("--steps", type=int, default=3, help="optimizer steps per window")
     parser.add_argument("--batch", type=int, default=16, help="samples per optimizer step")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads per peer")
     parser.add_argument("--deepspeed", default="zero1", help="mmtrain's parallel.deepspeed")

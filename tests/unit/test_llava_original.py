@@ -289,7 +289,7 @@ def test_check_refuses_what_training_refuses(
 ) -> None:
     def check(folder: Path) -> None:
         model = {"family": "llava", "checkpoint": str(folder)}
-        examine(resolve({"model": model}), world_size=1, tokens_per_sample=None)
+        examine(resolve({"model": model}), world_size=1)
 
     check(original)
     harm(copied(original, tmp_path / "damaged"))

@@ -135,10 +135,10 @@ def test_steps_are_cheap_in_large_sets() -> None:
     """The order of an epoch is computed once, not at every step."""
     large = stream(num_samples=1_000_000)
     large.step(0)
-    began_s = time.perf_counter()
+    began_s = time.process_time()
     for position in range(1, 101):
         large.step(position)
-    assert (time.perf_counter() - began_s) / 100 < 0.01
+    assert (time.process_time() - began_s) / 100 < 0.01
 
 
 @pytest.mark.parametrize("workers", [0, 2])
