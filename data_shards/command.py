@@ -260,7 +260,12 @@ def _counting(title: str) -> Iterator[_Counter]:
 
 @contextmanager
 def _measuring(title: str) -> Iterator[_Counter]:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TimeElapsedColumn(),
+    )
     with _progress(*columns) as progress:
         yield _Counter(progress, title)
 

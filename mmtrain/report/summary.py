@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from mmtrain.config.yaml_text import parse
 from mmtrain.errors import MmtrainError
 from mmtrain.report import html
 from mmtrain.report.plot import run_png, series_of
@@ -120,7 +121,7 @@ def _mapping(path: Path) -> dict[str, Any]:
         return {}
     text = path.read_text("utf-8")
     try:
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        content = json.loads(text) if path.suffix == ".json" else parse(text)[0]
     except (ValueError, yaml.YAMLError) as error:
         raise MmtrainError(
             f"{path} cannot be read: {error}.", "Restore it or delete it."
