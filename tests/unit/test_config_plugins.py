@@ -84,9 +84,9 @@ def test_unknown_family_role_and_template() -> None:
         ({"global_batch": 8}, None, "8 is no multiple of micro_batch 16; use micro_batch 8"),
         ({}, 16, "128 is no multiple of micro_batch 16 x 16 ranks; use micro_batch 8"),
         (
-            {"micro_batch": 10**29},
+            {"micro_batch": 2**20},
             1,
-            f"128 is no multiple of micro_batch {10**29} x 1 ranks; use micro_batch 128",
+            f"128 is no multiple of micro_batch {2**20} x 1 ranks; use micro_batch 128",
         ),
         ({}, 8, ""),
         ({"global_batch": 48, "micro_batch": 4}, 12, ""),
