@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from mmtrain.safe_text import redact, redact_uri
 from mmtrain.tracking.client import TrackingError, check_uri
 from mmtrain.tracking.fields import cut, environment_tags, flatten, valid_key
-from mmtrain.safe_text import redact, redact_uri
 from mmtrain.tracking.uri import resolve_uri, without_userinfo
 
 
