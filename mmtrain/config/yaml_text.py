@@ -136,6 +136,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def _fault(at: Any, problem: str) -> yaml.MarkedYAMLError:
+    """A fault at a node or an event."""
     return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
 
 
