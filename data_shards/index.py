@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import file_digest, sha256
-from io import BytesIO
+from io import BufferedReader, BytesIO
 from os import SEEK_END
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -67,7 +67,9 @@ def _num_bytes(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0  # a link may lead nowhere
 
 
-def _take_shard(inventory: Inventory, file: BinaryIO, path: Path, task: Task) -> Iterator[int]:
+def _take_shard(
+    inventory: Inventory, file: BufferedReader, path: Path, task: Task
+) -> Iterator[int]:
     """Add a shard; yields where each of its samples ends."""
     places, found, fault = _framing(file)
     if fault is not None:
@@ -100,7 +102,7 @@ def _take_shard(inventory: Inventory, file: BinaryIO, path: Path, task: Task) ->
     )
 
 
-def _framing(file: BinaryIO) -> tuple[list[Place], list[Run], str | None]:
+def _framing(file: BufferedReader) -> tuple[list[Place], list[Run], str | None]:
     """Members and samples of a tar, and what keeps it from being a shard."""
     places, fault = walk(file, file.seek(0, SEEK_END))
     found = runs(places)

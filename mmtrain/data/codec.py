@@ -28,10 +28,10 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_MEMBER_BYTES = 64 * 2**20
 # Well below the size at which Pillow begins to warn; 24 bits per pixel make 192 MB of this.
 MAX_PIXELS = 64_000_000
-# Families scale the short side to a size, or pad to a square: a line of one pixel's width, a few
-# bytes long, would become gigabytes.
+# What families make of a picture is bounded as well: some scale the short side up to a size, some
+# pad to a square, and a line of one pixel's width, a few bytes long, would become gigabytes.
 MAX_ASPECT_RATIO = 200
-MAX_SIDE_PIXELS = 16_384
+MAX_SIDE_PIXELS = 8_000  # a square around it has MAX_PIXELS
 DIGEST_BYTES = 16
 
 # What Pillow's readers raise on bytes that are no intact picture.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import file_digest
+from io import BufferedReader
 from os import SEEK_END
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -54,10 +54,10 @@ def verify_folder(folder: Path, progress: Progress | None = None) -> list[str]:
         problems.append(str(fault))
     refused: list[str] = []
     for shard in _shards(folder, manifest, index):
-        fault = _file_fault(shard)
-        if fault is not None:
-            problems.append(fault)
-        for end, refusal in _looked_through(shard, task) if fault is None else ():
+        damage = _file_fault(shard)
+        if damage is not None:
+            problems.append(damage)
+        for end, refusal in _looked_through(shard, task) if damage is None else ():
             refused += refusal
             _report(progress, shard.start + end, manifest.num_bytes)
         _report(progress, shard.start + shard.info.bytes, manifest.num_bytes)
@@ -131,7 +131,7 @@ def _file_fault(shard: _Shard) -> str | None:
     return f"'{shard.path}': {', '.join(faults)}; copy it again, or build the folder again."
 
 
-def _content_faults(file: BinaryIO, shard: _Shard) -> list[str]:
+def _content_faults(file: BufferedReader, shard: _Shard) -> list[str]:
     faults = []
     digest = file_digest(file, "sha256").hexdigest()
     num_bytes = file.seek(0, SEEK_END)
@@ -143,7 +143,7 @@ def _content_faults(file: BinaryIO, shard: _Shard) -> list[str]:
     return faults + _layout_faults(file, num_bytes, shard)
 
 
-def _damaged_samples(file: BinaryIO, shard: _Shard) -> list[str]:
+def _damaged_samples(file: BufferedReader, shard: _Shard) -> list[str]:
     """Which samples of a shard differ from what was built."""
     damaged = []
     for number, row in enumerate([] if shard.rows is None else shard.rows):
@@ -155,7 +155,7 @@ def _damaged_samples(file: BinaryIO, shard: _Shard) -> list[str]:
     return [f"{len(damaged)} of {shard.info.samples} samples are damaged ({_listed(damaged)})"]
 
 
-def _layout_faults(file: BinaryIO, num_bytes: int, shard: _Shard) -> list[str]:
+def _layout_faults(file: BufferedReader, num_bytes: int, shard: _Shard) -> list[str]:
     """Faults of the tar framing: lost, cut or interleaved members."""
     places, fault = walk(file, num_bytes)
     faults = [fault] if fault else []
