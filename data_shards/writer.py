@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,12 @@ class ShardWriter:
             )
         inventory = take_inventory(self._folder, task)
         if inventory.problems:
-            more = len(inventory.problems) - _NAMED_AT_MOST
+            # Shards by their names alone: the folder is gone when this is read.
+            named = [p.replace(f"{self._folder}/", "") for p in inventory.problems[:_NAMED_AT_MOST]]
+            more = len(inventory.problems) - len(named)
             raise DataError(
                 f"{len(inventory.problems)} of {self._samples} samples cannot be trained on:",
-                " ".join(inventory.problems[:_NAMED_AT_MOST]) + f" And {more} more." * (more > 0),
+                " ".join(named) + f" And {more} more." * (more > 0),
             )
         return write_manifest(self._folder, inventory, task, split, seed, limit, build_options)
 
@@ -72,16 +75,28 @@ class _Tar:
         from webdataset import TarWriter
 
         self._file = path.open("wb")
-        self._writer = TarWriter(self._file, user="", group="", mode=0o644, mtime=0, encoder=False)
+        # webdataset writes into memory: a full disk is then met by our own write alone, not once
+        # more when Python clears its stream away.
+        self._buffer = BytesIO()
+        self._writer = TarWriter(
+            self._buffer, user="", group="", mode=0o644, mtime=0, encoder=False
+        )
 
     def append(self, sample: Sample, key: str) -> None:
         """Add all members of one sample."""
         members = {name.removeprefix(f"{key}."): data for name, data in encode_sample(sample, key)}
         self._writer.write({"__key__": key, **members})
+        self._drain()
 
     def close(self) -> None:
         """End the tar and wait until it is on the disk."""
         self._writer.close()
+        self._drain()
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+
+    def _drain(self) -> None:
+        self._file.write(self._buffer.getvalue())
+        self._buffer.seek(0)
+        self._buffer.truncate()

@@ -54,10 +54,10 @@ def verify_folder(folder: Path, progress: Progress | None = None) -> list[str]:
         problems.append(str(error))
     refused: list[str] = []
     for shard in _shards(folder, manifest, index):
-        fault = _file_fault(shard)
-        if fault is not None:
-            problems.append(fault)
-        for end, refusal in _looked_through(shard, task) if fault is None else ():
+        damage = _file_fault(shard)
+        if damage is not None:
+            problems.append(damage)
+        for end, refusal in _looked_through(shard, task) if damage is None else ():
             refused += refusal
             _report(progress, shard.start + end, manifest.num_bytes)
         _report(progress, shard.start + shard.info.bytes, manifest.num_bytes)

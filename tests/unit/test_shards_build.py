@@ -8,6 +8,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -216,9 +218,10 @@ def test_unsound_samples_are_refused_with_their_names(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         writer.finish("digits", "train", 0, None, {})
     assert "4 of 5 samples cannot be trained on" in str(caught.value)
+    assert str(tmp_path) not in str(caught.value), "a folder that is gone"
     for fault in (
         "two samples have the id 'a', the first in shard-000000.tar",
-        "shard-000001.tar': sample 'b': its answer 'yes' is none of its 1 choices",
+        "'shard-000001.tar': sample 'b': its answer 'yes' is none of its 1 choices",
         "sample 'c' has no answer",
         "'question' is null, not a text",
     ):
@@ -276,6 +279,22 @@ def test_no_space_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
         with published(tmp_path / "train"):
             with open("/dev/full", "w") as full:  # the kernel's own full disk
                 full.write("x" * 10_000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_met_once(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk: nothing but our line on the terminal."""
+    program = (
+        "import resource, signal, sys\n"
+        "from mmtrain.__main__ import main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
+        f"sys.exit(main(['shards', 'build', 'digits', '--out', {str(tmp_path)!r}]))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == DataError.exit_code
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: cannot write") and "File too large; free space" in line
     assert list(tmp_path.iterdir()) == []
 
 
