@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.netns import ADDRESSES, INTERFACE, TwoHosts, described, two_hosts, why_not
-from tests.tiny import build_digits, read_metrics, run_data, write_checkpoint, write_run
+from tests.tiny import AVX2, build_digits, read_metrics, run_data, write_checkpoint, write_run
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_TEXT = "name: two-hosts\n"
@@ -266,7 +266,11 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("training")
     write_checkpoint(folder / "base")
     build_digits(folder / "digits")
-    (folder / ".deepspeed_env").write_text("DS_ACCELERATOR=cpu\nCUDA_VISIBLE_DEVICES=\n")
+    # Where this process plays another CPU, its ranks play the same under either launcher.
+    cpu = {name: os.environ[name] for name in AVX2 if name in os.environ}
+    ranks = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", **cpu}
+    lines = "".join(f"{name}={value}\n" for name, value in ranks.items())
+    (folder / ".deepspeed_env").write_text(lines)
     return folder
 
 
