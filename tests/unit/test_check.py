@@ -20,6 +20,7 @@ from mmtrain.config.yaml_text import parse
 from mmtrain.data.manifest import FORMAT_VERSION
 from mmtrain.errors import ConfigError, DataError
 from mmtrain.peft.placement import chosen_layers, chosen_roles, select
+from tests.soaks import cases
 
 ROOT = Path(__file__).resolve().parents[2]
 CARD_GIB = 78  # of an "80 GB" card
@@ -159,7 +160,12 @@ def run_files() -> list[Path]:
     return [file for file in files if "model" in (yaml.safe_load(file.read_text()) or {})]
 
 
-@pytest.mark.parametrize("file", run_files(), ids=lambda file: file.stem)
+# Planning a 7B takes seconds: one run of each kind always, the others in test-all.
+ALWAYS = ("digits-tiny", "instructblip-paper-qformer-lora", "qwen-vl-connector", "base", "adapt")
+QUICK = [file for file in run_files() if file.stem in ALWAYS]
+
+
+@pytest.mark.parametrize("file", cases(QUICK, run_files()), ids=lambda file: file.stem)
 def test_examples_pass_and_fit(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # The demo makes its own checkpoints, of the tiny preset's shape.
     made = "demo_output/" in file.read_text()
