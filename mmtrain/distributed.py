@@ -9,7 +9,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -21,6 +21,7 @@ from mmtrain import network, ranks
 from mmtrain.errors import ConfigError, LaunchError
 
 _joined = False
+_TORCHS_LINEAR = torch.nn.functional.linear
 
 
 @dataclass(frozen=True)
@@ -178,8 +179,9 @@ def prepare_deepspeed(config: Mapping[str, Any]) -> None:
 def sharded_construction(deepspeed_config: Mapping[str, Any] | None) -> Iterator:
     """Inside, every module's parameters are sharded as soon as they are made (ZeRO-3 only)."""
     if deepspeed_config is None:
-        with nullcontext():
-            yield
+        # ZeRO-3 replaces it for good: a later run of this process would round as ZeRO-3 does.
+        setattr(torch.nn.functional, "linear", _TORCHS_LINEAR)
+        yield
         return
     import deepspeed
 
