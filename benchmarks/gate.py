@@ -129,7 +129,7 @@ def synchronizer(device: str) -> Callable[[], None]:
 
 
 def batch_digest(tensors: Mapping[str, Any]) -> str:
-    """What identifies a batch: its token ids, whatever it is padded with, and picture values."""
+    """What identifies a batch: its token ids, whatever it is padded with, and image values."""
     import hashlib
 
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""What both sides train: a LLaVA folder with random weights, and shards of real digit pictures."""
+"""What both sides train: a LLaVA folder with random weights, and shards of real digit images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mmtrain.models.families.llava import IMAGE_TOKEN, SYSTEM
 from mmtrain.models.weights import initialise_weights
 
 WARM_UP_WINDOWS = 1
-# Pictures are prepared within the step on a CPU: threads ahead of it would work between windows.
+# Images are prepared within the step on a CPU: threads ahead of it would work between windows.
 DATA_WORKERS = {"cpu": 0, "cuda": 4}
 # About 30 M parameters and 102 tokens per sample: what 2 CPU cores train at several samples/s.
 SMALL: Mapping[str, Any] = dict(
@@ -102,18 +102,18 @@ def write_samples(task: str, shards: Path, folder: Path, max_steps: int, batch: 
     """The samples in mmtrain's order as TRL reads them; their texts."""
     render = next(iter(plugins.load("task", task).templates.values()))
     source = ShardFolder.open(shards)
-    pictures = folder / "pictures"
-    pictures.mkdir()
+    images = folder / "images"
+    images.mkdir()
     rows = []
     for position in range(max_steps + 1):
         for index in plan_step(position, len(source), batch, SEED)[1]:
             sample = source.read(int(index))
             rendered = render(sample)
-            picture = pictures / f"{index}.{sample.images[0].extension}"
-            picture.write_bytes(sample.images[0].data)
+            image = images / f"{index}.{sample.images[0].extension}"
+            image.write_bytes(sample.images[0].data)
             prompt = f"<s>{SYSTEM} USER: {IMAGE_TOKEN}\n{rendered.turns[-1].text} ASSISTANT:"
             completion = f" {rendered.target}</s>"
-            rows.append({"prompt": prompt, "completion": completion, "picture": str(picture)})
+            rows.append({"prompt": prompt, "completion": completion, "image": str(image)})
     (folder / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return [row["prompt"] + row["completion"] for row in rows]
 

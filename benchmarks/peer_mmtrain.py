@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from benchmarks.gate import Gate, batch_digest, read_job, synchronizer
 from benchmarks.shapes import random_weights
-from mmtrain.build import resolve
+from mmtrain.resolve import resolve
 from mmtrain.training import loop
 from mmtrain.training.run import run_training
 from mmtrain.training.step import StepResult, train_step

@@ -51,12 +51,12 @@ class Pace(TrainerCallback):
 
 
 def dataset(samples_file: Path) -> Dataset:
-    """The samples in training order, pictures still encoded, as TRL's documentation has them."""
+    """The samples in training order, images still encoded, as TRL's documentation has them."""
     rows = []
     for line in samples_file.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        picture = {"bytes": None, "path": row["picture"]}
-        rows.append({"prompt": row["prompt"], "completion": row["completion"], "image": picture})
+        image = {"bytes": None, "path": row["image"]}
+        rows.append({"prompt": row["prompt"], "completion": row["completion"], "image": image})
     return Dataset.from_list(rows).cast_column("image", Image())
 
 
@@ -123,7 +123,7 @@ def base_model(job: dict[str, Any]) -> Any:
 
 
 def processor(folder: str) -> Any:
-    """The folder's processor, its pictures prepared as on the other side: batches are compared."""
+    """The folder's processor, its images prepared as on the other side: batches are compared."""
     found: Any = AutoProcessor.from_pretrained(folder)
     found.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     return found

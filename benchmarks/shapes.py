@@ -31,15 +31,15 @@ WORDS = (
     " iron salt ice sun sea ant egg root"
 ).split()
 CHOICES = ("sand", "fish", "iron", "salt")
-PICTURE_SIDE = 336
+IMAGE_SIDE = 336
 # Words of question and choices, so that a sample has about the tokens that ScienceQA's have.
 MEDIAN_WORDS, SPREAD, LEAST_WORDS, MOST_WORDS = 90, 0.6, 20, 400
-# Pictures of the size above stay as they are in families that keep a picture's size.
+# Images of the size above stay as they are in families that keep an image's size.
 PIXEL_RANGE = {"shortest_edge": 56 * 56, "longest_edge": 1024 * 1024}
 
 
 def write_shards(folder: Path, num_samples: int) -> list[str]:
-    """Questions as long as ScienceQA's, each with a picture; their texts."""
+    """Questions as long as ScienceQA's, each with an image; their texts."""
     folder.mkdir(parents=True)
     writer = ShardWriter(folder)
     drawn = random.Random(WEIGHT_SEED)
@@ -50,7 +50,7 @@ def write_shards(folder: Path, num_samples: int) -> list[str]:
         answer = drawn.randrange(len(CHOICES))
         sample = Sample(
             id=f"question-{number}",
-            images=(ImageBytes("jpg", _picture(drawn)),),
+            images=(ImageBytes("jpg", _image(drawn)),),
             question=" ".join(words),
             answers=(CHOICES[answer],),
             choices=CHOICES,
@@ -62,12 +62,12 @@ def write_shards(folder: Path, num_samples: int) -> list[str]:
     return texts
 
 
-def _picture(drawn: random.Random) -> bytes:
+def _image(drawn: random.Random) -> bytes:
     from PIL import Image
 
     coarse = Image.frombytes("RGB", (8, 8), drawn.randbytes(3 * 64))
     buffer = BytesIO()
-    coarse.resize((PICTURE_SIDE, PICTURE_SIDE)).save(buffer, "JPEG")
+    coarse.resize((IMAGE_SIDE, IMAGE_SIDE)).save(buffer, "JPEG")
     return buffer.getvalue()
 
 
@@ -78,10 +78,10 @@ def write_folder(folder: Path, family_name: str, preset: str, texts: Sequence[st
     with patch.object(tiny, "write_model", _write_names):
         family.write_tiny(folder, [*texts, *CHOICES, "A. B. C. D. , "], WEIGHT_SEED, preset)
     _restore_vocabulary(folder / "config.json", family.presets[preset])
-    pictures = folder / "preprocessor_config.json"
-    if pictures.exists() and family_name == "qwen2_vl":
-        stored = json.loads(pictures.read_text())
-        pictures.write_text(json.dumps({**stored, "size": PIXEL_RANGE}))
+    images = folder / "preprocessor_config.json"
+    if images.exists() and family_name == "qwen2_vl":
+        stored = json.loads(images.read_text())
+        images.write_text(json.dumps({**stored, "size": PIXEL_RANGE}))
 
 
 def _write_names(family: Any, config: Any, folder: Path, *_: Any) -> None:

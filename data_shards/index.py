@@ -24,12 +24,12 @@ from mmtrain.data.manifest import (
     ShardInfo,
     shard_files,
 )
-from mmtrain.data.tar import Place, Run, runs, walk
+from mmtrain.data.tar import MemberPlace, Run, list_members, runs
 from mmtrain.errors import DataError
 from mmtrain.files import open_regular
 from mmtrain.tasks.interface import Task
 
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
+OnBytes = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Inventory:
     places: dict[str, str] = field(default_factory=dict)  # id -> shard of its sample
 
 
-def take_inventory(folder: Path, task_name: str, progress: Progress | None = None) -> Inventory:
+def take_inventory(folder: Path, task_name: str, progress: OnBytes | None = None) -> Inventory:
     """Look at every sample of a folder's tars as training of that task does."""
     task: Task = plugins.load("task", task_name)
     paths = [folder / name for name in shard_files(folder)]
@@ -102,9 +102,9 @@ def _take_shard(
     )
 
 
-def _framing(file: BufferedReader) -> tuple[list[Place], list[Run], str | None]:
+def _framing(file: BufferedReader) -> tuple[list[MemberPlace], list[Run], str | None]:
     """Members and samples of a tar, and what keeps it from being a shard."""
-    places, fault = walk(file, file.seek(0, SEEK_END))
+    places, fault = list_members(file, file.seek(0, SEEK_END))
     found = runs(places)
     if fault is None and len({run.key for run in found}) != len(found):
         fault = "the members of its samples are interleaved; put those of one key side by side"

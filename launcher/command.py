@@ -14,9 +14,9 @@ from launcher.hostfile import Host, parse_hostfile, select_hosts
 from launcher.plan import TRAIN_PROGRAM, HostSpec, Job, Master, make_plan
 from launcher.ssh import SshSettings, agent_command, destination, master_address
 from launcher.supervise import run_launch
-from mmtrain.build import resolve
 from mmtrain.config.yaml_text import read_text
 from mmtrain.errors import ConfigError, LaunchError
+from mmtrain.resolve import resolve
 from mmtrain.safe_text import redact_user_text
 from mmtrain.training.run_folder import note_failure
 

@@ -14,7 +14,6 @@ from typing import Any
 from torch import nn
 
 from mmtrain import plugins
-from mmtrain.build import model_options
 from mmtrain.config.schema import DataConfig, RunConfig
 from mmtrain.data.shards import ShardFolder
 from mmtrain.data.source import Source
@@ -22,6 +21,7 @@ from mmtrain.errors import CheckpointError, ConfigError
 from mmtrain.models.built import Asked
 from mmtrain.models.interface import Family
 from mmtrain.peft.trainable import Trainable, make_trainable
+from mmtrain.resolve import model_options
 
 # Of a base's folder, beside its weights; results and notes that lie there may change.
 _SMALL_FILES = (
@@ -164,7 +164,7 @@ def _read_cache(path: Path) -> dict[str, str]:
 
 
 def _small_files(weights: Sequence[Path]) -> list[Path]:
-    """What is read beside the weights: shapes, tokenizer, picture processing."""
+    """What is read beside the weights: shapes, tokenizer, image processing."""
     folders = sorted({path.parent for path in weights})
     return [
         path

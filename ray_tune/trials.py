@@ -59,7 +59,7 @@ def check_trials(study: Study, trials: Sequence[Trial], source: str) -> Metric:
 
     Raises with every distinct problem that any trial's run file has in this study.
     """
-    from mmtrain.build import resolve
+    from mmtrain.resolve import resolve
 
     first_seen: dict[str, str] = {}
     metrics: dict[Metric, str] = {}

@@ -150,7 +150,7 @@ def with_threads(run: Mapping[str, Any], cpus_per_rank: float) -> Mapping[str, A
 def _train(run: Mapping[str, Any], ranks: int) -> float:
     import ray.train
 
-    from mmtrain.build import resolve
+    from mmtrain.resolve import resolve
     from mmtrain.training.run import run_training
 
     started_s = time.monotonic()

@@ -45,7 +45,7 @@ def one_rank() -> Iterator[None]:
 
 def train(run: Mapping[str, Any], on_validation: Any = None) -> dict[str, float]:
     """Train a run given as data."""
-    from mmtrain.build import resolve
+    from mmtrain.resolve import resolve
     from mmtrain.training.run import run_training
 
     return run_training(resolve(run), on_validation)

@@ -147,14 +147,14 @@ def read_metrics(run_dir: Path, name: str) -> list[float]:
 
 
 def write_scienceqa_raw(folder: Path, num_samples: int = 24) -> Path:
-    """Raw files in ScienceQA's layout; every third problem has no picture."""
+    """Raw files in ScienceQA's layout; every third problem has no image."""
     from PIL import Image
 
     problems, ids = {}, []
     for number in range(num_samples):
         identifier = str(number + 1)
-        has_picture = number % 3 != 2
-        if has_picture:
+        has_image = number % 3 != 2
+        if has_image:
             path = folder / "images" / "train" / identifier / "image.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (20 + number, 24), (number * 9 % 256, 80, 160)).save(path)
@@ -163,7 +163,7 @@ def write_scienceqa_raw(folder: Path, num_samples: int = 24) -> Path:
             "choices": ["red", "green", "blue"][: 2 + number % 2],
             "answer": number % 2,
             "hint": "Look closely." if number % 2 else "",
-            "image": "image.png" if has_picture else None,
+            "image": "image.png" if has_image else None,
             "lecture": "Colours are light.",
             "solution": "",
             "subject": "natural science",

@@ -108,7 +108,7 @@ def _runs(card: str, section: Mapping[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        "Tokens are unpadded, pictures' included. 4P counts the LLM's matrices alone, four"
+        "Tokens are unpadded, images' included. 4P counts the LLM's matrices alone, four"
         " operations per weight and token: no embeddings, head, tower or attention. Peak is what"
         " torch allocated, the estimate `mmtrain check`'s for the largest batch, neither with"
         " CUDA's own memory.",

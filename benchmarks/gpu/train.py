@@ -23,10 +23,10 @@ import torch
 
 from benchmarks.gpu.kernels import profiled, summarise
 from benchmarks.shapes import random_weights
-from mmtrain import build, distributed, plugins
-from mmtrain.build import resolve
+from mmtrain import distributed, plugins
 from mmtrain.models.interface import Batch, BatchSize
 from mmtrain.planning.memory import GIB, estimate
+from mmtrain.resolve import model_options, resolve
 from mmtrain.training import loop
 from mmtrain.training.run import run_training
 from mmtrain.training.step import StepResult, train_step
@@ -171,7 +171,7 @@ def llm_matrix_params(config: Any) -> int:
     """Weights of the LLM that every token is multiplied with: no embeddings, no head."""
     family = plugins.load("family", config.model.family)
     with torch.device("meta"):
-        model = family.skeleton(family.model_config(build.model_options(config)))
+        model = family.skeleton(family.model_config(model_options(config)))
     names = [
         pattern
         for roles in family.sublayers["llm"].values()

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmtrain import build
 from mmtrain.commands.arguments import positive
 from mmtrain.config.deepspeed import find_deepspeed_config, zero_stage
 from mmtrain.config.schema import RunConfig
 from mmtrain.data.manifest import read_manifest
+from mmtrain.resolve import resolve
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,7 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=positive,
         metavar="N",
         help="tokens per sample in the memory estimate "
-        "(default: those of a picture and a question)",
+        "(default: those of an image and a question)",
     )
     parser.add_argument(
         "--answer-tokens",
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     """Check, count, print."""
     launched = os.environ.get("WORLD_SIZE", "")
     world_size = args.world_size or (int(launched) if launched.isdecimal() else None)
-    config = build.resolve(args.run_file, args.overrides, world_size)
+    config = resolve(args.run_file, args.overrides, world_size)
     report = examine(config, world_size or DEFAULT_WORLD_SIZE, args.tokens, args.answer_tokens)
     if args.json:
         json.dump(report, sys.stdout, indent=2)

@@ -1,7 +1,7 @@
 """mmtrain convert: a checkpoint as its authors published it, as a standard Hugging Face folder.
 
 The folder is written beside its place, read back, and takes its place only when the logits of two
-samples, one with a picture and one without, are those of the source.
+samples, one with an image and one without, are those of the source.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         wanted, model_class = _write(family, options, folder)
         print("written; reading it back", flush=True)
         difference = prove(family, wanted, folder, model_class, args.dtype)
-    print(f"largest difference of logits, with and without a picture: {difference:.3g}")
+    print(f"largest difference of logits, with and without an image: {difference:.3g}")
     if not _is_of_transformers(model_class):
         print(f"transformers has no {model_class.__name__}: the folder is for mmtrain")
     print(f"wrote {target}")
@@ -192,9 +192,9 @@ def _evidence(family: Family, model: Any, processor: Any) -> Evidence:
     handle = head.register_forward_hook(lambda *call: caught.append(call[-1].float().cpu()))
     rendered = Rendered((Turn("user", "What is to be seen here?"),), "A red field, then a blue one")
     batches = []
-    for name, pictures in (("with a picture", [_picture()]), ("without", [])):
+    for name, images in (("with an image", [_image()]), ("without", [])):
         example = family.encode(
-            processor, name, rendered, pictures, family.default_max_length, "left"
+            processor, name, rendered, images, family.default_max_length, "left"
         )
         batches.append(family.collate([example], processor))
         with torch.no_grad():
@@ -203,7 +203,7 @@ def _evidence(family: Family, model: Any, processor: Any) -> Evidence:
     return Evidence(batches, caught)
 
 
-def _picture() -> Image:
+def _image() -> Image:
     """Wide, with every colour running another way."""
     from PIL import Image as pillow
 

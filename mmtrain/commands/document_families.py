@@ -10,9 +10,10 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mmtrain import build, plugins
+from mmtrain import plugins
 from mmtrain.commands.check import examine
 from mmtrain.models.interface import Family, ModelOptions
+from mmtrain.resolve import resolve
 
 WORLD_SIZE = 8
 MICRO_BATCH = 8
@@ -25,7 +26,7 @@ current. `mmtrain check` gives the same counts for any run file.
 
 - **LoRA r=128**: parameters that train when `llm` gets LoRA on the family's default roles.
 - **zero1, zero3**: estimated GiB per rank of that run in bf16 on {WORLD_SIZE} ranks, micro-batch
-  {MICRO_BATCH}, one picture and 128 tokens of text per sample, no activation checkpointing.
+  {MICRO_BATCH}, one image and 128 tokens of text per sample, no activation checkpointing.
 - In module names `N` is the layer. Under `sublayers` a run file names a sublayer, or a sublayer
   with roles: `sublayers: {{attn: [q, v]}}`.
 """
@@ -65,7 +66,7 @@ def _examined(name: str, preset: str) -> dict[str, Any]:
         "components": {"llm": _LORA},
         "optim": {"micro_batch": MICRO_BATCH, "global_batch": MICRO_BATCH * WORLD_SIZE},
     }
-    return examine(build.resolve(run), WORLD_SIZE, None)
+    return examine(resolve(run), WORLD_SIZE, None)
 
 
 def _preset_row(preset: str, report: Mapping[str, Any]) -> str:
@@ -88,7 +89,7 @@ def _component_row(component: str, reports: Mapping[str, Mapping[str, Any]]) -> 
 
 
 def _roles(family: Family) -> Iterator[list[str]]:
-    """Component, sublayer, role and module names; tiny twins have the names of the real ones."""
+    """Component, sublayer, role and module names; tiny models have the names of the real ones."""
     names = _module_names(family)
     for component, sublayers in family.sublayers.items():
         for sublayer, roles in sublayers.items():

@@ -22,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
     parser.add_argument("--data", help="shard folder; default: the run's data.val")
     parser.add_argument("--base", action="store_true", help="the base model, nothing trained")
-    parser.add_argument("--blank-images", action="store_true", help="replace pictures by grey ones")
+    parser.add_argument("--blank-images", action="store_true", help="replace images by grey ones")
     parser.add_argument("--limit", type=positive, help="only the first N samples")
     parser.add_argument(
         "--out", help="folder of the result; default: evaluation/ in the run folder"

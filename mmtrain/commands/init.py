@@ -39,7 +39,7 @@ data:
   # Folders that `mmtrain shards build {task} --out shards/{task}` writes
   train: shards/{task}/{train_split}
   val: shards/{task}/{val_split}
-  # tokens per sample, those of pictures included
+  # tokens per sample, those of images included
   max_length: {max_length}
 
 optim:

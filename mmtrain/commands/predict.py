@@ -1,4 +1,4 @@
-"""mmtrain predict: one answer to one question about a picture."""
+"""mmtrain predict: one answer to one question about an image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 HELP = "answer one question with a trained run"
 _EXAMPLES = """examples:
   mmtrain predict runs/r64 --image cat.jpg "What is on the sofa?"
-  mmtrain predict runs/r64 "Which is the largest planet?"          no picture"""
+  mmtrain predict runs/r64 "Which is the largest planet?"          no image"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("run", help="run folder, or run file")
     parser.add_argument("question", help="the question, as the model should read it")
-    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="picture file")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="image file")
     parser.add_argument("--base", action="store_true", help="the base model, nothing trained")
 
 
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     from mmtrain.tasks.interface import Rendered, Turn
     from mmtrain.training.inference import ready_from_argument
 
-    pictures = [_picture(Path(name)) for name in args.image]
+    images = [_image(Path(name)) for name in args.image]
     ready = ready_from_argument(args.run, ["parallel.deepspeed=zero1"], args.base)
     rendered = Rendered((Turn("user", args.question),), target="")
     data = ready.config.data
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         ready.assembled.processor,
         "question",
         rendered,
-        pictures,
+        images,
         (data.max_length if data else None) or family.default_max_length,
         data.truncation_side if data else "left",
     )
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _picture(path: Path) -> Image:
+def _image(path: Path) -> Image:
     from mmtrain.data.codec import MAX_PIXELS, decode_image
     from mmtrain.errors import DataError
 
@@ -63,6 +63,6 @@ def _picture(path: Path) -> Image:
         return decode_image(data, path.name)
     except DataError as error:
         raise DataError(
-            f"--image {path}: no picture that can be read here.",
+            f"--image {path}: no image that can be read here.",
             f"Give an intact JPEG, PNG or WebP file of at most {MAX_PIXELS:,} pixels.",
         ) from error

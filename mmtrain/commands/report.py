@@ -1,4 +1,4 @@
-"""mmtrain report: what a run's folder says, as text, a picture and a page."""
+"""mmtrain report: what a run's folder says, as text, an image and a page."""
 
 from __future__ import annotations
 

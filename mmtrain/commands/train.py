@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 def resolved(args: argparse.Namespace, world_size: int) -> RunConfig:
     """What the arguments ask for: the run of the file, or a quick look at it."""
-    from mmtrain.build import resolve
+    from mmtrain.resolve import resolve
 
     config = resolve(args.run_file, args.overrides, world_size)
     # JSON is YAML, and keeps paths whole that hold signs of YAML.

@@ -15,7 +15,7 @@ from mmtrain.errors import ConfigError
 def load_run_file(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The run file with `a.b=c` overrides applied; paths in it stay relative to the cwd.
 
-    Checks the core schema only: `mmtrain.build.resolve` also checks what plug-ins know.
+    Checks the core schema only: `mmtrain.resolve.resolve` also checks what plug-ins know.
     """
     data, problems = read_data(path, overrides)
     config, more = checked(RunConfig, data)

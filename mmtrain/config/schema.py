@@ -1,7 +1,7 @@
 """The run file as typed, frozen objects. No torch here: reading a run file must be instant.
 
 Plug-in options (a method's `r`, a family's own settings) are kept as extra keys and checked by
-the plug-in's own options model in `mmtrain.build`; everything else is checked here.
+the plug-in's own options model in `mmtrain.resolve`; everything else is checked here.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class ModelConfig(Section):
     )
 
     max_pixels: int | None = Field(
-        None, ge=1, description="largest picture, in families that keep its size; default: folder's"
+        None, ge=1, description="largest image, in families that keep its size; default: folder's"
     )
     grounding_tokens: bool | None = Field(
         None, description="texts hold <ref>, <box> and <quad> as control tokens (qwen_vl)"

@@ -1,6 +1,6 @@
 """Samples to bytes and back, without trusting the bytes.
 
-A sample is one JSON member `<key>.json` and its pictures `<key>.<i>.<ext>` (a single one may be
+A sample is one JSON member `<key>.json` and its images `<key>.<i>.<ext>` (a single one may be
 `<key>.<ext>`), as webdataset writes and reads them. Nothing here unpickles, decompresses a stream
 of unknown size or runs a decoder outside the allow-list.
 """
@@ -28,13 +28,13 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_MEMBER_BYTES = 64 * 2**20
 # Well below the size at which Pillow begins to warn; 24 bits per pixel make 192 MB of this.
 MAX_PIXELS = 64_000_000
-# What families make of a picture is bounded as well: some scale the short side up to a size, some
+# What families make of an image is bounded as well: some scale the short side up to a size, some
 # pad to a square, and a line of one pixel's width, a few bytes long, would become gigabytes.
 MAX_ASPECT_RATIO = 200
 MAX_SIDE_PIXELS = 8_000  # a square around it has MAX_PIXELS
 DIGEST_BYTES = 16
 
-# What Pillow's readers raise on bytes that are no intact picture.
+# What Pillow's readers raise on bytes that are no intact image.
 _BROKEN_IMAGE = (
     OSError,
     SyntaxError,
@@ -60,7 +60,7 @@ def short_digest(parts: Iterable[bytes]) -> bytes:
 
 
 def image_digest(sample: Sample) -> bytes:
-    """Identity of a sample's encoded pictures; all zero bytes for a sample without one."""
+    """Identity of a sample's encoded images; all zero bytes for a sample without one."""
     if not sample.images:
         return bytes(DIGEST_BYTES)
     return short_digest(image.data for image in sample.images)
@@ -78,7 +78,7 @@ def num_characters(sample: Sample) -> int:
 
 
 def encode_sample(sample: Sample, key: str) -> list[Member]:
-    """The named members of a sample: `<key>.json`, then its pictures."""
+    """The named members of a sample: `<key>.json`, then its images."""
     record = {
         "id": sample.id,
         "num_images": len(sample.images),
@@ -124,13 +124,13 @@ def decode_sample(members: Sequence[Member]) -> Sample:
             raise DataError(f"sample {key!r} has two JSON members;", "merge them into one.")
     images.sort(key=lambda image: image[0])
     if [number for number, _ in images] != list(range(len(images))):
-        raise DataError(f"the pictures of sample {key!r} are not numbered 0, 1, …;", _NAME_PICTURES)
+        raise DataError(f"the images of sample {key!r} are not numbered 0, 1, …;", _NAME_IMAGES)
     if record is None:
         raise DataError(f"sample {key!r} has no JSON member;", f"give it a {key}.json. {_SEE_DOCS}")
     return _sample(record, tuple(image for _, image in images), tuple(captions), key)
 
 
-_NAME_PICTURES = "name them <key>.<i>.<ext>, or a single one <key>.<ext>."
+_NAME_IMAGES = "name them <key>.<i>.<ext>, or a single one <key>.<ext>."
 _SEE_DOCS = "docs/shards.md says what a sample must hold."
 
 
@@ -147,7 +147,7 @@ def _check_member(name: str, num_bytes: int) -> tuple[str, str]:
     if num_bytes > MAX_MEMBER_BYTES:
         raise DataError(
             f"member {name!r} has {num_bytes} bytes, more than {MAX_MEMBER_BYTES};",
-            "make the picture smaller before building the shards.",
+            "make the image smaller before building the shards.",
         )
     return key, suffix
 
@@ -162,7 +162,7 @@ def _image_number(name: str, number: str) -> int:
     if not number:
         return 0
     if not (number.isascii() and number.isdecimal() and len(number) <= 4):
-        raise DataError(f"picture {name!r} has no number in its name;", _NAME_PICTURES)
+        raise DataError(f"image {name!r} has no number in its name;", _NAME_IMAGES)
     return int(number)
 
 
@@ -227,7 +227,7 @@ def _sample(
     expected = record.get("num_images", len(images))
     if expected != len(images):
         shown = json.dumps(expected)[:_SHOWN_CHARACTERS]
-        raise DataError(f"sample {key!r} has {len(images)} pictures, {shown} expected;", COPY_AGAIN)
+        raise DataError(f"sample {key!r} has {len(images)} images, {shown} expected;", COPY_AGAIN)
     sample = Sample(
         id=values["id"],
         images=images,
@@ -256,14 +256,14 @@ def _answered(sample: Sample) -> Sample:
     return sample
 
 
-# --- pictures -----------------------------------------------------------------------------------
+# --- images -----------------------------------------------------------------------------------
 
 
 def decode_image(data: bytes, sample_id: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The picture as a person sees it, in RGB: EXIF rotation applied, transparency on white.
+    """The image as a person sees it, in RGB: EXIF rotation applied, transparency on white.
 
     The size in the header is checked before any pixel is decoded, and a truncated file is an
-    error: a half-grey picture would train silently.
+    error: a half-grey image would train silently.
     """
     # A global that other libraries switch on; here truncation must never pass.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -279,14 +279,14 @@ def decode_image(data: bytes, sample_id: str, max_pixels: int = MAX_PIXELS) -> I
         unknown = isinstance(broken, UnidentifiedImageError)
         why = "of another format, or cut" if unknown else broken
         raise DataError(
-            f"sample {sample_id!r}: a picture of {len(data)} bytes cannot be decoded ({why});",
+            f"sample {sample_id!r}: an image of {len(data)} bytes cannot be decoded ({why});",
             "it must be an intact JPEG, PNG or WebP file.",
         ) from broken
     raise DataError(f"sample {sample_id!r}: {fault};", _MAKE_SMALLER)
 
 
 def _size_fault(width: int, height: int, max_pixels: int) -> str:
-    size = f"a picture of {width} x {height} pixels"
+    size = f"an image of {width} x {height} pixels"
     short, long = sorted((width, height))
     if width * height > max_pixels:
         return f"{size} exceeds {max_pixels}"

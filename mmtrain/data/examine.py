@@ -48,7 +48,7 @@ def _examine(descriptor: int, shard: int, extent: Extent, task: Task) -> Examine
     if size > MAX_RECORD_BYTES:
         raise DataError(
             f"the sample at byte {offset} has {size} bytes, more than {MAX_RECORD_BYTES};",
-            "use fewer or smaller pictures.",
+            "use fewer or smaller images.",
         )
     record = read_at(descriptor, offset, size)
     sample = decode_sample(unpack_members(record))

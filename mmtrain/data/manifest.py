@@ -33,7 +33,7 @@ INDEX_DTYPE = np.dtype(
         ("size", "<u8"),
         ("characters", "<u4"),
         ("id_key", "<u8"),  # hash of the sample's id: no two are equal
-        ("image_digest", "u1", (DIGEST_BYTES,)),  # zero for a sample without a picture
+        ("image_digest", "u1", (DIGEST_BYTES,)),  # zero for a sample without an image
         ("record_digest", "u1", (DIGEST_BYTES,)),
     ]
 )

@@ -98,7 +98,7 @@ class ShardFolder:
             record = self._files.read(shard, offset, size)
         except OSError as fault:
             raise DataError(f"{where} is not readable: {fault.strerror};", self._remedy) from fault
-        # The digest covers headers, text and pictures: nothing altered gets past it.
+        # The digest covers headers, text and images: nothing altered gets past it.
         if short_digest([record]) != row["record_digest"].tobytes():
             raise DataError(f"{where} is not what was built (checksum differs);", self._remedy)
         try:
@@ -110,7 +110,7 @@ class ShardFolder:
         return sample
 
     def image_digest(self, i: int) -> bytes:
-        """Identity of the pictures of sample `i`; all zero bytes if it has none."""
+        """Identity of the images of sample `i`; all zero bytes if it has none."""
         return bytes(self.index[i]["image_digest"].tobytes())
 
     @property

@@ -18,7 +18,7 @@ Encode = Callable[[str, Rendered, Sequence[Any]], Example]
 
 
 def open_images(sample: Sample) -> list[Image.Image]:
-    """The pictures of a sample, decoded."""
+    """The images of a sample, decoded."""
     return [decode_image(image.data, sample.id) for image in sample.images]
 
 
@@ -42,7 +42,7 @@ class Source:
     template: Template
     encode: Encode
     limit: int | None = None
-    blank_images: bool = False  # for the proof that answers come from the pictures
+    blank_images: bool = False  # for the proof that answers come from the images
 
     def __len__(self) -> int:
         return min(len(self.shards), self.limit or len(self.shards))
@@ -56,7 +56,7 @@ class Source:
         return render(self.template, sample)
 
     def example(self, index: int) -> Example:
-        """The tokenised sample with its processed pictures."""
+        """The tokenised sample with its processed images."""
         sample = self.sample(index)
         images = open_images(sample)
         if self.blank_images:

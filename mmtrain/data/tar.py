@@ -1,6 +1,6 @@
 """Tar framing, read without trusting it: plain files and folders, and nothing that leads elsewhere.
 
-Tar readers stop without a word at a damaged header (an open CPython fault), so members are walked
+Tar readers stop without a word at a damaged header (an open CPython fault), so members are read
 here, and their number is never taken from what a reader happens to return.
 """
 
@@ -24,7 +24,7 @@ Member = tuple[str, bytes]
 
 
 @dataclass(frozen=True)
-class Place:
+class MemberPlace:
     """Where a file lies in a tar: from its first header to the end of its last block."""
 
     name: str
@@ -50,9 +50,9 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, suffix.lower()
 
 
-def walk(file: BinaryIO, num_bytes: int) -> tuple[list[Place], str | None]:
-    """All files by their headers, and what is wrong if the walk does not end well."""
-    places: list[Place] = []
+def list_members(file: BinaryIO, num_bytes: int) -> tuple[list[MemberPlace], str | None]:
+    """All files by their headers, and what is wrong if their row does not end well."""
+    places: list[MemberPlace] = []
     position = 0
     while position < num_bytes:
         if not any(_read(file, position, BLOCK_BYTES)):
@@ -67,7 +67,7 @@ def walk(file: BinaryIO, num_bytes: int) -> tuple[list[Place], str | None]:
     return places, f"no end mark at byte {num_bytes}"
 
 
-def runs(places: Iterable[Place]) -> list[Run]:
+def runs(places: Iterable[MemberPlace]) -> list[Run]:
     """Neighbours of one key joined: one run per sample in a healthy shard."""
     joined: list[Run] = []
     for place in places:
@@ -90,7 +90,7 @@ def unpack_members(record: bytes) -> list[Member]:
     return members
 
 
-def _next_place(file: BinaryIO, position: int, num_bytes: int) -> tuple[Place, bool]:
+def _next_place(file: BinaryIO, position: int, num_bytes: int) -> tuple[MemberPlace, bool]:
     """The member whose header lies at `position`, and whether it is a file (else a folder)."""
     start, name = position, None
     header = _parse_header(_read(file, position, BLOCK_BYTES))
@@ -104,7 +104,7 @@ def _next_place(file: BinaryIO, position: int, num_bytes: int) -> tuple[Place, b
     is_file = header.type != tarfile.DIRTYPE
     size = header.size if is_file else 0
     data = position + BLOCK_BYTES
-    place = Place(name or header.name, start, data, size, data + size + -size % BLOCK_BYTES)
+    place = MemberPlace(name or header.name, start, data, size, data + size + -size % BLOCK_BYTES)
     if place.end > num_bytes:
         raise DataError(f"member {place.name!r} is cut off at byte {num_bytes};", COPY_AGAIN)
     return place, is_file

@@ -22,7 +22,7 @@ from mmtrain.data.manifest import (
     read_manifest,
     surplus_shards,
 )
-from mmtrain.data.tar import Run, runs, walk
+from mmtrain.data.tar import Run, list_members, runs
 from mmtrain.errors import DataError, MmtrainError
 from mmtrain.files import open_regular, read_at
 from mmtrain.tasks.interface import Task
@@ -30,10 +30,10 @@ from mmtrain.tasks.interface import Task
 _NAMED_AT_MOST = 5
 _LISTED_AT_MOST = 20
 
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
+OnBytes = Callable[[int, int], None]  # bytes done, bytes in all
 
 
-def verify_folder(folder: Path, progress: Progress | None = None) -> list[str]:
+def verify_folder(folder: Path, progress: OnBytes | None = None) -> list[str]:
     """Every problem of a shard folder, each naming its file; an empty list if there is none.
 
     Of samples that training would refuse, the first are named and the others counted.
@@ -70,7 +70,7 @@ def shortened(problems: list[str]) -> list[str]:
     return [*problems[:_LISTED_AT_MOST], *([f"and {more} more samples."] if more > 0 else [])]
 
 
-def _report(progress: Progress | None, done: int, total: int) -> None:
+def _report(progress: OnBytes | None, done: int, total: int) -> None:
     if progress is not None:
         progress(done, total)
 
@@ -157,7 +157,7 @@ def _damaged_samples(file: BufferedReader, shard: _Shard) -> list[str]:
 
 def _layout_faults(file: BufferedReader, num_bytes: int, shard: _Shard) -> list[str]:
     """Faults of the tar framing: lost, cut or interleaved members."""
-    places, fault = walk(file, num_bytes)
+    places, fault = list_members(file, num_bytes)
     faults = [fault] if fault else []
     if len(places) != shard.info.members:
         faults.append(f"{len(places)} members instead of {shard.info.members}")

@@ -87,7 +87,7 @@ def evaluate(
 def _scored(
     source: Source, task: Task, template_name: str, texts: list[str]
 ) -> tuple[dict[str, float], list[Prediction]]:
-    """Score the answers; pictures are dropped as samples are read, only that they exist stays."""
+    """Score the answers; images are dropped as samples are read, only that they exist stays."""
     samples = []
     for index in range(len(source)):
         sample = source.sample(index)

@@ -33,8 +33,8 @@ def text_tensors(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "attention_mask": attention_mask, "row_keys": row_keys}
 
 
-def picture_keys(examples: Sequence[Example]) -> list[int]:
-    """The dropout key of every picture, by its sample and its place there."""
+def image_keys(examples: Sequence[Example]) -> list[int]:
+    """The dropout key of every image, by its sample and its place there."""
     return [
         stable_hash(example.key, number)
         for example in examples
@@ -42,15 +42,13 @@ def picture_keys(examples: Sequence[Example]) -> list[int]:
     ]
 
 
-def picture_tensors(
-    examples: Sequence[Example], height: int, width: int
-) -> dict[str, torch.Tensor]:
-    """All pictures of one size; without any, a blank one that nothing reads."""
-    pixels = [picture for example in examples for picture in example.pixels]
-    keys = picture_keys(examples)
+def image_tensors(examples: Sequence[Example], height: int, width: int) -> dict[str, torch.Tensor]:
+    """All images of one size; without any, a blank one that nothing reads."""
+    pixels = [image for example in examples for image in example.pixels]
+    keys = image_keys(examples)
     if not pixels:
         pixels, keys = [torch.zeros(3, height, width)], [0]
-    return {"pixel_values": torch.stack(pixels), "picture_keys": torch.tensor(keys)}
+    return {"pixel_values": torch.stack(pixels), "image_keys": torch.tensor(keys)}
 
 
 def make_batch(
@@ -67,11 +65,11 @@ def make_batch(
 
 
 def planned_examples(
-    size: BatchSize, picture_ids: Sequence[int], pixels: torch.Tensor, extras: Mapping[str, Any]
+    size: BatchSize, image_ids: Sequence[int], pixels: torch.Tensor, extras: Mapping[str, Any]
 ) -> list[Example]:
-    """Samples of this size for a decoder-only model: a picture, then text that ends in answers."""
-    num_text = max(size.tokens - len(picture_ids), size.answer_tokens + 1)
-    ids = [*picture_ids, *[TEXT_ID] * num_text]
+    """Samples of this size for a decoder-only model: an image, then text that ends in answers."""
+    num_text = max(size.tokens - len(image_ids), size.answer_tokens + 1)
+    ids = [*image_ids, *[TEXT_ID] * num_text]
     labels = [IGNORED] * (len(ids) - size.answer_tokens) + [TEXT_ID] * size.answer_tokens
     return [
         Example(f"{number}", number, ids, labels, [pixels], extras=extras)

@@ -18,7 +18,7 @@ from mmtrain.models.host_memory import returning_freed_memory
 from mmtrain.models.interface import ModelOptions
 from mmtrain.models.patches import use_patch_linears
 from mmtrain.models.sentencepiece_file import cut_as_sentencepiece, read_where_alone
-from mmtrain.models.weights import DTYPES, Source, initialise_weights, load_weights
+from mmtrain.models.weights import DTYPES, WeightFolder, initialise_weights, load_weights
 
 _SHARD_BYTES = 5 * 10**9
 
@@ -67,15 +67,15 @@ def working_precision(dtype_name: str) -> Iterator[None]:
 
 
 def _restore_buffers(model: nn.Module, skeleton: Callable[[Any], nn.Module], config: Any) -> None:
-    """Sharded construction computes buffers in bf16, too: take them from an unsharded twin.
+    """Sharded construction computes buffers in bf16, too: take them from an unsharded copy.
 
-    The twin's parameters are on the meta device and cost nothing.
+    The copy's parameters are on the meta device and cost nothing.
     """
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        twin = skeleton(config)
-    for name, buffer in twin.named_buffers():
+        unsharded = skeleton(config)
+    for name, buffer in unsharded.named_buffers():
         owner_name, _, leaf = name.rpartition(".")
         model.get_submodule(owner_name)._buffers[leaf] = buffer
 
@@ -90,8 +90,8 @@ def load_processor(folder: Path, image_token: str, image_token_id: int | None) -
     try:
         processor = AutoProcessor.from_pretrained(str(folder), **safe)
         # As in training, and the same whether torchvision is installed or not.
-        pictures = AutoImageProcessor.from_pretrained(str(folder), backend="pil", **safe)
-        processor.image_processor = pictures
+        images = AutoImageProcessor.from_pretrained(str(folder), backend="pil", **safe)
+        processor.image_processor = images
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{folder}: no usable processor there ({str(error).splitlines()[0]}).",
@@ -110,7 +110,9 @@ def load_processor(folder: Path, image_token: str, image_token_id: int | None) -
     return processor
 
 
-def fill(model: nn.Module, sources: Sequence[Source], options: ModelOptions) -> tuple[Path, ...]:
+def fill(
+    model: nn.Module, sources: Sequence[WeightFolder], options: ModelOptions
+) -> tuple[Path, ...]:
     """Weights from the folders, or keyed random ones where there is none; the files read."""
     if not sources:
         initialise_weights(dict(model.named_parameters()), options.seed)
@@ -118,13 +120,13 @@ def fill(model: nn.Module, sources: Sequence[Source], options: ModelOptions) -> 
     return load_weights(model, sources, options)
 
 
-def refuse_other_picture_size(
+def refuse_other_image_size(
     folder: Path, found: tuple[int | None, int | None], wanted: int
 ) -> None:
-    """The processor must cut pictures to the size the tower was built for."""
+    """The processor must cut images to the size the tower was built for."""
     if found != (wanted, wanted):
         raise CheckpointError(
-            f"{folder}: its processor makes pictures of {found[0]} x {found[1]},"
+            f"{folder}: its processor makes images of {found[0]} x {found[1]},"
             f" config.json says {wanted} x {wanted}.",
             "Use preprocessor files and config.json of the same checkpoint.",
         )

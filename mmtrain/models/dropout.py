@@ -52,7 +52,7 @@ class DropoutScope:
         self._packed: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def set_rows(self, component: str, row_keys: torch.Tensor) -> None:
-        """Say which sample (or picture) each row of a component's activations belongs to."""
+        """Say which sample (or image) each row of a component's activations belongs to."""
         self._row_keys[component] = row_keys
 
     def set_packed_rows(

@@ -27,7 +27,7 @@ DefaultRoles = Mapping[str, Mapping[str, Mapping[str, tuple[str, ...]]]]
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The family's own options, cut out of the run file by `mmtrain.build`."""
+    """The family's own options, cut out of the run file by `mmtrain.resolve`."""
 
     checkpoint: str | None
     preset: str | None
@@ -40,7 +40,7 @@ class ModelOptions:
     # component -> {hidden_size, layers, heads, intermediate_size, activation}
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     allow_reinit: bool = False
-    max_pixels: int | None = None  # cap on a picture's size, in families that keep its own
+    max_pixels: int | None = None  # cap on an image's size, in families that keep its own
     grounding_tokens: bool = False  # whether texts hold the control tokens of grounding data
 
 
@@ -57,10 +57,10 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class BatchSize:
-    """The size of a padded micro-batch whose samples have one picture each."""
+    """The size of a padded micro-batch whose samples have one image each."""
 
     samples: int
-    tokens: int  # of one sample, those of its picture included
+    tokens: int  # of one sample, those of its image included
     answer_tokens: int  # of these; beside them where a decoder of its own reads answers
 
 
@@ -135,7 +135,7 @@ class ProcessorCode:
 class Family(Protocol):
     """One model family."""
 
-    # `tiny…` presets are tiny twins of the real classes, which `write_tiny` gives a tokenizer.
+    # `tiny…` presets are tiny models of the real classes, which `write_tiny` gives a tokenizer.
     presets: Mapping[str, Mapping[str, Any]]
     model_types: tuple[str, ...]  # `model_type` in the config.json of its checkpoints
     own_options: tuple[str, ...]  # keys of `model` that this family reads and most do not
@@ -156,8 +156,8 @@ class Family(Protocol):
     def attention(self, config: Any, component: str) -> AttentionShape:
         """The attention shape of a component."""
 
-    def picture_tokens(self, config: Any, component: str) -> int:
-        """Tokens that a picture of the usual size makes in a component: memory depends on it."""
+    def image_tokens(self, config: Any, component: str) -> int:
+        """Tokens that an image of the usual size makes in a component: memory depends on it."""
 
     def encode(
         self,
@@ -171,10 +171,10 @@ class Family(Protocol):
         """Tokenise one rendered sample. Image tokens are never cut: that is an error."""
 
     def collate(self, examples: Sequence[Example], processor: Any) -> Batch:
-        """Pad to one batch. Any mix of samples with and without pictures gives the same calls."""
+        """Pad to one batch. Any mix of samples with and without images gives the same calls."""
 
     def planned_batch(self, config: Any, size: BatchSize) -> Batch:
-        """A batch of this size with pictures of the usual size, to measure what it costs."""
+        """A batch of this size with images of the usual size, to measure what it costs."""
 
     def forward(self, model: torch.nn.Module, batch: Batch) -> ForwardResult:
         """One forward; the head runs only where labels are."""

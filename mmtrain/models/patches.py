@@ -21,7 +21,7 @@ class PatchLinear(nn.Module):
         self.bias = convolution.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[pictures, colours, *sizes] to [pictures, channels, *grid]; a remainder is not read."""
+        """[images, colours, *sizes] to [images, channels, *grid]; a remainder is not read."""
         cut = x
         for number, length in enumerate(self.kernel):
             place = 2 + 2 * number

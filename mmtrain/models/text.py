@@ -55,7 +55,7 @@ def tokenise(tokenizer: Any, pieces: Sequence[Piece]) -> tuple[list[int], list[i
 def refuse_control_tokens(
     control_tokens: Sequence[str], sample_id: str, texts: Iterable[str]
 ) -> None:
-    """Their spelling in a text would end a turn, or ask for a picture that is not there."""
+    """Their spelling in a text would end a turn, or ask for an image that is not there."""
     for said in texts:
         for token in control_tokens:
             if token in said:
@@ -69,7 +69,7 @@ def refuse_control_tokens(
 def expand(
     ids: Sequence[int], labels: Sequence[int], token_id: int, times: int
 ) -> tuple[list[int], list[int]]:
-    """Repeat every picture token as often as a picture has features."""
+    """Repeat every image token as often as an image has features."""
     out_ids: list[int] = []
     out_labels: list[int] = []
     for token, label in zip(ids, labels, strict=True):
@@ -90,7 +90,7 @@ def truncate(
     also_kept: Container[int] = frozenset(),
     remedy: str = "Raise data.max_length or leave the sample out.",
 ) -> tuple[list[int], list[int]]:
-    """Cut prompt text to `max_length` tokens; picture tokens, answers and the first token stay.
+    """Cut prompt text to `max_length` tokens; image tokens, answers and the first token stay.
 
     So do the `cue_tokens` before each answer, which tell the model whose turn it is, and the
     tokens `also_kept`, which carry the form of a conversation.
@@ -108,7 +108,7 @@ def truncate(
     if surplus > len(cuttable):
         fixed = len(ids) - len(cuttable)
         raise DataError(
-            f"sample {sample_id}: its picture and answer alone take {fixed} tokens,"
+            f"sample {sample_id}: its image and answer alone take {fixed} tokens,"
             f" data.max_length is {max_length}.",
             remedy,
         )

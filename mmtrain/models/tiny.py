@@ -83,5 +83,5 @@ def write_model(
 
 
 def config_image_token(tokenizer: Any, config: Any) -> str:
-    """The text of the configuration's picture token."""
+    """The text of the configuration's image token."""
     return str(tokenizer.convert_ids_to_tokens(config.image_token_id))

@@ -185,10 +185,10 @@ class Stored:
 
 
 # A folder, and what its tensors are called in our module tree (None: no weight of ours).
-Source = tuple[Path, Callable[[str], "str | None"]]
+WeightFolder = tuple[Path, Callable[[str], "str | None"]]
 
 
-def _found(folders: Sequence[Source]) -> dict[str, Stored]:
+def _found(folders: Sequence[WeightFolder]) -> dict[str, Stored]:
     """our parameter name -> where it lies, over all folders."""
     found: dict[str, Stored] = {}
     with ExitStack() as stack:
@@ -258,7 +258,7 @@ def _misfits(
 
 
 def load_weights(
-    model: nn.Module, folders: Sequence[Source], options: ModelOptions
+    model: nn.Module, folders: Sequence[WeightFolder], options: ModelOptions
 ) -> tuple[Path, ...]:
     """Fill every parameter from the folders; the files they came from.
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from mmtrain import build, plugins
+from mmtrain import plugins
 from mmtrain.assemble import adapt
 from mmtrain.config.schema import ComponentConfig, RunConfig
 from mmtrain.models.building import build_on_meta, working_precision
 from mmtrain.models.interface import BatchSize, Family
 from mmtrain.peft.placement import component_of, select, select_parameters
 from mmtrain.planning.live_bytes import peak_bytes
+from mmtrain.resolve import method_options, model_options
 
 # A question, its options and a short answer, where the data set is not known.
 TEXT_TOKENS_PER_SAMPLE = 128
@@ -95,10 +96,10 @@ def count(config: RunConfig, size: BatchSize | None = None) -> Census:
 def usual_size(
     config: RunConfig, num_tokens: int | None = None, num_answer_tokens: int | None = None
 ) -> BatchSize:
-    """A micro-batch of samples with a picture, a question, and an answer as long as allowed."""
+    """A micro-batch of samples with an image, a question, and an answer as long as allowed."""
     family: Family = plugins.load("family", config.model.family)
-    model_config = family.model_config(build.model_options(config))
-    usual = family.picture_tokens(model_config, "llm") + TEXT_TOKENS_PER_SAMPLE
+    model_config = family.model_config(model_options(config))
+    usual = family.image_tokens(model_config, "llm") + TEXT_TOKENS_PER_SAMPLE
     if config.data and config.data.max_length:
         usual = min(usual, config.data.max_length)
     answer = num_answer_tokens or config.generation.max_new_tokens
@@ -107,7 +108,7 @@ def usual_size(
 
 def _skeleton(config: RunConfig) -> _Skeleton:
     family: Family = plugins.load("family", config.model.family)
-    options = build.model_options(config)
+    options = model_options(config)
     if options.attention == _FLASH:
         # Its package is not needed to plan; fused kernels of torch keep the same tensors.
         options = replace(options, attention="sdpa")
@@ -149,4 +150,4 @@ def _placed(
     names = select(family, component, block, skeleton.modules).module_names
     method = plugins.load("method", str(block.method))
     shapes = {name: skeleton.weights[name] for name in names}
-    return names, method.count(shapes, build.method_options(block))
+    return names, method.count(shapes, method_options(block))

@@ -83,8 +83,8 @@ def facts(title: str, pairs: Mapping[str, str]) -> str:
     return table(title, [], [[name, value] for name, value in pairs.items()])
 
 
-def picture(title: str, png: bytes, description: str) -> str:
-    """A picture inside the page."""
+def image(title: str, png: bytes, description: str) -> str:
+    """An image inside the page."""
     data = base64.b64encode(png).decode("ascii")
     return section(title, f'<img alt="{escape(description)}" src="data:image/png;base64,{data}">')
 

@@ -1,4 +1,4 @@
-"""Pictures, drawn without a display and without matplotlib's global state."""
+"""Images, drawn without a display and without matplotlib's global state."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ def html_page(summary: RunSummary) -> str:
         cards.insert(0, (_best_text(summary), f"best {best.metric}, at step {best.step}"))
     sections = [
         html.cards(cards),
-        html.picture(
+        html.image(
             "Curves",
             run_png(summary.entries, summary.declared),
             "losses and metrics by optimizer step",

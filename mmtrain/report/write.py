@@ -100,7 +100,7 @@ def html_page(result: Statistics, title: str, notes: Sequence[str]) -> str:
             frozenset(range(first, len(columns) - 1)),
             mark_first=True,
         ),
-        html.picture(
+        html.image(
             f"{result.metric.name} by setting",
             comparison_png(result),
             "mean and single runs by group",
@@ -108,7 +108,7 @@ def html_page(result: Statistics, title: str, notes: Sequence[str]) -> str:
     ]
     curves = curves_png(result)
     if curves is not None:
-        sections.append(html.picture("Training loss", curves, "training loss of every run"))
+        sections.append(html.image("Training loss", curves, "training loss of every run"))
     sections.append(_all_runs(result))
     remarks = all_notes(result, notes)
     if remarks:

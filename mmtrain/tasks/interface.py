@@ -1,7 +1,7 @@
 """What a task is: raw files -> samples -> prompts and targets -> scores.
 
 A task is one file in `mmtrain/tasks/datasets/` that exports `TASK`; its name is the file's name.
-Text only: pictures travel as encoded bytes and are opened by `mmtrain.data`.
+Text only: images travel as encoded bytes and are opened by `mmtrain.data`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 @dataclass(frozen=True)
 class ImageBytes:
-    """One encoded picture as stored. `extension`: jpg, png or webp."""
+    """One encoded image as stored. `extension`: jpg, png or webp."""
 
     extension: str
     data: bytes

@@ -24,7 +24,7 @@ def refuse_dead_components(norms: Mapping[str, float]) -> None:
     if dead:
         raise TrainingError(
             f"step 1 audit: no gradient reaches {', '.join(dead)}.",
-            "Check that the data uses it (pictures for vision and connector), or freeze it.",
+            "Check that the data uses it (images for vision and connector), or freeze it.",
         )
 
 

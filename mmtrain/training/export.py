@@ -18,9 +18,9 @@ from torch import nn
 
 from mmtrain import plugins
 from mmtrain.assemble import Assembled
-from mmtrain.build import model_options
 from mmtrain.config.schema import RunConfig
 from mmtrain.peft.trainable import Attachment, Trainable
+from mmtrain.resolve import model_options
 from mmtrain.training.checkpoint import WEIGHTS
 from mmtrain.training.tensor_file import TensorFileWriter
 

@@ -106,12 +106,12 @@ def test_no_module_plays_two_roles(name: str, preset: str) -> None:
 
 
 @pytest.mark.parametrize("name", plugins.names("family"))
-def test_every_family_has_a_tiny_twin(name: str) -> None:
+def test_every_family_has_a_tiny_model(name: str) -> None:
     assert "tiny" in plugins.load("family", name).presets
 
 
 @pytest.mark.parametrize(("name", "preset"), TINY)
-def test_tiny_twins_are_tiny(name: str, preset: str) -> None:
+def test_tiny_models_are_tiny(name: str, preset: str) -> None:
     _, model, _ = skeleton(name, preset)
     assert sum(parameter.numel() for parameter in model.parameters()) < TINY_PARAMETERS
 
@@ -132,7 +132,7 @@ def test_attention_agrees_with_the_modules(name: str, preset: str, component: st
     assert len(set(layer_numbers(family, component, names).values())) == shape.layers
     assert shape.heads % shape.kv_heads == 0
     assert min(shape.layers, shape.heads, shape.head_dim, shape.hidden) > 0
-    assert family.picture_tokens(config, component) > 0
+    assert family.image_tokens(config, component) > 0
 
 
 @pytest.mark.parametrize("name", plugins.names("family"))

@@ -1,4 +1,4 @@
-"""What every family promises about samples, batches and folders, on its tiny twins."""
+"""What every family promises about samples, batches and folders, on its tiny models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mmtrain.peft.trainable import make_trainable
 from mmtrain.tasks.interface import Rendered, Turn
 from tests import tiny
 
-TWINS = [
+TINY_MODELS = [
     (name, preset)
     for name in plugins.names("family")
     for preset in plugins.load("family", name).presets
@@ -40,7 +40,7 @@ SETTINGS = SimpleNamespace(
 )
 
 
-class Twin:
+class TinyModel:
     """A tiny checkpoint of a family, loaded."""
 
     def __init__(self, root: Path, name: str, preset: str) -> None:
@@ -64,21 +64,21 @@ class Twin:
         name: str,
         question: str,
         target: str,
-        pictures: Sequence[Image.Image] = (),
+        images: Sequence[Image.Image] = (),
         max_length: int = 2000,
         side: str = "left",
     ) -> Example:
         """One question, one answer."""
         rendered = Rendered((Turn("user", question),), target)
         processor = self.loaded().processor
-        return self.family.encode(processor, name, rendered, pictures, max_length, side)
+        return self.family.encode(processor, name, rendered, images, max_length, side)
 
     def samples(self) -> list[Example]:
-        """With and without picture, of different lengths."""
+        """With and without image, of different lengths."""
         return [
-            self.encode("short", "Which?", "5", [picture(1)]),
+            self.encode("short", "Which?", "5", [image(1)]),
             self.encode("text", "Which of these: 0, 1, 2, 3?", "7 and 8"),
-            self.encode("long", "Which digit is in the picture? " * 3, "2", [picture(2)]),
+            self.encode("long", "Which digit is in the picture? " * 3, "2", [image(2)]),
         ]
 
     def losses(self, model: Any, examples: Sequence[Example]) -> torch.Tensor:
@@ -88,22 +88,24 @@ class Twin:
             return self.family.forward(model, batch).per_sample_loss
 
 
-def picture(number: int) -> Image.Image:
-    """A picture like no other."""
+def image(number: int) -> Image.Image:
+    """An image like no other."""
     generator = torch.Generator().manual_seed(number)
     pixels = torch.randint(0, 256, (32, 32, 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
 
 
 @pytest.fixture(scope="module")
-def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Twin]:
-    root = tmp_path_factory.mktemp("twins")
-    return {twin: Twin(root, *twin) for twin in TWINS}
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], TinyModel]:
+    root = tmp_path_factory.mktemp("tiny_models")
+    return {tiny_model: TinyModel(root, *tiny_model) for tiny_model in TINY_MODELS}
 
 
-@pytest.fixture(params=TWINS, ids=["-".join(twin) for twin in TWINS])
-def twin(twins: dict[tuple[str, str], Twin], request: pytest.FixtureRequest) -> Twin:
-    return twins[request.param]
+@pytest.fixture(params=TINY_MODELS, ids=["-".join(tiny_model) for tiny_model in TINY_MODELS])
+def tiny_model(
+    tiny_models: dict[tuple[str, str], TinyModel], request: pytest.FixtureRequest
+) -> TinyModel:
+    return tiny_models[request.param]
 
 
 @contextmanager
@@ -122,43 +124,43 @@ def counting_calls(model: torch.nn.Module) -> Iterator[Counter[str]]:
             handle.remove()
 
 
-def test_a_batch_changes_no_sample(twin: Twin) -> None:
-    model, samples = twin.loaded().model, twin.samples()
-    together = twin.losses(model, samples)
-    alone = torch.cat([twin.losses(model, [one]) for one in samples])
+def test_a_batch_changes_no_sample(tiny_model: TinyModel) -> None:
+    model, samples = tiny_model.loaded().model, tiny_model.samples()
+    together = tiny_model.losses(model, samples)
+    alone = torch.cat([tiny_model.losses(model, [one]) for one in samples])
     assert torch.allclose(together, alone, rtol=TOLERANCE), (together, alone)
 
 
-def test_padding_samples_weigh_nothing(twin: Twin) -> None:
-    model, samples = twin.loaded().model, twin.samples()
+def test_padding_samples_weigh_nothing(tiny_model: TinyModel) -> None:
+    model, samples = tiny_model.loaded().model, tiny_model.samples()
     padded = [*samples, replace(samples[0], weight=0.0)]
-    losses = twin.losses(model, padded)
+    losses = tiny_model.losses(model, padded)
     assert float(losses[-1]) == 0.0
-    assert torch.allclose(losses[:-1], twin.losses(model, samples), rtol=TOLERANCE)
-    processor = twin.loaded().processor
-    plain, more = (twin.family.collate(each, processor) for each in (samples, padded))
+    assert torch.allclose(losses[:-1], tiny_model.losses(model, samples), rtol=TOLERANCE)
+    processor = tiny_model.loaded().processor
+    plain, more = (tiny_model.family.collate(each, processor) for each in (samples, padded))
     assert (more.num_answer_tokens, more.num_tokens) == (plain.num_answer_tokens, plain.num_tokens)
 
 
-def test_every_batch_calls_the_same_modules(twin: Twin) -> None:
+def test_every_batch_calls_the_same_modules(tiny_model: TinyModel) -> None:
     """Otherwise ranks wait for each other for ever under ZeRO-3."""
-    model, samples = twin.loaded().model, twin.samples()
+    model, samples = tiny_model.loaded().model, tiny_model.samples()
     batches = (samples, samples[:1], samples[1:2], [samples[0], replace(samples[1], weight=0.0)])
     counts = []
     for batch in batches:
         with counting_calls(model) as calls:
-            twin.losses(model, batch)
+            tiny_model.losses(model, batch)
         counts.append(calls)
     assert counts[0] and all(calls == counts[0] for calls in counts[1:])
 
 
-def test_generation_calls_the_same_modules(twin: Twin) -> None:
-    loaded, samples = twin.loaded(), twin.samples()
+def test_generation_calls_the_same_modules(tiny_model: TinyModel) -> None:
+    loaded, samples = tiny_model.loaded(), tiny_model.samples()
     counts = []
     for batch in (samples, samples[:1], samples[1:2]):
         with counting_calls(loaded.model) as calls:
             # Without an end in sight every call makes the same number of steps.
-            twin.family.generate(loaded.model, loaded.processor, batch, one_step())
+            tiny_model.family.generate(loaded.model, loaded.processor, batch, one_step())
         counts.append(calls)
     assert counts[0] and all(calls == counts[0] for calls in counts[1:])
 
@@ -167,98 +169,100 @@ def one_step() -> SimpleNamespace:
     return SimpleNamespace(**{**vars(SETTINGS), "max_new_tokens": 1})
 
 
-def test_generation_leaves_nothing_behind(twin: Twin) -> None:
+def test_generation_leaves_nothing_behind(tiny_model: TinyModel) -> None:
     """Neither in what the model answers next nor in what it learns from."""
-    loaded, samples = twin.loaded(), twin.samples()
-    before = twin.losses(loaded.model, samples)
-    first = twin.family.generate(loaded.model, loaded.processor, samples, SETTINGS)
-    twin.family.generate(loaded.model, loaded.processor, samples[1:2], SETTINGS)
-    assert torch.equal(twin.losses(loaded.model, samples), before)
-    assert twin.family.generate(loaded.model, loaded.processor, samples, SETTINGS) == first
+    loaded, samples = tiny_model.loaded(), tiny_model.samples()
+    before = tiny_model.losses(loaded.model, samples)
+    first = tiny_model.family.generate(loaded.model, loaded.processor, samples, SETTINGS)
+    tiny_model.family.generate(loaded.model, loaded.processor, samples[1:2], SETTINGS)
+    assert torch.equal(tiny_model.losses(loaded.model, samples), before)
+    assert tiny_model.family.generate(loaded.model, loaded.processor, samples, SETTINGS) == first
 
 
-def test_the_picture_is_seen(twin: Twin) -> None:
-    model = twin.loaded().model
+def test_the_image_is_seen(tiny_model: TinyModel) -> None:
+    model = tiny_model.loaded().model
     losses = [
-        twin.losses(model, [twin.encode("a", "Which?", "5", [picture(number)])])
+        tiny_model.losses(model, [tiny_model.encode("a", "Which?", "5", [image(number)])])
         for number in (1, 2)
     ]
     assert not torch.equal(*losses)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_truncation_never_cuts_pictures(twin: Twin, side: str) -> None:
+def test_truncation_never_cuts_images(tiny_model: TinyModel, side: str) -> None:
     question = "Which digit is in the picture? " * 8
-    whole = twin.encode("long", question, "5", [picture(1)])
-    image_id = twin.loaded().processor.image_token_id
-    num_picture_tokens = whole.input_ids.count(image_id)
+    whole = tiny_model.encode("long", question, "5", [image(1)])
+    image_id = tiny_model.loaded().processor.image_token_id
+    num_image_tokens = whole.input_ids.count(image_id)
     limit = len(whole.input_ids) - 20
-    cut = twin.encode("long", question, "5", [picture(1)], limit, side)
-    assert num_picture_tokens > 0 and cut.input_ids.count(image_id) == num_picture_tokens
+    cut = tiny_model.encode("long", question, "5", [image(1)], limit, side)
+    assert num_image_tokens > 0 and cut.input_ids.count(image_id) == num_image_tokens
     assert len(cut.input_ids) < len(whole.input_ids)
     assert [one for one in cut.labels if one != -100] == [one for one in whole.labels if one >= 0]
 
 
-def test_a_picture_that_does_not_fit_is_an_error_naming_the_sample(twin: Twin) -> None:
+def test_a_image_that_does_not_fit_is_an_error_naming_the_sample(tiny_model: TinyModel) -> None:
     with pytest.raises(DataError, match="sample huge: .*data.max_length is 8") as caught:
-        twin.encode("huge", "Which?", "5", [picture(1)], max_length=8)
+        tiny_model.encode("huge", "Which?", "5", [image(1)], max_length=8)
     assert caught.value.remedy and "\n" not in str(caught.value)
 
 
-def test_the_spelling_of_a_control_token_never_controls(twin: Twin) -> None:
+def test_the_spelling_of_a_control_token_never_controls(tiny_model: TinyModel) -> None:
     """It is an error that names the sample, or ordinary text: no turn ends there."""
-    tokenizer = twin.loaded().processor.tokenizer
+    tokenizer = tiny_model.loaded().processor.tokenizer
     ends = tokenizer.eos_token_id
     end_id = ends[0] if isinstance(ends, list) else ends
     (end,) = tokenizer.batch_decode([[end_id]])
     try:
-        odd = twin.encode("odd", f"Which{end}one?", "5")
+        odd = tiny_model.encode("odd", f"Which{end}one?", "5")
     except DataError as error:
         assert "sample odd" in str(error) and end in str(error) and error.remedy
     else:
-        plain = twin.encode("plain", "Which one?", "5")
+        plain = tiny_model.encode("plain", "Which one?", "5")
         assert odd.input_ids.count(end_id) == plain.input_ids.count(end_id)
 
 
-def test_the_base_has_no_dropout_unless_asked(twin: Twin) -> None:
-    model = twin.load().model
-    samples = twin.samples()
-    evaluated = twin.losses(model.eval(), samples)
-    assert torch.equal(twin.losses(model.train(), samples), evaluated)
+def test_the_base_has_no_dropout_unless_asked(tiny_model: TinyModel) -> None:
+    model = tiny_model.load().model
+    samples = tiny_model.samples()
+    evaluated = tiny_model.losses(model.eval(), samples)
+    assert torch.equal(tiny_model.losses(model.train(), samples), evaluated)
 
 
-def test_adapter_dropout_is_keyed_by_sample_and_step(twin: Twin) -> None:
-    model = twin.load().model
+def test_adapter_dropout_is_keyed_by_sample_and_step(tiny_model: TinyModel) -> None:
+    model = tiny_model.load().model
     block = ComponentConfig(
         **{"mode": "peft", "method": "lora", "r": 4, "alpha": 64, "dropout": 0.5}
     )
-    make_trainable(model, twin.family, {name: block for name in twin.family.sublayers}, seed=1)
+    make_trainable(
+        model, tiny_model.family, {name: block for name in tiny_model.family.sublayers}, seed=1
+    )
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
     model.train()
-    samples = twin.samples()
+    samples = tiny_model.samples()
     scope_of(model).seed, scope_of(model).step = 3, 4
-    together = twin.losses(model, samples)
-    alone = torch.cat([twin.losses(model, [one]) for one in samples])
+    together = tiny_model.losses(model, samples)
+    alone = torch.cat([tiny_model.losses(model, [one]) for one in samples])
     assert torch.allclose(together, alone, rtol=TOLERANCE), (together, alone)
     scope_of(model).step = 5
-    assert not torch.allclose(twin.losses(model, samples), together, rtol=1e-4)
-    assert not torch.allclose(twin.losses(model.eval(), samples), together, rtol=1e-4)
+    assert not torch.allclose(tiny_model.losses(model, samples), together, rtol=1e-4)
+    assert not torch.allclose(tiny_model.losses(model.eval(), samples), together, rtol=1e-4)
 
 
-def test_a_saved_folder_loads_again(twin: Twin, tmp_path: Path) -> None:
-    loaded = twin.loaded()
+def test_a_saved_folder_loads_again(tiny_model: TinyModel, tmp_path: Path) -> None:
+    loaded = tiny_model.loaded()
     state = {name: parameter.detach() for name, parameter in loaded.model.named_parameters()}
-    twin.family.save(loaded.model, loaded.processor, state, tmp_path / "saved")
-    again = twin.load(tmp_path / "saved")
+    tiny_model.family.save(loaded.model, loaded.processor, state, tmp_path / "saved")
+    again = tiny_model.load(tmp_path / "saved")
     found = dict(again.model.named_parameters())
     assert set(found) == set(state) and all(torch.equal(found[name], state[name]) for name in state)
     rendered = Rendered((Turn("user", "Which digit?"),), "5")
     first, second = (
-        twin.family.encode(one.processor, "a", rendered, [picture(1)], 2000, "left")
+        tiny_model.family.encode(one.processor, "a", rendered, [image(1)], 2000, "left")
         for one in (loaded, again)
     )
     assert (first.input_ids, first.labels) == (second.input_ids, second.labels)
@@ -266,13 +270,13 @@ def test_a_saved_folder_loads_again(twin: Twin, tmp_path: Path) -> None:
 
 
 def test_convert_keeps_the_base_as_it_was(
-    twin: Twin, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its dropout, too, which training turns off unless asked."""
     target = tmp_path / "converted"
-    assert main(["convert", str(twin.folder), str(target), "--dtype", "fp32"]) == 0
+    assert main(["convert", str(tiny_model.folder), str(target), "--dtype", "fp32"]) == 0
     assert "largest difference of logits" in capsys.readouterr().out  # the command bounds it
-    before, after = (dropouts(folder) for folder in (twin.folder, target))
+    before, after = (dropouts(folder) for folder in (tiny_model.folder, target))
     assert after == before
 
 
@@ -290,18 +294,28 @@ def dropouts(folder: Path) -> dict[str, float]:
     return found
 
 
-def test_tiny_checkpoints_repeat(twin: Twin, tmp_path: Path) -> None:
-    twin.family.write_tiny(tmp_path / "again", tiny.DIGITS_TEXTS, seed=0, preset=twin.preset)
-    files = {path.relative_to(twin.folder) for path in twin.folder.rglob("*") if path.is_file()}
+def test_tiny_checkpoints_repeat(tiny_model: TinyModel, tmp_path: Path) -> None:
+    tiny_model.family.write_tiny(
+        tmp_path / "again", tiny.DIGITS_TEXTS, seed=0, preset=tiny_model.preset
+    )
+    files = {
+        path.relative_to(tiny_model.folder)
+        for path in tiny_model.folder.rglob("*")
+        if path.is_file()
+    }
     assert files
     for name in files:
-        assert (tmp_path / "again" / name).read_bytes() == (twin.folder / name).read_bytes(), name
+        assert (tmp_path / "again" / name).read_bytes() == (
+            tiny_model.folder / name
+        ).read_bytes(), name
 
 
 @pytest.mark.parametrize("fault", ["missing", "surplus"])
-def test_weights_that_do_not_fit_are_one_error(twin: Twin, tmp_path: Path, fault: str) -> None:
+def test_weights_that_do_not_fit_are_one_error(
+    tiny_model: TinyModel, tmp_path: Path, fault: str
+) -> None:
     folder = tmp_path / "faulty"
-    shutil.copytree(twin.folder, folder)
+    shutil.copytree(tiny_model.folder, folder)
     file = next(iter(folder.glob("*.safetensors")))
     tensors = load_file(file)
     name = next(name for name in tensors if name.endswith("bias"))
@@ -315,24 +329,24 @@ def test_weights_that_do_not_fit_are_one_error(twin: Twin, tmp_path: Path, fault
         tensors[name.replace("bias", "bias_of_more")] = torch.ones(2)
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=f"1 {fault}: ") as caught:
-        twin.load(folder)
+        tiny_model.load(folder)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_another_family_names_the_right_one(twin: Twin) -> None:
+def test_another_family_names_the_right_one(tiny_model: TinyModel) -> None:
     for name in plugins.names("family"):
-        if name != twin.name:
-            options = ModelOptions(str(twin.folder), None, dtype="fp32")
-            with pytest.raises(CheckpointError, match=f"model.family: {twin.name}"):
+        if name != tiny_model.name:
+            options = ModelOptions(str(tiny_model.folder), None, dtype="fp32")
+            with pytest.raises(CheckpointError, match=f"model.family: {tiny_model.name}"):
                 plugins.load("family", name).load(options, None)
 
 
 def test_code_in_a_checkpoint_is_never_run(
-    twin: Twin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Classes that only the folder's code has: refused or replaced, whatever a terminal answers."""
     folder = tmp_path / "with-code"
-    shutil.copytree(twin.folder, folder)
+    shutil.copytree(tiny_model.folder, folder)
     canary = tmp_path / "canary"
     (folder / "evil.py").write_text(f"open({str(canary)!r}, 'w').write('x')\n")
     kinds = ("Config", "Processor", "Tokenizer", "ImageProcessor", "Model", "ModelForCausalLM")
@@ -347,29 +361,31 @@ def test_code_in_a_checkpoint_is_never_run(
         path.write_text(json.dumps({**json.loads(path.read_text()), **stated}))
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     try:
-        twin.load(folder)
+        tiny_model.load(folder)
     except CheckpointError as error:
         assert "\n" not in str(error)
     assert not canary.exists()
 
 
 @pytest.mark.parametrize("named", ["../elsewhere.safetensors", "/elsewhere.safetensors", 7, None])
-def test_an_index_names_files_of_its_own_folder(twin: Twin, tmp_path: Path, named: Any) -> None:
+def test_an_index_names_files_of_its_own_folder(
+    tiny_model: TinyModel, tmp_path: Path, named: Any
+) -> None:
     folder = tmp_path / "indexed"
-    shutil.copytree(twin.folder, folder)
+    shutil.copytree(tiny_model.folder, folder)
     file = next(iter(folder.glob("*.safetensors")))
     weight_map = dict.fromkeys(load_file(file), named)
     file.rename(tmp_path / "elsewhere.safetensors")
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="which is no file name"):
-        twin.load(folder)
+        tiny_model.load(folder)
 
 
-def test_heads_can_be_overridden_in_every_component(twin: Twin) -> None:
-    for component in twin.family.sublayers:
-        options = ModelOptions(None, twin.preset, overrides={component: {"heads": 2}})
-        config = twin.family.model_config(options)
-        assert twin.family.attention(config, component).heads == 2, component
+def test_heads_can_be_overridden_in_every_component(tiny_model: TinyModel) -> None:
+    for component in tiny_model.family.sublayers:
+        options = ModelOptions(None, tiny_model.preset, overrides={component: {"heads": 2}})
+        config = tiny_model.family.model_config(options)
+        assert tiny_model.family.attention(config, component).heads == 2, component
         with torch.device("meta"):
-            twin.family.skeleton(config)
+            tiny_model.family.skeleton(config)

@@ -74,7 +74,7 @@ def test_quick_commands_run_one_after_the_other(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", range(len(_fenced("yaml"))))
 def test_run_files_are_valid(tmp_path: Path, number: int) -> None:
-    from mmtrain.build import resolve
+    from mmtrain.resolve import resolve
 
     run_file = tmp_path / "run.yaml"
     run_file.write_text(_fenced("yaml")[number], encoding="utf-8")

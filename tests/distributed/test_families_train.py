@@ -1,8 +1,8 @@
-"""Every family on two ranks: it trains, looks at the picture, resumes, and answers the same.
+"""Every family on two ranks: it trains, looks at the image, resumes, and answers the same.
 
-One process group walks every tiny twin of every family, and in `make test-all` another one what
+One process group trains every tiny model of every family, and in `make test-all` another one what
 is left of the matrix; the tests below only compare what they wrote. A family is found by listing
-the folder: a new one is walked without an edit here.
+the folder: a new one is trained without an edit here.
 """
 
 from __future__ import annotations
@@ -24,30 +24,32 @@ from tests.distributed.test_invariants import FILES, SPLIT_TOLERANCE, close
 from tests.in_process import one_rank
 from tests.soaks import cases
 
-TWINS = [
+TINY_MODELS = [
     (family, preset)
     for family in plugins.names("family")
     for preset in plugins.load("family", family).presets
     if preset.startswith("tiny")
 ]
-IDS = [f"{family}-{preset}" for family, preset in TWINS]
-FIRST_IDS = list({family: f"{family}-{preset}" for family, preset in reversed(TWINS)}.values())
+IDS = [f"{family}-{preset}" for family, preset in TINY_MODELS]
+FIRST_IDS = list(
+    {family: f"{family}-{preset}" for family, preset in reversed(TINY_MODELS)}.values()
+)
 TEXTS = [*tiny.DIGITS_TEXTS, "Which colour is number 0? red green blue Colours are light. (a)"]
 NUM_MEMORISED = 16
 NUM_COPIES = NUM_STEPS = 150  # one epoch: each ends in a checkpoint
 NUM_ASKED = 10
 LOOKS = ("own", "shuffled")
-TURN = 5  # how far `shuffled` moves the pictures along the samples
+TURN = 5  # how far `shuffled` moves the images along the samples
 # Relative, over four steps; measured at worst 1.2e-3 (ZeRO-3 linears round elsewhere than torch
 # does) and 2.4e-3 (against fp32).
 BF16_SPREAD, BF16_ROUNDING = 3e-3, 1e-2
 LEARNT = 0.9  # all but one of 16: CPUs round differently, and 150 steps part them
-# One digit in ten is right by chance; of these 16, four get a picture of the same digit.
+# One digit in ten is right by chance; of these 16, four get an image of the same digit.
 CHANCE = 0.3
 
 
-class FamilyWalk:
-    """The runs of one tiny twin."""
+class FamilyRuns:
+    """The runs of one tiny model."""
 
     def __init__(self, root: Path, family: str, preset: str) -> None:
         self.root = root / f"{family}-{preset}"
@@ -67,7 +69,7 @@ class FamilyWalk:
         }
 
     def mixed(self, name: str, stage: str, shards: str, stop: int | None = None) -> dict[str, Any]:
-        """LoRA wherever it fits, all else in full, on samples with and without a picture."""
+        """LoRA wherever it fits, all else in full, on samples with and without an image."""
         family = plugins.load("family", self.family)
         lora = {"mode": "peft", "method": "lora", "r": 4, "alpha": 8, "dropout": 0.1}
         components = {
@@ -93,7 +95,7 @@ class FamilyWalk:
         return {"run": run, "stop_at_validation": stop}
 
     def memorised(self, material: Path) -> dict[str, Any]:
-        """Everything in full on 16 pictures."""
+        """Everything in full on 16 images."""
         family = plugins.load("family", self.family)
         run = self.run(
             "memorised",
@@ -118,7 +120,7 @@ class FamilyWalk:
         return {"run": run}
 
     def jobs(self, material: Path) -> list[dict[str, Any]]:
-        """What `make test` walks with every twin, in order."""
+        """What `make test` trains with every tiny model, in order."""
         scienceqa = str(material / "scienceqa" / "train")
         jobs = [self.mixed(stage, stage, scienceqa) for stage in ("zero0", "zero2", "zero3")]
         return [*jobs, self._bf16("zero2", scienceqa), *self._cut("zero3", scienceqa)]
@@ -172,11 +174,11 @@ class FamilyWalk:
         return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
-Walks = dict[str, FamilyWalk]
+AllRuns = dict[str, FamilyRuns]
 
 
 def write_material(root: Path, digits: Path) -> None:
-    """Shards: 16 digits, many copies of them, the same with moved pictures, and mixed questions."""
+    """Shards: 16 digits, many copies of them, the same with moved images, and mixed questions."""
     folder = ShardFolder.open(digits)
     samples = [folder.read(index) for index in range(NUM_MEMORISED)]
     moved = [*samples[TURN:], *samples[:TURN]]
@@ -196,88 +198,94 @@ def write_material(root: Path, digits: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def quick_walks(tmp_path_factory: pytest.TempPathFactory, digit_shards: Path) -> Walks:
+def quick_runs(tmp_path_factory: pytest.TempPathFactory, digit_shards: Path) -> AllRuns:
     root = tmp_path_factory.mktemp("families")
     write_material(root, digit_shards / "train")
-    walks = {name: FamilyWalk(root, *twin) for name, twin in zip(IDS, TWINS, strict=True)}
-    for walk in walks.values():
-        family = plugins.load("family", walk.family)
-        family.write_tiny(walk.checkpoint, TEXTS, seed=0, preset=walk.preset)
-    jobs = [job for walk in walks.values() for job in walk.jobs(root)]
-    go(root / "jobs.json", jobs + [j for one in FIRST_IDS for j in walks[one].learning_jobs(root)])
-    return walks
+    all_runs = {
+        name: FamilyRuns(root, *tiny_model)
+        for name, tiny_model in zip(IDS, TINY_MODELS, strict=True)
+    }
+    for runs in all_runs.values():
+        family = plugins.load("family", runs.family)
+        family.write_tiny(runs.checkpoint, TEXTS, seed=0, preset=runs.preset)
+    jobs = [job for runs in all_runs.values() for job in runs.jobs(root)]
+    go(
+        root / "jobs.json",
+        jobs + [j for one in FIRST_IDS for j in all_runs[one].learning_jobs(root)],
+    )
+    return all_runs
 
 
 @pytest.fixture(scope="module")
-def full_walks(quick_walks: Walks) -> Walks:
-    root = next(iter(quick_walks.values())).root.parent
-    jobs = [job for walk in quick_walks.values() for job in walk.other_jobs(root)]
-    for name, walk in quick_walks.items():
+def full_runs(quick_runs: AllRuns) -> AllRuns:
+    root = next(iter(quick_runs.values())).root.parent
+    jobs = [job for runs in quick_runs.values() for job in runs.other_jobs(root)]
+    for name, runs in quick_runs.items():
         if name not in FIRST_IDS:
-            jobs += walk.learning_jobs(root)
+            jobs += runs.learning_jobs(root)
     go(root / "others.json", jobs)
-    return quick_walks
+    return quick_runs
 
 
 def go(jobs_file: Path, jobs: list[dict[str, Any]]) -> None:
     """Do the jobs in a process group of their own."""
     jobs_file.write_text(json.dumps(jobs))
-    ranks = tiny.start_ranks(["tests.distributed.family_walk", str(jobs_file)], 2)
+    ranks = tiny.start_ranks(["tests.distributed.family_jobs", str(jobs_file)], 2)
     tiny.wait_ranks(ranks, timeout_s=1800)
 
 
 @pytest.fixture(params=IDS)
-def walk(request: pytest.FixtureRequest) -> FamilyWalk:
-    """What was walked with one twin; the first soak has the rest walked, too."""
+def runs(request: pytest.FixtureRequest) -> FamilyRuns:
+    """What was trained with one tiny model; the first soak has the rest trained, too."""
     soak = request.node.get_closest_marker("soak") is not None
-    walks: Walks = request.getfixturevalue("full_walks" if soak else "quick_walks")
-    return walks[request.param]
+    all_runs: AllRuns = request.getfixturevalue("full_runs" if soak else "quick_runs")
+    return all_runs[request.param]
 
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_same_losses_with_and_without_pictures(walk: FamilyWalk, stage: str) -> None:
-    assert close(walk.losses(stage), walk.losses("zero0"), SPLIT_TOLERANCE)
+def test_same_losses_with_and_without_images(runs: FamilyRuns, stage: str) -> None:
+    assert close(runs.losses(stage), runs.losses("zero0"), SPLIT_TOLERANCE)
 
 
-def test_bf16_stays_close_to_fp32(walk: FamilyWalk) -> None:
-    found, wanted = walk.losses("bf16-zero2"), walk.losses("zero2")
+def test_bf16_stays_close_to_fp32(runs: FamilyRuns) -> None:
+    found, wanted = runs.losses("bf16-zero2"), runs.losses("zero2")
     assert close(found, wanted, BF16_ROUNDING), (found, wanted)
 
 
 @pytest.mark.soak
-def test_bf16_stays_within_the_stated_spread(walk: FamilyWalk) -> None:
-    found, wanted = walk.losses("bf16-zero3"), walk.losses("bf16-zero2")
+def test_bf16_stays_within_the_stated_spread(runs: FamilyRuns) -> None:
+    found, wanted = runs.losses("bf16-zero3"), runs.losses("bf16-zero2")
     assert close(found, wanted, BF16_SPREAD), (found, wanted)
 
 
 @pytest.mark.parametrize("stage", cases(["zero3"], ["zero2", "zero3"]))
-def test_resume_is_bit_equal(walk: FamilyWalk, stage: str) -> None:
-    assert walk.losses(f"cut-{stage}") == walk.losses(stage)
-    assert walk.digest(f"cut-{stage}") == walk.digest(stage)
+def test_resume_is_bit_equal(runs: FamilyRuns, stage: str) -> None:
+    assert runs.losses(f"cut-{stage}") == runs.losses(stage)
+    assert runs.digest(f"cut-{stage}") == runs.digest(stage)
 
 
-@pytest.mark.parametrize("walk", cases(FIRST_IDS, IDS), indirect=True)
-def test_same_answers_batched_or_not_sharded_or_not(walk: FamilyWalk) -> None:
-    answers = walk.found("zero0-by-1")["answers"]
+@pytest.mark.parametrize("runs", cases(FIRST_IDS, IDS), indirect=True)
+def test_same_answers_batched_or_not_sharded_or_not(runs: FamilyRuns) -> None:
+    answers = runs.found("zero0-by-1")["answers"]
     assert len(answers) == NUM_ASKED and len(set(answers)) > 1, answers
     for name in ("zero0-by-3", "zero3-by-1", "zero3-by-3"):
-        assert walk.found(name)["answers"] == answers, name
+        assert runs.found(name)["answers"] == answers, name
 
 
-@pytest.mark.parametrize("walk", cases(FIRST_IDS, IDS), indirect=True)
-def test_it_learns_by_looking_at_the_picture(walk: FamilyWalk) -> None:
-    assert walk.found("own")["accuracy"] >= LEARNT, walk.losses("memorised")[::10]
-    assert walk.found("shuffled")["accuracy"] <= CHANCE
+@pytest.mark.parametrize("runs", cases(FIRST_IDS, IDS), indirect=True)
+def test_it_learns_by_looking_at_the_image(runs: FamilyRuns) -> None:
+    assert runs.found("own")["accuracy"] >= LEARNT, runs.losses("memorised")[::10]
+    assert runs.found("shuffled")["accuracy"] <= CHANCE
 
 
 def test_the_cards_snippet_rebuilds_the_trained_model(
-    walk: FamilyWalk, monkeypatch: pytest.MonkeyPatch
+    runs: FamilyRuns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Run as a reader would, in the run folder; its losses are those of the trained model."""
     from mmtrain.assemble import build_source
     from mmtrain.training.inference import ready_from_argument
 
-    run = walk.root / "zero2"
+    run = runs.root / "zero2"
     card = next((run / "adapter").rglob("README.md")).read_text(encoding="utf-8")
     snippet = card[card.index("```python") + len("```python") : card.rindex("```")]
     monkeypatch.chdir(run)

@@ -68,9 +68,9 @@ def test_evaluate_scores_a_run_and_its_base(launched: Path, digit_shards: Path) 
 def test_predict_answers_one_question(launched: Path, tmp_path: Path) -> None:
     from PIL import Image
 
-    picture = tmp_path / "digit.png"
-    Image.new("L", (32, 32), 90).save(picture)
-    answer = tiny.run_cli("predict", str(launched), "--image", str(picture), "Which digit is it?")
+    image = tmp_path / "digit.png"
+    Image.new("L", (32, 32), 90).save(image)
+    answer = tiny.run_cli("predict", str(launched), "--image", str(image), "Which digit is it?")
     assert len(answer.stdout.splitlines()) >= 1
     missing = tiny.run_cli("predict", str(launched), "--image", "nowhere.png", "?", check=False)
     assert missing.returncode != 0 and "nowhere.png" in missing.stderr

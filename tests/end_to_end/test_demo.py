@@ -15,7 +15,7 @@ DEMO = tiny.REPOSITORY / "docs" / "examples" / "demo"
 
 
 def test_run_files_and_study_are_sound() -> None:
-    from mmtrain.build import resolve
+    from mmtrain.resolve import resolve
     from ray_tune.study import load_study
     from ray_tune.trials import expand
 

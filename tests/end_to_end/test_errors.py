@@ -53,14 +53,14 @@ def test_a_busy_port(tiny_checkpoint: Path, digit_shards: Path, tmp_path: Path) 
     assert f"port {port} is busy" in line and "--master-port" in line
 
 
-def test_pictures_that_cannot_be_read(
+def test_images_that_cannot_be_read(
     tiny_checkpoint: Path, digit_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In this process: each is found before anything is loaded."""
     file = run_file(tmp_path, tiny_checkpoint, digit_shards)
-    (tmp_path / "page.jpg").write_text("<html>not a picture</html>")
+    (tmp_path / "page.jpg").write_text("<html>not an image</html>")
     for path, told in (
-        (tmp_path / "page.jpg", "no picture that can be read here. Give an intact JPEG"),
+        (tmp_path / "page.jpg", "no image that can be read here. Give an intact JPEG"),
         (tmp_path / "none.png", "there is no such file. Correct the path."),
         (tmp_path, "there is no such file. Correct the path."),
         (Path("/dev/zero"), "there is no such file. Correct the path."),

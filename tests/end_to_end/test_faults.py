@@ -93,7 +93,7 @@ def test_kill_in_mid_epoch_and_the_same_command_again(
 
 @pytest.fixture(scope="module")
 def scienceqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`mixed/train`: every third sample (3, 6, …) without picture; `text/train`: all of them."""
+    """`mixed/train`: every third sample (3, 6, …) without image; `text/train`: all of them."""
     root = tmp_path_factory.mktemp("scienceqa")
     raw = tiny.write_scienceqa_raw(root / "raw")
     for name, images in (("mixed", "all"), ("text", "none")):
@@ -130,8 +130,8 @@ def test_nan_stops_every_rank_before_the_step_and_names_the_samples(
         (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
         assert "NaN or infinite" in line and "No step was taken" in line
         named = {word.strip(",.;") for word in line.split("samples on ")[1].split()}
-        with_picture = {"1", "2", "4", "5", "7", "8"}
-        assert with_picture <= named and not {"3", "6"} & named, line
+        with_image = {"1", "2", "4", "5", "7", "8"}
+        assert with_image <= named and not {"3", "6"} & named, line
         assert "rank 0:" in line and "rank 1:" in line
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
     status = json.loads((tmp_path / "run" / "status.json").read_text())
@@ -142,7 +142,7 @@ def test_nan_stops_every_rank_before_the_step_and_names_the_samples(
 def test_a_component_without_gradient_stops_at_step_one(
     tiny_checkpoint: Path, scienceqa: Path, tmp_path: Path, component: str
 ) -> None:
-    """Without pictures a blank one runs through tower and connector, and nothing reads it."""
+    """Without images a blank one runs through tower and connector, and nothing reads it."""
     components = {
         component: {"mode": "full"},
         "llm": {"mode": "peft", "method": "lora", "r": 2},

@@ -12,7 +12,7 @@ from tests.tiny import AVX2, REPOSITORY
 
 
 def numeric_tests() -> list[str]:
-    """Files whose tests compute with tensors, and the walks of process groups."""
+    """Files whose tests compute with tensors, and the runs of process groups."""
     tests = REPOSITORY / "tests"
     found = [
         path
@@ -20,8 +20,10 @@ def numeric_tests() -> list[str]:
         for path in sorted((tests / folder).glob("test_*.py"))
         if "import torch" in path.read_text(encoding="utf-8")
     ]
-    walks = (tests / "distributed" / f"test_{name}.py" for name in ("invariants", "families_train"))
-    return [str(path.relative_to(REPOSITORY)) for path in (*found, *walks)]
+    groups = (
+        tests / "distributed" / f"test_{name}.py" for name in ("invariants", "families_train")
+    )
+    return [str(path.relative_to(REPOSITORY)) for path in (*found, *groups)]
 
 
 @pytest.mark.soak

@@ -1,8 +1,8 @@
 """What a card must compute as a CPU does. `python -m benchmarks.gpu --only tests` runs this.
 
-One process on the card and one on the CPU walk the tiny twins; the tests compare what they wrote.
-With MMTRAIN_CARD=cpu the CPU stands in for the card and fewer twins are walked, so that this file
-works when a card comes.
+One process on the card and one on the CPU train the tiny models; the tests compare what they wrote.
+With MMTRAIN_CARD=cpu the CPU stands in for the card and fewer tiny models are trained, so that
+this file works when a card comes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from data_shards.writer import ShardWriter
 from mmtrain import plugins
 from mmtrain.models.dropout import DropoutScope, KeyedAttentionDropout, KeyedDropout
 from tests import tiny
-from tests.distributed.test_families_train import TEXTS, TWINS, FamilyWalk
+from tests.distributed.test_families_train import TEXTS, TINY_MODELS, FamilyRuns
 
 DEVICE = os.environ.get("MMTRAIN_CARD", "cuda")
 ON_CARD = DEVICE == "cuda"
@@ -32,24 +32,24 @@ pytestmark = [
 needs_card = pytest.mark.skipif(not ON_CARD, reason="the CPU stands in for the card")
 
 STAGES = ("zero0", "zero1", "zero2", "zero3") if ON_CARD else ("zero0", "zero3")
-WALKED = TWINS if ON_CARD else [("llava", "tiny")]
-REPEATED = [(f, p) for f, p in WALKED if p == "tiny" and f in ("llava", "instructblip")]
-IDS = [f"{family}-{preset}" for family, preset in WALKED]
-FIRST = WALKED[[family for family, _ in WALKED].index("llava")]
+CHOSEN = TINY_MODELS if ON_CARD else [("llava", "tiny")]
+REPEATED = [(f, p) for f, p in CHOSEN if p == "tiny" and f in ("llava", "instructblip")]
+IDS = [f"{family}-{preset}" for family, preset in CHOSEN]
+FIRST = CHOSEN[[family for family, _ in CHOSEN].index("llava")]
 STEPS = 5
 FP32_TOLERANCE, BF16_TOLERANCE = 1e-4, 1e-2
 
 
-class CardWalk:
-    """The runs of one twin on one device."""
+class CardRuns:
+    """The runs of one tiny model on one device."""
 
     def __init__(self, root: Path, device: str, family: str, preset: str) -> None:
-        self.walk = FamilyWalk(root, family, preset)
-        self.folder = self.walk.root / device
+        self.runs = FamilyRuns(root, family, preset)
+        self.folder = self.runs.root / device
 
     def job(self, name: str, stage: str, shards: str, stop: int | None = None, **changes: Any):
-        """A run on samples with and without pictures."""
-        job = self.walk.mixed(name, stage, shards, stop)
+        """A run on samples with and without images."""
+        job = self.runs.mixed(name, stage, shards, stop)
         run = job["run"] | {"output_dir": str(self.folder / name)} | changes
         run["parallel"] = {"deepspeed": stage, "threads": 1}
         run["optim"] = run["optim"] | {"max_steps": STEPS}
@@ -58,7 +58,7 @@ class CardWalk:
             del run["checkpoint"], run["validate"]
         else:
             run["data"] |= {"val": shards, "val_limit": 4}
-        return {"name": f"{self.walk.root.name} {name}", "run": run, "stop_at_validation": stop}
+        return {"name": f"{self.runs.root.name} {name}", "run": run, "stop_at_validation": stop}
 
     def losses(self, name: str) -> list[float]:
         """A run's losses."""
@@ -71,23 +71,23 @@ class CardWalk:
         return [path.read_bytes() for path in files if "checkpoints" not in path.parts]
 
 
-def card_jobs(walk: CardWalk, shards: str) -> list[dict[str, Any]]:
-    """Everything on the card for one twin."""
-    bf16 = walk.walk.run("x")["model"] | {"dtype": "bf16"}
-    jobs = [walk.job(stage, stage, shards) for stage in STAGES]
-    jobs += [walk.job(f"bf16-{stage}", stage, shards, model=bf16) for stage in STAGES[1::2]]
-    if (walk.walk.family, walk.walk.preset) not in REPEATED:
+def card_jobs(runs: CardRuns, shards: str) -> list[dict[str, Any]]:
+    """Everything on the card for one tiny model."""
+    bf16 = runs.runs.run("x")["model"] | {"dtype": "bf16"}
+    jobs = [runs.job(stage, stage, shards) for stage in STAGES]
+    jobs += [runs.job(f"bf16-{stage}", stage, shards, model=bf16) for stage in STAGES[1::2]]
+    if (runs.runs.family, runs.runs.preset) not in REPEATED:
         return jobs
     for stage in STAGES[1::2]:
-        jobs.append(walk.job(f"repeat-{stage}", stage, shards))
-        jobs.append(walk.job(f"cut-{stage}", stage, shards, stop=2))
-        jobs.append(walk.job(f"cut-{stage}", stage, shards, stop=2) | {"stop_at_validation": None})
+        jobs.append(runs.job(f"repeat-{stage}", stage, shards))
+        jobs.append(runs.job(f"cut-{stage}", stage, shards, stop=2))
+        jobs.append(runs.job(f"cut-{stage}", stage, shards, stop=2) | {"stop_at_validation": None})
     for stage in ("zero0", "zero3"):
         asked = {stage: {"folder": shards, "batch_size": 3}}
         jobs.append(
             {
-                "name": f"{walk.walk.root.name} answers {stage}",
-                "evaluate": str(walk.folder / "zero0"),
+                "name": f"{runs.runs.root.name} answers {stage}",
+                "evaluate": str(runs.folder / "zero0"),
                 "overrides": [f"parallel.deepspeed={stage}"],
                 "passes": asked,
             }
@@ -96,14 +96,14 @@ def card_jobs(walk: CardWalk, shards: str) -> list[dict[str, Any]]:
 
 
 def start(jobs: list[dict[str, Any]], path: Path, device: str) -> subprocess.Popen[bytes]:
-    """The walk on one device; TF32 is off, so that fp32 means fp32."""
+    """The runs on one device; TF32 is off, so that fp32 means fp32."""
     path.write_text(json.dumps(jobs))
     environment = os.environ | {"NVIDIA_TF32_OVERRIDE": "0"}
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     with path.with_suffix(".log").open("w") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "tests.gpu.walk", str(path)],
+            [sys.executable, "-m", "tests.gpu.jobs", str(path)],
             cwd=tiny.REPOSITORY,
             env=environment,
             stdout=log,
@@ -112,7 +112,7 @@ def start(jobs: list[dict[str, Any]], path: Path, device: str) -> subprocess.Pop
 
 
 def write_shards(root: Path) -> str:
-    """Questions with and without pictures."""
+    """Questions with and without images."""
     task = plugins.load("task", "scienceqa")
     folder = root / "train"
     folder.mkdir()
@@ -130,29 +130,29 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shards = write_shards(root)
     on_card: dict[str, list[dict[str, Any]]] = {}
     on_cpu: list[dict[str, Any]] = []
-    for family, preset in WALKED:
-        walk = CardWalk(root, "card", family, preset)
-        plugins.load("family", family).write_tiny(walk.walk.checkpoint, TEXTS, 0, preset)
-        on_card[walk.walk.root.name] = card_jobs(walk, shards)
-        on_cpu.append(CardWalk(root, "cpu", family, preset).job("zero1", "zero1", shards))
+    for family, preset in CHOSEN:
+        runs = CardRuns(root, "card", family, preset)
+        plugins.load("family", family).write_tiny(runs.runs.checkpoint, TEXTS, 0, preset)
+        on_card[runs.runs.root.name] = card_jobs(runs, shards)
+        on_cpu.append(CardRuns(root, "cpu", family, preset).job("zero1", "zero1", shards))
     if ON_CARD:
-        first = CardWalk(root, "card", *FIRST)
+        first = CardRuns(root, "card", *FIRST)
         for kind in ("count_waits", "out_of_memory"):
             run = first.job(kind, "zero1", shards)["run"]
             out = str(root / "facts" / f"{kind}.json")
-            on_card[first.walk.root.name].append({"name": kind, kind: run, "out": out})
-    # A process per twin: their jobs are too small to keep a card or its host busy.
-    walks = [start(jobs, root / f"card-{name}.json", DEVICE) for name, jobs in on_card.items()]
-    walks.append(start(on_cpu, root / "cpu.json", "cpu"))
-    codes = [process.wait() for process in walks]
+            on_card[first.runs.root.name].append({"name": kind, kind: run, "out": out})
+    # A process per tiny model: their jobs are too small to keep a card or its host busy.
+    all_runs = [start(jobs, root / f"card-{name}.json", DEVICE) for name, jobs in on_card.items()]
+    all_runs.append(start(on_cpu, root / "cpu.json", "cpu"))
+    codes = [process.wait() for process in all_runs]
     logs = [path.read_text()[-2000:] for path in sorted(root.glob("*.log"))]
     assert codes == [0] * len(codes), "\n".join(logs)
     return root
 
 
-@pytest.fixture(params=WALKED, ids=IDS)
-def walk(root: Path, request: pytest.FixtureRequest) -> CardWalk:
-    return CardWalk(root, "card", *request.param)
+@pytest.fixture(params=CHOSEN, ids=IDS)
+def runs(root: Path, request: pytest.FixtureRequest) -> CardRuns:
+    return CardRuns(root, "card", *request.param)
 
 
 def spread(found: list[float], wanted: list[float]) -> float:
@@ -170,36 +170,36 @@ def test_every_job_ran(root: Path) -> None:
         assert path.read_text() == "", path
 
 
-def test_fp32_losses_equal_the_cpus(root: Path, walk: CardWalk) -> None:
-    wanted = CardWalk(root, "cpu", walk.walk.family, walk.walk.preset).losses("zero1")
-    found = {stage: spread(walk.losses(stage), wanted) for stage in STAGES}
-    keep(root, f"fp32-{walk.walk.root.name}", found)
+def test_fp32_losses_equal_the_cpus(root: Path, runs: CardRuns) -> None:
+    wanted = CardRuns(root, "cpu", runs.runs.family, runs.runs.preset).losses("zero1")
+    found = {stage: spread(runs.losses(stage), wanted) for stage in STAGES}
+    keep(root, f"fp32-{runs.runs.root.name}", found)
     assert max(found.values()) <= FP32_TOLERANCE, found
 
 
-def test_bf16_losses_are_close(root: Path, walk: CardWalk) -> None:
-    wanted = walk.losses(STAGES[-1])
-    found = {s: spread(walk.losses(f"bf16-{s}"), wanted) for s in STAGES[1::2]}
-    keep(root, f"bf16-{walk.walk.root.name}", found)
+def test_bf16_losses_are_close(root: Path, runs: CardRuns) -> None:
+    wanted = runs.losses(STAGES[-1])
+    found = {s: spread(runs.losses(f"bf16-{s}"), wanted) for s in STAGES[1::2]}
+    keep(root, f"bf16-{runs.runs.root.name}", found)
     assert max(found.values()) <= BF16_TOLERANCE, found
 
 
-@pytest.mark.parametrize("twin", REPEATED, ids=[family for family, _ in REPEATED])
+@pytest.mark.parametrize("tiny_model", REPEATED, ids=[family for family, _ in REPEATED])
 @pytest.mark.parametrize("stage", STAGES[1::2])
 @pytest.mark.parametrize("kind", ["repeat", "cut"])
 def test_repeats_and_resumes_are_bit_equal(
-    root: Path, twin: tuple[str, str], stage: str, kind: str
+    root: Path, tiny_model: tuple[str, str], stage: str, kind: str
 ) -> None:
-    walk = CardWalk(root, "card", *twin)
-    found, wanted = walk.losses(f"{kind}-{stage}"), walk.losses(stage)
-    keep(root, f"{kind}-{stage}-{walk.walk.root.name}", spread(found, wanted))
+    runs = CardRuns(root, "card", *tiny_model)
+    found, wanted = runs.losses(f"{kind}-{stage}"), runs.losses(stage)
+    keep(root, f"{kind}-{stage}-{runs.runs.root.name}", spread(found, wanted))
     assert found == wanted
-    assert walk.trained(f"{kind}-{stage}") == walk.trained(stage)
+    assert runs.trained(f"{kind}-{stage}") == runs.trained(stage)
 
 
 def test_same_answers_whole_and_sharded(root: Path) -> None:
     for family, preset in REPEATED:
-        folder = CardWalk(root, "card", family, preset).folder / "zero0"
+        folder = CardRuns(root, "card", family, preset).folder / "zero0"
         whole, sharded = (
             json.loads((folder / f"{stage}.json").read_text()) for stage in ("zero0", "zero3")
         )

@@ -16,7 +16,7 @@ from mmtrain.tasks.interface import Rendered, Turn
 from tests import tiny
 
 FAMILY = plugins.load("family", "instructblip")
-TWINS = ("tiny", "tiny-vicuna")
+TINY_MODELS = ("tiny", "tiny-vicuna")
 GREEDY = SimpleNamespace(
     max_new_tokens=6, num_beams=1, length_penalty=1.0, repetition_penalty=1.0, batch_size=8
 )
@@ -54,8 +54,8 @@ def load(folder: Path, dtype: str = "fp32", base_dropout: int | str = 0) -> Load
     return FAMILY.load(options, None)
 
 
-def picture(number: int) -> Image.Image:
-    """A picture with detail that no other number has."""
+def image(number: int) -> Image.Image:
+    """An image with detail that no other number has."""
     generator = torch.Generator().manual_seed(number)
     pixels = torch.randint(0, 256, (40, 48 + number, 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
@@ -66,7 +66,7 @@ def example(
     name: str,
     question: str,
     target: str,
-    pictures: Sequence[Image.Image] = (),
+    images: Sequence[Image.Image] = (),
     earlier: Sequence[tuple[str, str]] = (),
     instruction: str | None = None,
     max_length: int = 160,
@@ -75,20 +75,20 @@ def example(
     """One encoded conversation: earlier (question, answer) pairs, then question and target."""
     turns = [Turn(role, text) for pair in earlier for role, text in zip(ROLES, pair, strict=True)]
     rendered = Rendered((*turns, Turn("user", question)), target, instruction)
-    return FAMILY.encode(processor, name, rendered, pictures, max_length, side)
+    return FAMILY.encode(processor, name, rendered, images, max_length, side)
 
 
 def mixed(processor: Any) -> list[Example]:
-    """With and without picture, long and short, one and several turns, an own instruction."""
+    """With and without image, long and short, one and several turns, an own instruction."""
     return [
-        example(processor, "with", "Which digit is in the picture?", "5", [picture(1)]),
+        example(processor, "with", "Which digit is in the picture?", "5", [image(1)]),
         example(processor, "text", "Say 7.", "7 and then 8"),
         example(
             processor,
             "turns",
             "And now?",
             "2",
-            [picture(2)],
+            [image(2)],
             [("Which digit?", "3"), ("Why?", "4")],
         ),
         example(
@@ -96,7 +96,7 @@ def mixed(processor: Any) -> list[Example]:
             "told",
             "Which?",
             "8 and 9",
-            [picture(3)],
+            [image(3)],
             instruction="Which digit is in it?",
         ),
     ]

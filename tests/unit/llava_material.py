@@ -44,8 +44,8 @@ def load(folder: Path) -> LoadedModel:
     return FAMILY.load(ModelOptions(checkpoint=str(folder), preset=None, dtype="fp32"), None)
 
 
-def picture(number: int) -> Image.Image:
-    """A picture with detail that no other number has."""
+def image(number: int) -> Image.Image:
+    """An image with detail that no other number has."""
     generator = torch.Generator().manual_seed(number)
     pixels = torch.randint(0, 256, (40, 48 + number, 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
@@ -56,7 +56,7 @@ def example(
     name: str,
     question: str,
     target: str,
-    pictures: Sequence[Image.Image] = (),
+    images: Sequence[Image.Image] = (),
     earlier: Sequence[tuple[str, str]] = (),
     max_length: int = 512,
     side: str = "left",
@@ -64,23 +64,23 @@ def example(
     """One encoded conversation: earlier (question, answer) pairs, then question and target."""
     turns = [Turn(role, text) for pair in earlier for role, text in zip(ROLES, pair, strict=True)]
     rendered = Rendered((*turns, Turn("user", question)), target)
-    return FAMILY.encode(processor, name, rendered, pictures, max_length, side)
+    return FAMILY.encode(processor, name, rendered, images, max_length, side)
 
 
 ROLES = ("user", "assistant")
 
 
 def mixed(processor: Any) -> list[Example]:
-    """With and without picture, long and short, one and several turns."""
+    """With and without image, long and short, one and several turns."""
     return [
-        example(processor, "with", "Which digit is in the picture?", "5", [picture(1)]),
+        example(processor, "with", "Which digit is in the picture?", "5", [image(1)]),
         example(processor, "text", "Say 7.", "7 and then 8"),
         example(
             processor,
             "turns",
             "And now?",
             "2",
-            [picture(2)],
+            [image(2)],
             [("Which digit?", "3"), ("Why?", "4")],
         ),
     ]
@@ -93,9 +93,9 @@ def inputs_of(one: Example, processor: Any) -> dict[str, torch.Tensor]:
 
 
 def spaced(processor: Any) -> Example:
-    """Spaces around every text: LLaVA's code takes them away behind a picture only."""
+    """Spaces around every text: LLaVA's code takes them away behind an image only."""
     earlier = [("\n Which digit? ", " 3 ")]
-    return example(processor, "spaced", " And now? ", " 2", [picture(1)], earlier)
+    return example(processor, "spaced", " And now? ", " 2", [image(1)], earlier)
 
 
 def logits_of(model: Any, batch: Any) -> torch.Tensor:
@@ -111,11 +111,11 @@ def logits_of(model: Any, batch: Any) -> torch.Tensor:
 
 
 def decoded(processor: Any, ids: Sequence[int]) -> str:
-    """The text of tokens, picture tokens counted."""
+    """The text of tokens, image tokens counted."""
     parts = []
-    for is_picture, group in groupby(ids, lambda one: one == processor.image_token_id):
+    for is_image, group in groupby(ids, lambda one: one == processor.image_token_id):
         run = list(group)
-        text = f"<image>*{len(run)}" if is_picture else processor.tokenizer.decode(run)
+        text = f"<image>*{len(run)}" if is_image else processor.tokenizer.decode(run)
         parts.append(text)
     return "".join(parts)
 

@@ -1,4 +1,4 @@
-"""Folders in the format of LLaVA's own code, made from a tiny Hugging Face twin."""
+"""Folders in the format of LLaVA's own code, made from a tiny Hugging Face model."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ NUM_MARKS = 3 + 256  # unknown, begin, end, and the bytes
 IDENTITY = {"llava": "LlavaLlamaForCausalLM", "share4v": "Share4VLlamaForCausalLM"}
 
 
-def twin_tensors(twin: Path) -> Tensors:
-    """The twin's parameters under today's names, its vocabulary without the picture token."""
+def tiny_model_tensors(tiny_model: Path) -> Tensors:
+    """The tiny model's parameters under today's names, its vocabulary without the image token."""
     from transformers import LlavaForConditionalGeneration
 
-    model = LlavaForConditionalGeneration.from_pretrained(twin, dtype=torch.float32)
+    model = LlavaForConditionalGeneration.from_pretrained(tiny_model, dtype=torch.float32)
     size = model.config.image_token_id
     tensors = {name: value.detach() for name, value in model.named_parameters()}
     for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
@@ -48,35 +48,35 @@ def original_name(name: str) -> str:
 
 
 def write_original(
-    twin: Path,
+    tiny_model: Path,
     target: Path,
     tower: str = "named",
     kind: str = "safetensors",
     shards: int = 1,
     model_type: str = "llava",
 ) -> Path:
-    """The twin in LLaVA's format; `tower` is inside, named (by config.json), beside or missing."""
+    """The model in LLaVA's format; `tower` is inside, named (by config.json), beside or missing."""
     target.mkdir(parents=True)
-    tensors = twin_tensors(twin)
+    tensors = tiny_model_tensors(tiny_model)
     llm = {original_name(n): t for n, t in tensors.items() if not n.startswith(TOWER)}
     vision = {n.removeprefix(TOWER): t for n, t in tensors.items() if n.startswith(TOWER)}
     if tower == "inside":
         llm |= {f"{TOWER}vision_tower.vision_model.{n}": t for n, t in vision.items()}
     llm["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(12)
     write_weights(target, llm, kind, shards)
-    _write_config(twin, target, model_type)
-    _write_tokenizer(twin, target)
+    _write_config(tiny_model, target, model_type)
+    _write_tokenizer(tiny_model, target)
     if tower in ("named", "inside"):
-        write_tower(twin, target / "tower", vision if tower == "named" else None)
+        write_tower(tiny_model, target / "tower", vision if tower == "named" else None)
     if tower == "beside":
-        write_tower(twin, target.with_name(f"{target.name}-tower"), vision)
+        write_tower(tiny_model, target.with_name(f"{target.name}-tower"), vision)
     if tower in ("beside", "missing"):
         edit_json(target / "config.json", mm_vision_tower="openai/clip-vit-large-patch14-336")
     return target
 
 
-def _write_config(twin: Path, target: Path, model_type: str) -> None:
-    stored = json.loads((twin / "config.json").read_text())
+def _write_config(tiny_model: Path, target: Path, model_type: str) -> None:
+    stored = json.loads((tiny_model / "config.json").read_text())
     text = stored["text_config"]
     keys = "hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
     keys += ["num_key_value_heads", "rms_norm_eps", "max_position_embeddings"]
@@ -104,9 +104,9 @@ def _write_config(twin: Path, target: Path, model_type: str) -> None:
     (target / "config.json").write_text(json.dumps(config))
 
 
-def _write_tokenizer(twin: Path, target: Path) -> None:
-    """The twin's tokenizer without the picture token, which is its last."""
-    tokenizer = json.loads((twin / "tokenizer.json").read_text())
+def _write_tokenizer(tiny_model: Path, target: Path) -> None:
+    """The tiny model's tokenizer without the image token, which is its last."""
+    tokenizer = json.loads((tiny_model / "tokenizer.json").read_text())
     tokenizer["added_tokens"] = [
         token for token in tokenizer["added_tokens"] if token["content"] != "<image>"
     ]
@@ -116,10 +116,12 @@ def _write_tokenizer(twin: Path, target: Path) -> None:
     (target / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def write_tower(twin: Path, folder: Path, tensors: Tensors | None, full: bool = False) -> Path:
+def write_tower(
+    tiny_model: Path, folder: Path, tensors: Tensors | None, full: bool = False
+) -> Path:
     """A CLIP folder: the tower alone, or with CLIP's text side; without tensors: only settings."""
-    vision = json.loads((twin / "config.json").read_text())["vision_config"]
-    processor = json.loads((twin / "processor_config.json").read_text())["image_processor"]
+    vision = json.loads((tiny_model / "config.json").read_text())["vision_config"]
+    processor = json.loads((tiny_model / "processor_config.json").read_text())["image_processor"]
     folder.mkdir(parents=True)
     config = {"model_type": "clip", "vision_config": vision, "text_config": {}} if full else vision
     (folder / "config.json").write_text(json.dumps(config))
@@ -199,11 +201,11 @@ def train_sentencepiece(size: int) -> bytes:
 
 
 def write_with_sentencepiece(
-    twin: Path, target: Path, size: int = 380, legacy: bool | None = False
+    tiny_model: Path, target: Path, size: int = 380, legacy: bool | None = False
 ) -> Path:
     """An original folder whose tokenizer is `tokenizer.model`, as the published ones'."""
-    write_original(twin, target)
-    tensors = twin_tensors(twin)
+    write_original(tiny_model, target)
+    tensors = tiny_model_tensors(tiny_model)
     for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
         tensors[name] = tensors[name][:size]
     llm = {original_name(n): t for n, t in tensors.items() if not n.startswith(TOWER)}

@@ -61,8 +61,8 @@ def load(folder: Path, **options: Any) -> LoadedModel:
     return FAMILY.load(ModelOptions(**given), None)
 
 
-def picture(number: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
-    """A picture (width, height) with detail that no other number has."""
+def image(number: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
+    """An image (width, height) with detail that no other number has."""
     generator = torch.Generator().manual_seed(number)
     shape = (size[1], size[0], 3)
     pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
@@ -74,7 +74,7 @@ def example(
     name: str,
     question: str,
     target: str,
-    pictures: Sequence[Image.Image] = (),
+    images: Sequence[Image.Image] = (),
     earlier: Sequence[tuple[str, str]] = (),
     max_length: int = 512,
     side: str = "left",
@@ -82,14 +82,14 @@ def example(
     """One encoded conversation: earlier (question, answer) pairs, then question and target."""
     turns = [Turn(role, text) for pair in earlier for role, text in zip(ROLES, pair, strict=True)]
     rendered = Rendered((*turns, Turn("user", question)), target)
-    return FAMILY.encode(processor, name, rendered, pictures, max_length, side)
+    return FAMILY.encode(processor, name, rendered, images, max_length, side)
 
 
 def mixed(processor: Any) -> list[Example]:
-    """With and without pictures, of several sizes; long and short; one and several turns."""
-    wide, small = picture(2, (70, 24)), picture(3, (17, 40))
+    """With and without images, of several sizes; long and short; one and several turns."""
+    wide, small = image(2, (70, 24)), image(3, (17, 40))
     return [
-        example(processor, "with", "Which digit is in the picture?", "5", [picture(1)]),
+        example(processor, "with", "Which digit is in the picture?", "5", [image(1)]),
         example(processor, "text", "Say 7.", "7 and then 8"),
         example(processor, "two", "Same?", "no", [wide, small]),
         example(
@@ -97,14 +97,14 @@ def mixed(processor: Any) -> list[Example]:
             "turns",
             "And now?",
             "2",
-            [picture(4, (40, 48))],
+            [image(4, (40, 48))],
             [("Which digit?", "3"), ("Why?", "4")],
         ),
     ]
 
 
-def picture_inputs(one: Example) -> Tensors:
-    """What transformers' own model wants to know of a sample's pictures."""
+def image_inputs(one: Example) -> Tensors:
+    """What transformers' own model wants to know of a sample's images."""
     if not one.pixels:
         return {}
     grid = torch.tensor(one.extras["grid"])
@@ -116,7 +116,7 @@ def inputs_of(one: Example, processor: Any) -> Tensors:
     return {
         "input_ids": torch.tensor([one.input_ids]),
         "mm_token_type_ids": token_types(one.input_ids, processor),
-        **picture_inputs(one),
+        **image_inputs(one),
     }
 
 
@@ -128,5 +128,5 @@ def logits_of(model: Any, batch: Any) -> torch.Tensor:
 
 
 def token_types(ids: Sequence[int], processor: Any) -> torch.Tensor:
-    """1 for picture tokens, as transformers' own processor gives them."""
+    """1 for image tokens, as transformers' own processor gives them."""
     return torch.tensor([[int(one == processor.image_token_id) for one in ids]])

@@ -53,8 +53,8 @@ def load(folder: Path, **options: Any) -> LoadedModel:
     return FAMILY.load(ModelOptions(**given), None)
 
 
-def picture(number: int) -> Image.Image:
-    """A picture with detail that no other number has."""
+def image(number: int) -> Image.Image:
+    """An image with detail that no other number has."""
     generator = torch.Generator().manual_seed(number)
     pixels = torch.randint(0, 256, (40, 48 + number, 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
@@ -65,7 +65,7 @@ def example(
     name: str,
     question: str,
     target: str,
-    pictures: Sequence[Image.Image] = (),
+    images: Sequence[Image.Image] = (),
     earlier: Sequence[tuple[str, str]] = (),
     max_length: int = 512,
     side: str = "left",
@@ -73,21 +73,21 @@ def example(
     """One encoded conversation: earlier (question, answer) pairs, then question and target."""
     turns = [Turn(role, text) for pair in earlier for role, text in zip(ROLES, pair, strict=True)]
     rendered = Rendered((*turns, Turn("user", question)), target)
-    return FAMILY.encode(processor, name, rendered, pictures, max_length, side)
+    return FAMILY.encode(processor, name, rendered, images, max_length, side)
 
 
 def mixed(processor: Any) -> list[Example]:
-    """With and without pictures, long and short, one and several turns."""
+    """With and without images, long and short, one and several turns."""
     return [
-        example(processor, "with", "Which digit is in the picture?", "5", [picture(1)]),
+        example(processor, "with", "Which digit is in the picture?", "5", [image(1)]),
         example(processor, "text", "Say 7.", "7 and then 8"),
-        example(processor, "two", "Same?", "no", [picture(2), picture(3)]),
+        example(processor, "two", "Same?", "no", [image(2), image(3)]),
         example(
             processor,
             "turns",
             "And now?",
             "2",
-            [picture(4)],
+            [image(4)],
             [("Which digit?", "3"), ("Why?", "4")],
         ),
     ]

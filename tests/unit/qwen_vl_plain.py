@@ -46,8 +46,8 @@ def interpolated(table: torch.Tensor, count: int) -> torch.Tensor:
     return image.permute(0, 2, 3, 1).reshape(count, -1)
 
 
-def picture_features(tensors: Tensors, config: Mapping[str, Any], pixels: torch.Tensor) -> Any:
-    """[queries, hidden] of one picture."""
+def image_features(tensors: Tensors, config: Mapping[str, Any], pixels: torch.Tensor) -> Any:
+    """[queries, hidden] of one image."""
     tower = {
         name.removeprefix("transformer.visual."): value
         for name, value in tensors.items()
@@ -131,7 +131,7 @@ def logits(
     tensors: Tensors,
     config: Mapping[str, Any],
     ids: Sequence[int],
-    pictures: Sequence[torch.Tensor] = (),
+    images: Sequence[torch.Tensor] = (),
     prompt_length: int | None = None,
 ) -> torch.Tensor:
     """[tokens, vocabulary] of one sample.
@@ -139,7 +139,7 @@ def logits(
     A cache keeps the rotary base that the prompt chose: `prompt_length`, else the whole length.
     """
     base = rotary_base(config, prompt_length or len(ids))
-    x = embedded(tensors, config, ids, pictures)
+    x = embedded(tensors, config, ids, images)
     for number in range(config["num_hidden_layers"]):
         layer = f"transformer.h.{number}"
         epsilon = config["layer_norm_epsilon"]
@@ -157,15 +157,15 @@ def embedded(
     tensors: Tensors,
     config: Mapping[str, Any],
     ids: Sequence[int],
-    pictures: Sequence[torch.Tensor],
+    images: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """Token embeddings, overwritten between <img> and </img>, as the published code does."""
     x = tensors["transformer.wte.weight"][torch.tensor(ids)].clone()
     start = config["visual"]["image_start_id"]
     opened = [place for place, token in enumerate(ids) if token == start]
     closed = [place for place, token in enumerate(ids) if token == start + 1]
-    for first, last, pixels in zip(opened, closed, pictures, strict=True):
-        x[first + 1 : last] = picture_features(tensors, config, pixels)
+    for first, last, pixels in zip(opened, closed, images, strict=True):
+        x[first + 1 : last] = image_features(tensors, config, pixels)
     return x
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from mmtrain.__main__ import main
-from mmtrain.build import resolve
 from mmtrain.errors import ConfigError
+from mmtrain.resolve import resolve
 from mmtrain.safe_text import MAX_LINE_CHARS
 from tests.fuzz import examples
 

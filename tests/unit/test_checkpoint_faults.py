@@ -29,7 +29,7 @@ from mmtrain.training.checkpoint import (
 )
 from mmtrain.training.opening import find_resume
 from tests import tiny
-from tests.distributed.walk import Interrupted
+from tests.distributed.jobs import Interrupted
 from tests.in_process import one_rank, train, trained_digest
 
 FILES = [WEIGHTS, MOMENTS, STATE, SUMS]

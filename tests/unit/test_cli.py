@@ -310,7 +310,7 @@ def test_init_writes_a_file_that_check_accepts(
 
 
 def test_init_for_a_checkpoint_and_another_task(tmp_path: Path) -> None:
-    from mmtrain.build import resolve
+    from mmtrain.resolve import resolve
 
     file = tmp_path / "run.yaml"
     folder = "/data/a: b"

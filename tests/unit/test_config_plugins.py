@@ -1,4 +1,4 @@
-"""`build.resolve`: the schema and every plug-in the file names, in one report."""
+"""`resolve`: the schema and every plug-in the file names, in one report."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from mmtrain import plugins
-from mmtrain.build import method_options, resolve
 from mmtrain.config import yaml_text
 from mmtrain.config.load import dump_run
 from mmtrain.errors import ConfigError, MmtrainError
+from mmtrain.resolve import method_options, resolve
 
 MODEL = {"family": "llava", "preset": "tiny"}
 LORA = {"mode": "peft", "method": "lora"}

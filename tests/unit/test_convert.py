@@ -26,13 +26,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def twin(base: Path) -> Path:
+def tiny_model(base: Path) -> Path:
     return write_lively(base)
 
 
 @pytest.fixture(scope="module")
-def original(twin: Path, base: Path) -> Path:
-    return write_original(twin, base / "original", tower="beside", kind="bin", shards=2)
+def original(tiny_model: Path, base: Path) -> Path:
+    return write_original(tiny_model, base / "original", tower="beside", kind="bin", shards=2)
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +78,13 @@ def test_transformers_own_forward_gives_the_sources_logits(
     assert processor.tokenizer.convert_tokens_to_ids("<image>") == size
 
 
-def test_the_vocabulary_is_padded_with_mean_rows(twin: Path, converted: Path) -> None:
+def test_the_vocabulary_is_padded_with_mean_rows(tiny_model: Path, converted: Path) -> None:
     config = json.loads((converted / "config.json").read_text())
     image_token = config["image_token_index"]
     size = config["text_config"]["vocab_size"]
     assert image_token < size and size % 64 == 0 and size - image_token <= 64
     found = tensors_of(converted)
-    stored = stored_tensors(twin)
+    stored = stored_tensors(tiny_model)
     for name, old in ((EMBEDDING, "language_model.model.embed_tokens.weight"), (HEAD, None)):
         rows = stored[old or "language_model.lm_head.weight"][:image_token]
         assert torch.equal(found[name][:image_token], rows)
@@ -101,14 +101,16 @@ def test_samples_are_read_alike(original: Path, converted: Path, base: Path) -> 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_weights_that_need_no_padding_stay_bit_equal(
-    twin: Path, tmp_path: Path, dtype: str, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path, tmp_path: Path, dtype: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "again"
     target.mkdir()  # an empty folder is as good as none
-    assert main(["convert", str(twin), str(target), "--family", "llava", "--dtype", dtype]) == 0
+    assert (
+        main(["convert", str(tiny_model), str(target), "--family", "llava", "--dtype", dtype]) == 0
+    )
     out = capsys.readouterr().out
     assert "largest difference of logits" in out and f"in {dtype}" in out
-    before = dict(load(twin).model.named_parameters())
+    before = dict(load(tiny_model).model.named_parameters())
     after = tensors_of(target)
     assert set(before) == set(after)
     for name, tensor in after.items():
@@ -129,18 +131,20 @@ def refused(capsys: pytest.CaptureFixture[str], source: Path, target: Path, *mor
 
 
 def test_a_folder_in_use_is_left_alone(
-    twin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").write_text("here")
-    assert "is not empty" in refused(capsys, twin, tmp_path / "full")
+    assert "is not empty" in refused(capsys, tiny_model, tmp_path / "full")
     assert (tmp_path / "full" / "precious").read_text() == "here"
 
 
-def test_other_sources(twin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_sources(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     target = tmp_path / "target"
     assert "is no folder" in refused(capsys, tmp_path / "nothing", target)
-    other = copied(twin, tmp_path / "other")
+    other = copied(tiny_model, tmp_path / "other")
     edit_json(other / "config.json", model_type="lava")
     line = refused(capsys, other, target)
     assert "no family reads a 'lava' checkpoint" in line and "did you mean 'llava'?" in line
@@ -154,18 +158,18 @@ def test_a_missing_tower(
 
 
 def test_a_full_disk_is_known_before(
-    twin: Path,
+    tiny_model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     usage = SimpleNamespace(free=2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    assert "0.1 GiB, " in refused(capsys, twin, tmp_path / "target")
+    assert "0.1 GiB, " in refused(capsys, tiny_model, tmp_path / "target")
 
 
 def test_a_disk_that_fills_up(
-    twin: Path,
+    tiny_model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -174,12 +178,12 @@ def test_a_disk_that_fills_up(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("mmtrain.models.building.save_file", full)
-    assert "No space left" in refused(capsys, twin, tmp_path / "target")
+    assert "No space left" in refused(capsys, tiny_model, tmp_path / "target")
 
 
 @pytest.mark.parametrize("what", ["weights", "pixels"])
 def test_another_model_is_never_put_in_place(
-    twin: Path,
+    tiny_model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -197,6 +201,6 @@ def test_another_model_is_never_put_in_place(
             (folder / "processor_config.json").write_text(json.dumps(settings))
 
     monkeypatch.setattr(FAMILY, "save", harmed, raising=False)
-    line = refused(capsys, twin, tmp_path / "target", "--dtype", "fp32")
+    line = refused(capsys, tiny_model, tmp_path / "target", "--dtype", "fp32")
     named = {"weights": "computes other logits", "pixels": "makes other pixel_values"}
     assert named[what] in line

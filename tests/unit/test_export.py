@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mmtrain.build import resolve
+from mmtrain.resolve import resolve
 from tests import tiny
 from tests.in_process import one_rank, train
 from tests.unit import llava_material, qwen2_vl_material
@@ -39,7 +39,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "qwen2_vl": {"model": {"family": "qwen2_vl", "max_pixels": 30 * 30}},
 }
 # Runs every card's snippet as its user would, in the run folder, and writes the logits beside, and
-# what the snippet's processor makes of a picture.
+# what the snippet's processor makes of an image.
 DRIVER = """
 import json, os, sys
 from pathlib import Path
@@ -51,8 +51,8 @@ for folder, snippet in json.loads(sys.stdin.read()).items():
     names = {}
     exec(compile(snippet, "README.md", "exec"), names)
     save_file(logits_one_by_one(names["model"], Path(folder)), "snippet.safetensors")
-    pictures = names.get("image_processor") or names["processor"].image_processor
-    seen = pictures(Image.open("picture.png"), return_tensors="pt")["pixel_values"]
+    images = names.get("image_processor") or names["processor"].image_processor
+    seen = images(Image.open("image.png"), return_tensors="pt")["pixel_values"]
     save_file({"seen": seen.contiguous()}, "seen.safetensors")
 assert not any(name.split(".")[0] in ("mmtrain", "deepspeed") for name in sys.modules)
 """
@@ -76,7 +76,7 @@ def root(
 
 
 def write_logits(run_dir: Path) -> None:
-    """The trained model's logits, unpadded, sample by sample, and a picture as it sees it."""
+    """The trained model's logits, unpadded, sample by sample, and an image as it sees it."""
     from mmtrain.training.inference import ready_from_argument
 
     assembled = ready_from_argument(str(run_dir), [], base=False).assembled
@@ -91,10 +91,10 @@ def write_logits(run_dir: Path) -> None:
         inputs |= {f"{row}.{name}": tensor for name, tensor in given.items()}
     save_file(inputs, run_dir / "inputs.safetensors")
     save_file(logits, run_dir / "logits.safetensors")
-    picture = material.picture(1).resize((90, 40))
-    picture.save(run_dir / "picture.png")
-    seen = material.example(assembled.processor, "seen", "Which?", "5", [picture])
-    save_file({"seen": torch.cat(list(seen.pixels))}, run_dir / "picture.safetensors")
+    image = material.image(1).resize((90, 40))
+    image.save(run_dir / "image.png")
+    seen = material.example(assembled.processor, "seen", "Which?", "5", [image])
+    save_file({"seen": torch.cat(list(seen.pixels))}, run_dir / "image.safetensors")
 
 
 def snippet_of(run_dir: Path) -> str:
@@ -140,7 +140,7 @@ def test_the_cards_processor_sees_what_training_saw(
     root: Path, from_snippets: dict[str, dict[str, torch.Tensor]], name: str
 ) -> None:
     seen = load_file(root / name / "seen.safetensors")
-    wanted = load_file(root / name / "picture.safetensors")["seen"]
+    wanted = load_file(root / name / "image.safetensors")["seen"]
     assert torch.equal(seen["seen"].reshape(wanted.shape), wanted)
 
 

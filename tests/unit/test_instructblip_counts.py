@@ -97,9 +97,9 @@ def test_component_sizes(preset: str) -> None:
     assert {component: sizes[component] for component in SIZES[preset]} == SIZES[preset]
 
 
-def test_pictures_in_tokens() -> None:
+def test_images_in_tokens() -> None:
     config = FAMILY.model_config(ModelOptions(None, T5_XL))
-    found = {name: FAMILY.picture_tokens(config, name) for name in ("vision", "qformer", "llm")}
+    found = {name: FAMILY.image_tokens(config, name) for name in ("vision", "qformer", "llm")}
     assert found == {"vision": 257, "qformer": 32, "llm": 32}
 
 

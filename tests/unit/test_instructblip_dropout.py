@@ -19,10 +19,10 @@ from mmtrain.models.dropout import (
     scope_of,
 )
 from mmtrain.models.interface import Example, LoadedModel, ModelOptions
-from tests.unit.instructblip_material import FAMILY, GREEDY, TWINS, load, mixed, write_lively
+from tests.unit.instructblip_material import FAMILY, GREEDY, TINY_MODELS, load, mixed, write_lively
 
 
-@pytest.fixture(scope="module", params=TWINS)
+@pytest.fixture(scope="module", params=TINY_MODELS)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_lively(tmp_path_factory.mktemp("instructblip"), request.param)
 

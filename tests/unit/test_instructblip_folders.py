@@ -30,12 +30,12 @@ from tests.unit.instructblip_material import (
     FAMILY,
     GREEDY,
     TEXTS,
-    TWINS,
+    TINY_MODELS,
     example,
+    image,
     load,
     mixed,
     our_logits,
-    picture,
     reference_logits,
     reference_of,
     write_lively,
@@ -47,10 +47,10 @@ Folders = dict[str, Path]
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     base = tmp_path_factory.mktemp("instructblip")
-    return {preset: write_lively(base, preset) for preset in TWINS}
+    return {preset: write_lively(base, preset) for preset in TINY_MODELS}
 
 
-@pytest.fixture(params=TWINS)
+@pytest.fixture(params=TINY_MODELS)
 def folder(request: pytest.FixtureRequest, folders: Folders) -> Path:
     return folders[request.param]
 
@@ -147,7 +147,7 @@ def test_saved_folders_load_here_and_in_transformers(folder: Path, tmp_path: Pat
     assert (ours - torch.cat(wanted)).abs().max() <= 1e-5
 
 
-def test_older_folders_know_no_picture_token(folder: Path, tmp_path: Path) -> None:
+def test_older_folders_know_no_image_token(folder: Path, tmp_path: Path) -> None:
     """Neither configuration nor tokenizer nor processor of the first published folders had it."""
     older = copied(folder, tmp_path / "older")
     config = json.loads((older / "config.json").read_text())
@@ -172,7 +172,7 @@ def test_older_folders_know_no_picture_token(folder: Path, tmp_path: Path) -> No
 
 
 def test_tiny_checkpoints_repeat(tmp_path: Path) -> None:
-    for preset in TWINS:
+    for preset in TINY_MODELS:
         for name in "ab":
             FAMILY.write_tiny(tmp_path / preset / name, TEXTS, 5, preset)
         files = {
@@ -186,7 +186,7 @@ def test_tiny_checkpoints_repeat(tmp_path: Path) -> None:
             assert first.read_bytes() == second.read_bytes(), file
 
 
-def test_tiny_twins_keep_the_published_dropout(tmp_path: Path) -> None:
+def test_tiny_models_keep_the_published_dropout(tmp_path: Path) -> None:
     FAMILY.write_tiny(tmp_path, TEXTS, 0, "tiny")
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["qformer_config"]["hidden_dropout_prob"] == 0.1
@@ -198,9 +198,9 @@ def test_tiny_twins_keep_the_published_dropout(tmp_path: Path) -> None:
 
 
 def _other_tokenizer(folder: Path) -> None:
-    from mmtrain.models.families.instructblip import tiny_twin
+    from mmtrain.models.families.instructblip import tiny_model
 
-    tiny_twin.t5_tokenizer(["another text altogether"]).save_pretrained(folder)
+    tiny_model.t5_tokenizer(["another text altogether"]).save_pretrained(folder)
 
 
 FAULTS: Faults = {
@@ -249,7 +249,7 @@ FAULTS: Faults = {
         lambda folder: shutil.rmtree(folder / "qformer_tokenizer"),
         "qformer_tokenizer: no usable tokenizer",
     ),
-    "other picture size": (
+    "other image size": (
         with_json("processor_config.json", "image_processor", size={"height": 64, "width": 64}),
         "64 x 64",
     ),
@@ -278,6 +278,6 @@ def test_overrides_take_what_fits(folders: Folders) -> None:
     wanted = stored_tensors(folders["tiny"])
     assert not any("layer.1." in name for name in found if name.startswith("qformer"))
     assert all(torch.equal(found[name], wanted[name]) for name in found)
-    one = example(loaded.processor, "a", "Which?", "5", [picture(1)])
+    one = example(loaded.processor, "a", "Which?", "5", [image(1)])
     with torch.no_grad():
         FAMILY.forward(loaded.model, FAMILY.collate([one], loaded.processor))

@@ -21,12 +21,12 @@ from tests.unit.folder_faults import stored_tensors
 from tests.unit.instructblip_material import (
     FAMILY,
     GREEDY,
-    TWINS,
+    TINY_MODELS,
     example,
+    image,
     load,
     mixed,
     our_logits,
-    picture,
     reference_inputs,
     reference_logits,
     reference_of,
@@ -37,7 +37,7 @@ from tests.unit.instructblip_material import (
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(scope="module", params=TWINS)
+@pytest.fixture(scope="module", params=TINY_MODELS)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_lively(tmp_path_factory.mktemp("instructblip"), request.param)
 
@@ -114,20 +114,20 @@ def test_prompts_equal_those_of_transformers_processor(loaded: LoadedModel, fold
     from transformers import AutoProcessor
 
     question = "Which digit is in the picture?"
-    one = example(loaded.processor, "a", question, "5", [picture(1)])
-    wanted = AutoProcessor.from_pretrained(folder)(picture(1), question, return_tensors="pt")
+    one = example(loaded.processor, "a", question, "5", [image(1)])
+    wanted = AutoProcessor.from_pretrained(folder)(image(1), question, return_tensors="pt")
     assert text_and_answer(one)[0] == wanted["input_ids"][0].tolist()
     assert one.extras["instruction_ids"] == wanted["qformer_input_ids"][0].tolist()
     assert torch.equal(one.pixels[0], wanted["pixel_values"][0])
 
 
-def test_pictures_and_instructions_count(loaded: LoadedModel) -> None:
+def test_images_and_instructions_count(loaded: LoadedModel) -> None:
     variants = [(1, None), (2, None), (1, "Say 7.")]
     losses = [
         float(
             loss_of(
                 loaded,
-                [example(loaded.processor, "a", "Which?", "5", [picture(n)], instruction=told)],
+                [example(loaded.processor, "a", "Which?", "5", [image(n)], instruction=told)],
             ).answer_loss_sum
         )
         for n, told in variants
@@ -135,9 +135,9 @@ def test_pictures_and_instructions_count(loaded: LoadedModel) -> None:
     assert min(abs(losses[0] - losses[1]), abs(losses[0] - losses[2])) > 1e-3, losses
 
 
-def test_several_pictures_are_several_rows(loaded: LoadedModel) -> None:
-    one = example(loaded.processor, "two", "Same?", "no", [picture(1), picture(2)])
-    other = example(loaded.processor, "two", "Same?", "no", [picture(2), picture(1)])
+def test_several_images_are_several_rows(loaded: LoadedModel) -> None:
+    one = example(loaded.processor, "two", "Same?", "no", [image(1), image(2)])
+    other = example(loaded.processor, "two", "Same?", "no", [image(2), image(1)])
     batch = FAMILY.collate([one], loaded.processor)
     assert batch.tensors["pixel_values"].shape[0] == 2
     losses = [float(loss_of(loaded, [each]).answer_loss_sum) for each in (one, other)]
@@ -176,7 +176,7 @@ def test_every_batch_calls_the_same_modules(loaded: LoadedModel) -> None:
         assert wanted.count(once) == wanted.count("language_model.lm_head") == 1
 
 
-def test_nothing_reads_the_blank_picture(loaded: LoadedModel) -> None:
+def test_nothing_reads_the_blank_image(loaded: LoadedModel) -> None:
     batch = FAMILY.collate([mixed(loaded.processor)[1]], loaded.processor)
     losses = []
     for value in (0.0, 1.0):
@@ -295,7 +295,7 @@ def test_generation_equals_transformers_own(loaded: LoadedModel, reference: Any)
 
 
 def test_unpadded_vocabulary(folder: Path, reference: Any, tmp_path: Path) -> None:
-    """The picture token's id is the vocabulary's size: it has no embedding and no logit."""
+    """The image token's id is the vocabulary's size: it has no embedding and no logit."""
     target = tmp_path / "unpadded"
     shutil.copytree(folder, target)
     config = json.loads((target / "config.json").read_text())

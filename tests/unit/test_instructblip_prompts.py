@@ -16,11 +16,11 @@ from mmtrain.models.interface import Example
 from tests.unit.instructblip_material import (
     FAMILY,
     TEXTS,
-    TWINS,
+    TINY_MODELS,
     example,
+    image,
     load,
     mixed,
-    picture,
     text_and_answer,
 )
 
@@ -34,27 +34,27 @@ Processors = dict[str, Any]
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of both folders."""
     folder = tmp_path_factory.mktemp("instructblip")
-    for preset in TWINS:
+    for preset in TINY_MODELS:
         FAMILY.write_tiny(folder / preset, TEXTS, 0, preset)
     return folder
 
 
 @pytest.fixture(scope="module")
 def processors(folders: Path) -> Processors:
-    return {preset: load(folders / preset).processor for preset in TWINS}
+    return {preset: load(folders / preset).processor for preset in TINY_MODELS}
 
 
-@pytest.fixture(params=TWINS)
+@pytest.fixture(params=TINY_MODELS)
 def processor(request: pytest.FixtureRequest, processors: Processors) -> Any:
     return processors[request.param]
 
 
 def decoded(processor: Any, ids: Sequence[int]) -> str:
-    """The text of tokens, picture tokens counted."""
+    """The text of tokens, image tokens counted."""
     parts = []
-    for is_picture, group in groupby(ids, lambda one: one == processor.image_token_id):
+    for is_image, group in groupby(ids, lambda one: one == processor.image_token_id):
         run = list(group)
-        text = f"<image>*{len(run)}" if is_picture else processor.tokenizer.decode(run)
+        text = f"<image>*{len(run)}" if is_image else processor.tokenizer.decode(run)
         parts.append(text)
     return "".join(parts)
 
@@ -92,8 +92,8 @@ def test_labels_are_the_answer_alone(processors: Processors) -> None:
                 assert one.labels == [-100] * len(prompt) + answer
 
 
-def test_several_pictures_stand_first(processor: Any) -> None:
-    one = example(processor, "two", "Which digit?", "no", [picture(1), picture(2)])
+def test_several_images_stand_first(processor: Any) -> None:
+    one = example(processor, "two", "Which digit?", "no", [image(1), image(2)])
     assert len(one.pixels) == 2
     assert decoded(processor, one.input_ids).startswith(f"<image>*{2 * QUERIES}")
     assert processor.image_token_id not in one.input_ids[2 * QUERIES :]
@@ -102,7 +102,7 @@ def test_several_pictures_stand_first(processor: Any) -> None:
 def test_the_frame_of_each_tokenizer(processors: Processors) -> None:
     for preset, framed in (("tiny", (False, True)), ("tiny-vicuna", (True, False))):
         processor = processors[preset]
-        one = example(processor, "a", "Which digit?", "5", [picture(1)])
+        one = example(processor, "a", "Which digit?", "5", [image(1)])
         text = text_and_answer(one)[0][QUERIES:]
         tokenizer = processor.tokenizer
         assert (text[0] == tokenizer.bos_token_id, text[-1] == tokenizer.eos_token_id) == framed
@@ -112,26 +112,24 @@ LONG = "Which digit of these is in the picture? " * 4
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("num_pictures", [0, 1])
+@pytest.mark.parametrize("num_images", [0, 1])
 @pytest.mark.parametrize("surplus", [1, 20])
-def test_truncation_spares_pictures_frames_and_answers(
-    processor: Any, side: str, num_pictures: int, surplus: int
+def test_truncation_spares_images_frames_and_answers(
+    processor: Any, side: str, num_images: int, surplus: int
 ) -> None:
     def encoded(limit: int) -> Example:
-        pictures = [picture(number) for number in range(num_pictures)]
-        return example(
-            processor, "long", LONG, "7 and then 8", pictures, max_length=limit, side=side
-        )
+        images = [image(number) for number in range(num_images)]
+        return example(processor, "long", LONG, "7 and then 8", images, max_length=limit, side=side)
 
     whole, answer = text_and_answer(encoded(10_000))
     limit = len(whole) - surplus
     cut, same = text_and_answer(encoded(limit))
     assert same == answer and len(cut) == limit
-    pictures = QUERIES * num_pictures
-    assert cut[:pictures] == whole[:pictures] == [processor.image_token_id] * pictures
+    images = QUERIES * num_images
+    assert cut[:images] == whole[:images] == [processor.image_token_id] * images
     # Begin and end tokens stay; the text loses its beginning or its end.
     framed = processor.tokenizer("Which", return_special_tokens_mask=True)["special_tokens_mask"]
-    head, tail = pictures + framed[0], framed[-1]
+    head, tail = images + framed[0], framed[-1]
     assert cut[:head] == whole[:head] and cut[limit - tail :] == whole[len(whole) - tail :]
     body, kept = whole[head : len(whole) - tail], cut[head : limit - tail]
     assert kept == (body[surplus:] if side == "left" else body[:-surplus])
@@ -141,7 +139,7 @@ def test_truncation_spares_pictures_frames_and_answers(
 def test_the_instruction_is_cut_on_the_same_side(processor: Any, side: str) -> None:
     def instruction(limit: int) -> list[int]:
         one = example(
-            processor, "a", "Which?", "5", [picture(1)], (), LONG, max_length=limit, side=side
+            processor, "a", "Which?", "5", [image(1)], (), LONG, max_length=limit, side=side
         )
         return one.extras["instruction_ids"]
 
@@ -153,26 +151,24 @@ def test_the_instruction_is_cut_on_the_same_side(processor: Any, side: str) -> N
 
 
 def test_the_instruction_never_outgrows_its_positions(processor: Any) -> None:
-    one = example(
-        processor, "a", "Which?", "5", [picture(1)], instruction=LONG * 9, max_length=9999
-    )
+    one = example(processor, "a", "Which?", "5", [image(1)], instruction=LONG * 9, max_length=9999)
     assert len(one.extras["instruction_ids"]) == processor.instruction_positions
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_a_picture_that_does_not_fit_is_an_error(processor: Any, side: str) -> None:
-    arguments: dict[str, Any] = {"question": "Which?", "target": "5", "pictures": [picture(1)]}
-    # One token more than the picture: the tokenizer's own begin or end.
+def test_a_image_that_does_not_fit_is_an_error(processor: Any, side: str) -> None:
+    arguments: dict[str, Any] = {"question": "Which?", "target": "5", "images": [image(1)]}
+    # One token more than the image: the tokenizer's own begin or end.
     fits = example(processor, "big", **arguments, max_length=QUERIES + 1, side=side)
     assert len(text_and_answer(fits)[0]) == QUERIES + 1
     with pytest.raises(DataError, match=f"sample big: .* {QUERIES + 1} tokens, .* is {QUERIES}"):
         example(processor, "big", **arguments, max_length=QUERIES, side=side)
 
 
-def test_a_picture_token_in_the_text_is_an_error_naming_the_sample(processor: Any) -> None:
+def test_a_image_token_in_the_text_is_an_error_naming_the_sample(processor: Any) -> None:
     for question, target in (("What does <image> mean?", "5"), ("Which?", "<image>")):
         with pytest.raises(DataError, match="sample odd.*<image>"):
-            example(processor, "odd", question, target, [picture(1)])
+            example(processor, "odd", question, target, [image(1)])
 
 
 def with_sentinels(folder: Path, target: Path) -> Any:
@@ -206,7 +202,7 @@ def test_control_tokens_of_the_language_model_are_errors(
             with pytest.raises(DataError, match=f"sample odd.*{token}"):
                 example(processor, "odd", **case)
         # The Q-Former's tokenizer reads it as a word like any other.
-        example(processor, "even", "Which?", "5", [picture(1)], instruction=odd)
+        example(processor, "even", "Which?", "5", [image(1)], instruction=odd)
     example(processor, "even", "Which digitally?", "digitally [SEP]")
 
 
@@ -216,10 +212,10 @@ def test_control_tokens_of_the_qformer_are_errors_where_it_reads(
 ) -> None:
     odd = f"Which {token} digit?"
     with pytest.raises(DataError, match="sample odd.*" + re.escape(token)):
-        example(processor, "odd", "Which?", "5", [picture(1)], instruction=odd)
+        example(processor, "odd", "Which?", "5", [image(1)], instruction=odd)
     with pytest.raises(DataError, match="sample odd.*" + re.escape(token)):
-        example(processor, "odd", odd, "5", [picture(1)])
-    example(processor, "own", odd, "5", [picture(1)], instruction="Which digit?")
+        example(processor, "odd", odd, "5", [image(1)])
+    example(processor, "own", odd, "5", [image(1)], instruction="Which digit?")
     example(processor, "text", odd, "5")
 
 

@@ -225,7 +225,7 @@ FAULTS: Faults = {
     "empty weights": (_empty_weights, "model.safetensors: damaged or cut short"),
     "other tokenizer": (_other_tokenizer, "the tokenizer gives <image> the id"),
     "no tokenizer": (without_files("tokenizer*", "processor_config.json"), "no usable processor"),
-    "other picture size": (
+    "other image size": (
         with_json(
             "processor_config.json", "image_processor", crop_size={"height": 64, "width": 64}
         ),
@@ -248,18 +248,18 @@ def test_no_folder() -> None:
         FAMILY.load(options, None)
 
 
-def test_a_folder_without_processor_details_counts_pictures_by_its_model(
+def test_a_folder_without_processor_details_counts_images_by_its_model(
     folder: Path, tmp_path: Path
 ) -> None:
     """Older folders do not say patch size and extra tokens to the processor: config.json does."""
-    from tests.unit.llava_material import example, picture
+    from tests.unit.llava_material import example, image
 
     older = copied(folder, tmp_path / "older")
     processor = json.loads((older / "processor_config.json").read_text())
     (older / "preprocessor_config.json").write_text(json.dumps(processor["image_processor"]))
     (older / "processor_config.json").unlink()
     loaded = load(older)
-    one = example(loaded.processor, "a", "Which?", "5", [picture(1)])
+    one = example(loaded.processor, "a", "Which?", "5", [image(1)])
     assert one.input_ids.count(loaded.processor.image_token_id) == 16
     with torch.no_grad():
         FAMILY.forward(loaded.model, FAMILY.collate([one], loaded.processor))

@@ -19,10 +19,10 @@ from tests.unit.llava_material import (
     FAMILY,
     GREEDY,
     example,
+    image,
     load,
     logits_of,
     mixed,
-    picture,
     write_lively,
 )
 
@@ -82,10 +82,10 @@ def test_loss_is_the_sum_over_answer_tokens(loaded: LoadedModel, reference: Any)
     assert result.num_answer_tokens == batch.num_answer_tokens == answers
 
 
-def test_pictures_count(loaded: LoadedModel) -> None:
+def test_images_count(loaded: LoadedModel) -> None:
     losses = []
     for number in (1, 2):
-        one = example(loaded.processor, "a", "Which?", "5", [picture(number)])
+        one = example(loaded.processor, "a", "Which?", "5", [image(number)])
         with torch.no_grad():
             result = FAMILY.forward(loaded.model, FAMILY.collate([one], loaded.processor))
         losses.append(float(result.answer_loss_sum))
@@ -144,7 +144,7 @@ def test_generation_equals_transformers_own(loaded: LoadedModel, reference: Any)
 
 
 def test_unpadded_vocabulary(folder: Path, reference: Any, tmp_path: Path) -> None:
-    """The picture token's id is the vocabulary's size: it has no embedding and no logit."""
+    """The image token's id is the vocabulary's size: it has no embedding and no logit."""
     target = tmp_path / "unpadded"
     shutil.copytree(folder, target)
     config = json.loads((target / "config.json").read_text())
@@ -170,6 +170,6 @@ def test_unpadded_vocabulary(folder: Path, reference: Any, tmp_path: Path) -> No
     assert len(answers) == len(examples)
 
 
-def test_a_picture_token_in_the_text_is_an_error_naming_the_sample(loaded: LoadedModel) -> None:
+def test_a_image_token_in_the_text_is_an_error_naming_the_sample(loaded: LoadedModel) -> None:
     with pytest.raises(DataError, match="sample odd.*<image>"):
-        example(loaded.processor, "odd", "What does <image> mean?", "5", [picture(1)])
+        example(loaded.processor, "odd", "What does <image> mean?", "5", [image(1)])

@@ -1,4 +1,4 @@
-"""Checkpoints in LLaVA's own format and ShareGPT4V's load as their Hugging Face twin does."""
+"""Checkpoints in LLaVA's own format and ShareGPT4V's load as their Hugging Face tiny model does."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from mmtrain.build import resolve
 from mmtrain.commands.check import examine
 from mmtrain.errors import CheckpointError
 from mmtrain.models.interface import LoadedModel, ModelOptions
+from mmtrain.resolve import resolve
 from tests.unit.folder_faults import (
     Faults,
     Harm,
@@ -31,7 +31,7 @@ from tests.unit.llava_material import FAMILY, GREEDY, logits_of, mixed, write_li
 from tests.unit.llava_original import (
     TOWER,
     load_original,
-    twin_tensors,
+    tiny_model_tensors,
     write_original,
     write_tower,
 )
@@ -67,18 +67,18 @@ LARGER = dict(
 
 
 @pytest.fixture(scope="module")
-def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_lively(tmp_path_factory.mktemp("twin"))
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_lively(tmp_path_factory.mktemp("tiny_model"))
 
 
 @pytest.fixture(scope="module")
-def wanted(twin: Path) -> Tensors:
-    return twin_tensors(twin)
+def wanted(tiny_model: Path) -> Tensors:
+    return tiny_model_tensors(tiny_model)
 
 
 @pytest.fixture(scope="module")
-def original(twin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_original(twin, tmp_path_factory.mktemp("original") / "llava")
+def original(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_original(tiny_model, tmp_path_factory.mktemp("original") / "llava")
 
 
 def assert_equal(loaded: LoadedModel, wanted: Tensors) -> None:
@@ -99,18 +99,20 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_loads_bit_equal(twin: Path, wanted: Tensors, tmp_path: Path, form: str) -> None:
-    folder = write_original(twin, tmp_path / "original", **FORMS[form])
+def test_every_form_loads_bit_equal(
+    tiny_model: Path, wanted: Tensors, tmp_path: Path, form: str
+) -> None:
+    folder = write_original(tiny_model, tmp_path / "original", **FORMS[form])
     assert_equal(load_original(folder), wanted)
 
 
 @pytest.mark.parametrize("full", [False, True])
 def test_a_tower_beside_is_named_in_the_run_file(
-    twin: Path, wanted: Tensors, tmp_path: Path, full: bool
+    tiny_model: Path, wanted: Tensors, tmp_path: Path, full: bool
 ) -> None:
-    folder = write_original(twin, tmp_path / "original", tower="missing")
+    folder = write_original(tiny_model, tmp_path / "original", tower="missing")
     vision = {n.removeprefix(TOWER): t for n, t in wanted.items() if n.startswith(TOWER)}
-    tower = write_tower(twin, tmp_path / "clip", vision, full=full)
+    tower = write_tower(tiny_model, tmp_path / "clip", vision, full=full)
     if full:  # openai's folder, whose settings have their oldest form
         old = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 32, "crop_size": 32}
         edit_json(tower / "preprocessor_config.json", image_processor_type=None, **old)
@@ -118,30 +120,32 @@ def test_a_tower_beside_is_named_in_the_run_file(
 
 
 def test_the_tower_may_be_named_by_its_full_path(
-    twin: Path, wanted: Tensors, tmp_path: Path
+    tiny_model: Path, wanted: Tensors, tmp_path: Path
 ) -> None:
-    folder = write_original(twin, tmp_path / "original", tower="beside")
+    folder = write_original(tiny_model, tmp_path / "original", tower="beside")
     path = (tmp_path / "original-tower").resolve()
     edit_json(folder / "config.json", mm_vision_tower=str(path))
     assert_equal(load_original(folder), wanted)
 
 
 def test_a_tuned_tower_inside_wins_over_a_folder(
-    twin: Path, wanted: Tensors, tmp_path: Path
+    tiny_model: Path, wanted: Tensors, tmp_path: Path
 ) -> None:
-    folder = write_original(twin, tmp_path / "original", tower="inside")
+    folder = write_original(tiny_model, tmp_path / "original", tower="inside")
     untuned = {
         name.removeprefix(TOWER): torch.zeros_like(tensor)
         for name, tensor in wanted.items()
         if name.startswith(TOWER)
     }
-    assert_equal(load_original(folder, write_tower(twin, tmp_path / "clip", untuned)), wanted)
+    assert_equal(load_original(folder, write_tower(tiny_model, tmp_path / "clip", untuned)), wanted)
 
 
-def test_forward_and_generation_equal_the_twins(twin: Path, original: Path) -> None:
+def test_forward_and_generation_equal_the_tiny_models(tiny_model: Path, original: Path) -> None:
     from transformers import LlavaForConditionalGeneration
 
-    reference = LlavaForConditionalGeneration.from_pretrained(twin, dtype=torch.float32).eval()
+    reference = LlavaForConditionalGeneration.from_pretrained(
+        tiny_model, dtype=torch.float32
+    ).eval()
     loaded = load_original(original)
     size = loaded.config.text_config.vocab_size
     assert loaded.processor.image_token_id == loaded.config.image_token_id == size
@@ -182,7 +186,7 @@ def test_published_configurations_have_the_published_size(
     assert config.image_token_id == config.text_config.vocab_size == 32000
     assert config.text_config.rope_parameters["rope_theta"] == 10000.0
     assert (config.vision_feature_layer, config.vision_config.hidden_act) == (-2, "quick_gelu")
-    assert FAMILY.picture_tokens(config, "llm") == 576
+    assert FAMILY.image_tokens(config, "llm") == 576
 
 
 def test_sharegpt4v_has_the_shape_of_llava() -> None:
@@ -205,7 +209,7 @@ def _damaged_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.model").write_bytes(b"\x99no model at all")
 
 
-LARGER_PICTURES = {"crop_size": {"height": 64, "width": 64}, "size": {"shortest_edge": 64}}
+LARGER_IMAGES = {"crop_size": {"height": 64, "width": 64}, "size": {"shortest_edge": 64}}
 FAULTS: Faults = {
     "missing tower": (
         with_config(mm_vision_tower="openai/clip-vit-large-patch14-336"),
@@ -218,7 +222,7 @@ FAULTS: Faults = {
     "one linear layer": (with_config(mm_projector_type="linear"), "mm_projector_type is 'linear'"),
     "projector not named": (with_config(mm_projector_type=None), "mm_projector_type is 'linear'"),
     "tiles": (with_config(image_aspect_ratio="anyres"), "image_aspect_ratio is 'anyres'"),
-    "marked pictures": (with_config(mm_use_im_start_end=True), "mm_use_im_start_end is True"),
+    "marked images": (with_config(mm_use_im_start_end=True), "mm_use_im_start_end is True"),
     "other features": (with_config(mm_vision_select_feature="cls"), "select_feature is 'cls'"),
     "missing key": (
         without_tensors("model.mm_projector.2.bias"),
@@ -236,7 +240,7 @@ FAULTS: Faults = {
         with_json("tokenizer.json", post_processor=None),
         "does not begin a text with <s>",
     ),
-    "larger pictures": (with_json("tower/preprocessor_config.json", **LARGER_PICTURES), "64 x 64"),
+    "larger images": (with_json("tower/preprocessor_config.json", **LARGER_IMAGES), "64 x 64"),
 }
 
 
@@ -248,8 +252,8 @@ def test_every_fault_is_one_error_and_nothing_is_loaded(
     assert_refused(original, tmp_path / "damaged", harm, named, load_original, monkeypatch)
 
 
-def test_tiles_are_refused_in_hugging_face_folders_too(twin: Path, tmp_path: Path) -> None:
-    folder = copied(twin, tmp_path / "tiled")
+def test_tiles_are_refused_in_hugging_face_folders_too(tiny_model: Path, tmp_path: Path) -> None:
+    folder = copied(tiny_model, tmp_path / "tiled")
     edit_json(folder / "config.json", image_aspect_ratio="anyres")
     with pytest.raises(CheckpointError, match="anyres"):
         load_original(folder)
@@ -270,9 +274,9 @@ class Intruder:
         return Path.touch, (self.canary,)
 
 
-def test_code_in_a_bin_file_is_never_run(twin: Path, tmp_path: Path) -> None:
+def test_code_in_a_bin_file_is_never_run(tiny_model: Path, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
-    folder = write_original(twin, tmp_path / "original", kind="bin")
+    folder = write_original(tiny_model, tmp_path / "original", kind="bin")
     path = folder / "pytorch_model.bin"
     torch.save({**torch.load(path, weights_only=True), "more": Intruder(canary)}, path)
     with pytest.raises(CheckpointError, match="pytorch_model.bin: damaged, or holds more than"):

@@ -1,4 +1,4 @@
-"""Pictures are padded to squares with the mean colour before anything else, pixel by pixel."""
+"""Images are padded to squares with the mean colour before anything else, pixel by pixel."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mmtrain.models.families.llava.pictures import mean_colour, pad_to_square, pixel_values
+from mmtrain.models.families.llava.images import mean_colour, pad_to_square, pixel_values
 
 COLOUR = (122, 116, 104)  # int(255 * CLIP's mean)
-# (width, height) -> columns and rows of padding before the picture
+# (width, height) -> columns and rows of padding before the image
 SIZES = {"wide": (9, 4, 0, 2), "tall": (5, 8, 1, 0), "square": (6, 6, 0, 0)}
 
 
@@ -23,15 +23,15 @@ def noise(width: int, height: int) -> Image.Image:
 @pytest.mark.parametrize("shape", SIZES)
 def test_every_pixel(shape: str) -> None:
     width, height, left, top = SIZES[shape]
-    picture = noise(width, height)
+    image = noise(width, height)
     wanted = np.empty((max(width, height),) * 2 + (3,), dtype=np.uint8)
     wanted[:] = COLOUR
-    wanted[top : top + height, left : left + width] = np.asarray(picture)
-    assert np.array_equal(np.asarray(pad_to_square(picture, COLOUR)), wanted)
+    wanted[top : top + height, left : left + width] = np.asarray(image)
+    assert np.array_equal(np.asarray(pad_to_square(image, COLOUR)), wanted)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
-def test_other_kinds_of_pictures_become_rgb(mode: str) -> None:
+def test_other_kinds_of_images_become_rgb(mode: str) -> None:
     padded = pad_to_square(noise(7, 3).convert(mode), COLOUR)
     assert padded.mode == "RGB" and padded.size == (7, 7)
     assert padded.getpixel((0, 0)) == COLOUR
@@ -52,14 +52,14 @@ def test_pixels_equal_those_of_transformers_own_padding(size: tuple[int, int]) -
 
 
 def test_nothing_at_the_sides_is_cut_off() -> None:
-    """Without padding the processor would cut a wide picture to its middle."""
+    """Without padding the processor would cut a wide image to its middle."""
     from transformers import CLIPImageProcessor
 
     processor = CLIPImageProcessor(
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
     )
-    picture = Image.new("RGB", (96, 32))
-    marked = picture.copy()
+    image = Image.new("RGB", (96, 32))
+    marked = image.copy()
     marked.paste((255, 255, 255), (0, 0, 8, 32))
-    plain, seen = (pixel_values(processor, [one])[0] for one in (picture, marked))
+    plain, seen = (pixel_values(processor, [one])[0] for one in (image, marked))
     assert not torch.equal(plain, seen)

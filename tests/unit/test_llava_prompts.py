@@ -14,15 +14,15 @@ from mmtrain.models.text import IGNORED, prompt_ids
 from tests.unit.llava_material import (
     decoded,
     example,
+    image,
     load,
     mixed,
-    picture,
     readable,
     spaced,
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llava"
-PICTURE_TOKENS = 16  # (32 / 8) squared
+IMAGE_TOKENS = 16  # (32 / 8) squared
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +36,11 @@ def test_prompts_are_the_published_form(processor: Any) -> None:
     assert found == (GOLDEN / "prompts.txt").read_text(encoding="utf-8")
 
 
-def test_several_pictures_stand_before_the_first_question(processor: Any) -> None:
-    one = example(processor, "two", "Same?", "no", [picture(1), picture(2)])
+def test_several_images_stand_before_the_first_question(processor: Any) -> None:
+    one = example(processor, "two", "Same?", "no", [image(1), image(2)])
     assert len(one.pixels) == 2
     text = decoded(processor, one.input_ids)
-    assert f" USER: <image>*{PICTURE_TOKENS}\n<image>*{PICTURE_TOKENS}\nSame? ASSISTANT:" in text
+    assert f" USER: <image>*{IMAGE_TOKENS}\n<image>*{IMAGE_TOKENS}\nSame? ASSISTANT:" in text
 
 
 def test_generation_starts_where_the_last_answer_would(processor: Any) -> None:
@@ -56,17 +56,17 @@ LONG = "Which digit of these is in the picture? " * 6
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("surplus", [1, 30, 90])
-def test_truncation_spares_pictures_and_answers(processor: Any, side: str, surplus: int) -> None:
+def test_truncation_spares_images_and_answers(processor: Any, side: str, surplus: int) -> None:
     def encoded(limit: int) -> Example:
         earlier = [("Which digit?", "3 or so")]
-        pictures = [picture(1)]
-        return example(processor, "long", LONG, "4 and 5", pictures, earlier, limit, side)
+        images = [image(1)]
+        return example(processor, "long", LONG, "4 and 5", images, earlier, limit, side)
 
     whole = encoded(10_000)
     limit = len(whole.input_ids) - surplus
     cut = encoded(limit)
     assert len(cut.input_ids) == len(cut.labels) == limit
-    assert cut.input_ids.count(processor.image_token_id) == PICTURE_TOKENS
+    assert cut.input_ids.count(processor.image_token_id) == IMAGE_TOKENS
     assert answers(cut) == answers(whole)
     # The model must still be told that it is its turn.
     assert decoded(processor, prompt_ids(cut.input_ids, cut.labels)).endswith(" ASSISTANT:")
@@ -86,10 +86,10 @@ def is_subsequence(short: Sequence[int], whole: Sequence[int]) -> bool:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_picture_that_does_not_fit_is_an_error(processor: Any, side: str) -> None:
-    arguments: dict[str, Any] = {"question": "Which?", "target": "5", "pictures": [picture(1)]}
+def test_a_image_that_does_not_fit_is_an_error(processor: Any, side: str) -> None:
+    arguments: dict[str, Any] = {"question": "Which?", "target": "5", "images": [image(1)]}
     whole = example(processor, "big", **arguments)
-    minimum = 1 + PICTURE_TOKENS + processor.num_cue_tokens + len(answers(whole))
+    minimum = 1 + IMAGE_TOKENS + processor.num_cue_tokens + len(answers(whole))
     fits = example(processor, "big", **arguments, max_length=minimum, side=side)
     assert len(fits.input_ids) == minimum
     with pytest.raises(DataError, match=f"sample big: .* {minimum} tokens, data.max_length is"):

@@ -13,7 +13,7 @@ import torch
 from mmtrain.models.families.llava import SYSTEM
 from mmtrain.models.interface import Example
 from mmtrain.models.text import IGNORED
-from tests.unit.llava_material import FAMILY, example, load, mixed, picture, spaced, write_lively
+from tests.unit.llava_material import FAMILY, example, image, load, mixed, spaced, write_lively
 from tests.unit.llava_original import load_original, write_with_sentencepiece
 from tests.unit.sentencepiece_texts import texts
 
@@ -35,8 +35,8 @@ def processor(folder: Path) -> Any:
 def spelled(processor: Any, ids: Sequence[int]) -> str:
     """Tokens written one after another: '_' where one begins with a space."""
     text = "".join(processor.tokenizer.convert_ids_to_tokens(list(ids))).replace("\u2581", "_")
-    pictures = text.count("<image>")
-    return text.replace("<image>" * pictures, f"<image>*{pictures}") if pictures else text
+    images = text.count("<image>")
+    return text.replace("<image>" * images, f"<image>*{images}") if images else text
 
 
 def readable(processor: Any, one: Example) -> str:
@@ -57,15 +57,15 @@ def test_prompts_are_those_of_training(processor: Any) -> None:
     assert found == (GOLDEN / "sentencepiece_prompts.txt").read_text(encoding="utf-8")
 
 
-def as_llava(library: Any, prompt: str, picture: int, legacy: bool) -> list[int]:
-    """What LLaVA's code makes of a prompt: what lies around pictures is tokenised one by one.
+def as_llava(library: Any, prompt: str, image: int, legacy: bool) -> list[int]:
+    """What LLaVA's code makes of a prompt: what lies around images is tokenised one by one.
 
     Its tokenizer cuts such a stretch at </s>, and without `legacy` takes the space away again that
     the library puts before all but the first part. A newline before it is cut apart, and takes it.
     """
     ids = [BOS]
     for number, stretch in enumerate(prompt.split("<image>")):
-        ids += [picture] * (16 if number else 0)
+        ids += [image] * (16 if number else 0)
         for place, part in enumerate(stretch.split("</s>")):
             ids += [EOS] * (place > 0)
             bare = place > 0 and not legacy
@@ -73,30 +73,30 @@ def as_llava(library: Any, prompt: str, picture: int, legacy: bool) -> list[int]
     return ids
 
 
-def example_of(processor: Any, turns: Sequence[str], pictures: int) -> list[int]:
+def example_of(processor: Any, turns: Sequence[str], images: int) -> list[int]:
     *earlier, (question, answer) = zip(turns[::2], turns[1::2], strict=True)
-    shown = [picture(number) for number in range(pictures)]
+    shown = [image(number) for number in range(images)]
     return example(processor, "a", question, answer, shown, earlier, 5000).input_ids
 
 
 @pytest.mark.parametrize("legacy", [True, False])
 def test_tokens_are_those_of_training(tmp_path: Path, legacy: bool) -> None:
-    twin = write_lively(tmp_path)
-    folder = write_with_sentencepiece(twin, tmp_path / "original", legacy=legacy)
+    tiny_model = write_lively(tmp_path)
+    folder = write_with_sentencepiece(tiny_model, tmp_path / "original", legacy=legacy)
     processor = load_original(folder).processor
     library = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     said = [text for text in texts(80) if "<" not in text]
-    for pictures in (0, 1, 2):
+    for images in (0, 1, 2):
         for start in range(0, len(said) - 4, 4):
             turns = said[start : start + 4]
             first, *others = turns
-            if pictures:
-                first = "<image>\n" * pictures + first.strip()
+            if images:
+                first = "<image>\n" * images + first.strip()
             prompt = f"{SYSTEM} USER: {first} ASSISTANT: {others[0]}</s>"
             prompt += f"USER: {others[1]} ASSISTANT: {others[2]}</s>"
             wanted = as_llava(library, prompt, processor.image_token_id, legacy)
-            assert example_of(processor, turns, pictures) == wanted
-    # With nothing said beside a picture, its turn ends with it.
+            assert example_of(processor, turns, images) == wanted
+    # With nothing said beside an image, its turn ends with it.
     prompt = f"{SYSTEM} USER: <image> ASSISTANT: 5</s>"
     wanted = as_llava(library, prompt, processor.image_token_id, legacy)
     assert example_of(processor, (" \n", "5"), 1) == wanted

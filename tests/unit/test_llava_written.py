@@ -1,4 +1,4 @@
-"""What we write, transformers reads as we do: pictures padded to squares, prompts of training."""
+"""What we write, transformers reads as we do: images padded to squares, prompts of training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 from mmtrain.models.interface import Example
 from mmtrain.models.text import prompt_ids
-from tests.unit.llava_material import FAMILY, example, load, picture, write_lively
+from tests.unit.llava_material import FAMILY, example, image, load, write_lively
 from tests.unit.llava_original import load_original, write_with_sentencepiece
 
 # Question and answer, in turns; the last answer is to be given.
@@ -28,40 +28,42 @@ def read(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     from transformers import AutoProcessor
 
     base = tmp_path_factory.mktemp("written")
-    twin = write_lively(base)
+    tiny_model = write_lively(base)
     if request.param == "hugging face":
-        loaded = load(twin)
+        loaded = load(tiny_model)
     else:
         legacy = request.param == "legacy"
-        loaded = load_original(write_with_sentencepiece(twin, base / "original", legacy=legacy))
+        loaded = load_original(
+            write_with_sentencepiece(tiny_model, base / "original", legacy=legacy)
+        )
     state = dict(loaded.model.named_parameters())
     FAMILY.save(loaded.model, loaded.processor, state, base / "saved")
     return loaded.processor, AutoProcessor.from_pretrained(base / "saved")
 
 
-def encoded(processor: Any, talk: Sequence[str], pictures: Sequence[Image.Image]) -> Example:
+def encoded(processor: Any, talk: Sequence[str], images: Sequence[Image.Image]) -> Example:
     *earlier, (question, answer) = zip(talk[::2], talk[1::2], strict=True)
-    return example(processor, "a", question, answer, pictures, earlier)
+    return example(processor, "a", question, answer, images, earlier)
 
 
-def messages(talk: Sequence[str], pictures: Sequence[Image.Image]) -> list[dict[str, Any]]:
+def messages(talk: Sequence[str], images: Sequence[Image.Image]) -> list[dict[str, Any]]:
     """As transformers wants them."""
     found: list[dict[str, Any]] = [
         {"role": role, "content": [{"type": "text", "text": said}]}
         for role, said in zip(("user", "assistant") * len(talk), talk[:-1], strict=False)
     ]
-    shown = [{"type": "image", "image": one} for one in pictures]
+    shown = [{"type": "image", "image": one} for one in images]
     found[0]["content"] = [*shown, *found[0]["content"]]
     return found
 
 
 @pytest.mark.parametrize("talk", TALKS)
 @pytest.mark.parametrize("size", [(90, 40), (41, 90), (50, 50), (7, 200)])
-def test_pictures_and_prompt_are_those_of_training(
+def test_images_and_prompt_are_those_of_training(
     read: Any, talk: str, size: tuple[int, int]
 ) -> None:
     ours, theirs = read
-    shown = [picture(3).resize(size)]
+    shown = [image(3).resize(size)]
     wanted = encoded(ours, TALKS[talk], shown)
     found = theirs.apply_chat_template(
         messages(TALKS[talk], shown),
@@ -75,10 +77,10 @@ def test_pictures_and_prompt_are_those_of_training(
     assert torch.equal(found["pixel_values"][0], wanted.pixels[0])
 
 
-@pytest.mark.parametrize("pictures", [0, 2])
-def test_other_numbers_of_pictures(read: Any, pictures: int) -> None:
+@pytest.mark.parametrize("images", [0, 2])
+def test_other_numbers_of_images(read: Any, images: int) -> None:
     ours, theirs = read
-    shown = [picture(number) for number in range(pictures)]
+    shown = [image(number) for number in range(images)]
     talk = TALKS["spaces"]
     text = theirs.apply_chat_template(messages(talk, shown), add_generation_prompt=True)
     wanted = encoded(ours, talk, shown)

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from mmtrain.build import resolve
 from mmtrain.distributed import World
 from mmtrain.errors import LaunchError, TrainingError
 from mmtrain.models.built import Asked
 from mmtrain.models.interface import Batch
+from mmtrain.resolve import resolve
 from mmtrain.training.engine import Engine
 from mmtrain.training.numerics import pin_numerics
 

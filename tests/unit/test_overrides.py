@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from mmtrain.assemble import build_model
-from mmtrain.build import resolve
 from mmtrain.config.schema import ComponentConfig
 from mmtrain.errors import CheckpointError, ConfigError
 from mmtrain.models.interface import ModelOptions
 from mmtrain.peft.trainable import Trainable, make_trainable
+from mmtrain.resolve import resolve
 from mmtrain.training.export import class_for_others, loading_snippet
-from tests.unit.llava_material import FAMILY, example, picture
+from tests.unit.llava_material import FAMILY, example, image
 
 
 def options(folder: Path, overrides: dict[str, Any], allow_reinit: bool = False) -> ModelOptions:
@@ -65,7 +65,7 @@ def test_allowed_it_is_initialised_by_name_and_seed(
     assert all(torch.equal(first[name], base[name]) for name in kept)
     assert len({float(first[name].detach().std()) for name in fresh}) == 12, "initialised alike"
     processor = loads[0].processor
-    batch = FAMILY.collate([example(processor, "a", "Which?", "5", [picture(1)])], processor)
+    batch = FAMILY.collate([example(processor, "a", "Which?", "5", [image(1)])], processor)
     assert torch.isfinite(FAMILY.forward(loads[0].model, batch).answer_loss_sum)
 
 

@@ -19,7 +19,7 @@ TINY = [
 ]
 EMBEDDINGS = {
     # 18 pixels hold four patches of 4: what remains is read by neither.
-    "pictures": (nn.Conv2d(3, 10, 4, 4), (2, 3, 16, 18)),
+    "images": (nn.Conv2d(3, 10, 4, 4), (2, 3, 16, 18)),
     "oblong patches": (nn.Conv2d(3, 10, (4, 2), (4, 2), bias=False), (2, 3, 8, 6)),
     "packed patches": (nn.Conv3d(3, 10, (2, 4, 4), (2, 4, 4), bias=False), (5, 3, 2, 4, 4)),
     "films": (nn.Conv3d(3, 10, (2, 4, 4), (2, 4, 4)), (2, 3, 4, 8, 12)),

@@ -10,14 +10,14 @@ import torch
 
 from mmtrain import plugins
 from mmtrain.assemble import build_model
-from mmtrain.build import resolve
 from mmtrain.config.schema import RunConfig
 from mmtrain.models.families.qwen2_vl import shapes
 from mmtrain.models.interface import BatchSize
 from mmtrain.planning.census import Census, ComponentCount, count
 from mmtrain.planning.memory import CONTEXT_BYTES, estimate, memory_by_stage
+from mmtrain.resolve import resolve
 
-TWINS = [
+TINY_MODELS = [
     (name, preset)
     for name in plugins.names("family")
     for preset in plugins.load("family", name).presets
@@ -35,9 +35,9 @@ MODEL_OF = {
 
 
 @pytest.fixture(autouse=True)
-def small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where pictures have a size of their own: a tiny twin cuts the usual ones to 3136 patches."""
-    monkeypatch.setattr(shapes, "USUAL_PICTURE_SIDE", 96)
+def small_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where images have a size of their own: a tiny model cuts the usual ones to 3136 patches."""
+    monkeypatch.setattr(shapes, "USUAL_IMAGE_SIDE", 96)
 
 
 def run_of(name: str, preset: str, components: Mapping[str, Any], **sections: Any) -> RunConfig:
@@ -75,7 +75,7 @@ def allocated_bytes(config: RunConfig) -> int:
 
 
 @pytest.mark.parametrize("kind", ["lora", "recomputed"])
-@pytest.mark.parametrize(("name", "preset"), TWINS)
+@pytest.mark.parametrize(("name", "preset"), TINY_MODELS)
 def test_a_step_holds_what_was_estimated(name: str, preset: str, kind: str) -> None:
     sections = RECOMPUTED if kind == "recomputed" else {}
     config = run_of(name, preset, mixed(name, LORA), model=MODEL_OF[kind], **sections)

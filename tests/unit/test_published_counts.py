@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from mmtrain.build import resolve
 from mmtrain.commands import check
+from mmtrain.resolve import resolve
 
 FLAN_T5_XL = ("instructblip", "instructblip-flan-t5-xl")
 VICUNA_7B = ("instructblip", "instructblip-vicuna-7b")

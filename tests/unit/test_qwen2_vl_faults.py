@@ -45,7 +45,7 @@ def _twice(folder: Path) -> None:
 
 
 def _other_tokenizer(folder: Path) -> None:
-    from mmtrain.models.families.qwen2_vl.tiny_twin import train_tokenizer
+    from mmtrain.models.families.qwen2_vl.tiny_model import train_tokenizer
 
     train_tokenizer(["another text altogether"], None).save_pretrained(folder)
 

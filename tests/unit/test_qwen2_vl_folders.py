@@ -19,9 +19,9 @@ from tests.unit.qwen2_vl_material import (
     GREEDY,
     TINY,
     example,
+    image,
     load,
     mixed,
-    picture,
     reference,
     write_lively,
     write_plain,
@@ -212,7 +212,7 @@ def test_a_processor_stored_in_one_file(folders: dict[str, Path], tmp_path: Path
     (copy / "preprocessor_config.json").unlink()
     stored = {"image_processor": pixels, "processor_class": "Qwen3VLProcessor"}
     (copy / "processor_config.json").write_text(json.dumps(stored))
-    assert example(load(copy).processor, "a", "Which?", "5", [picture(1)]).pixels
+    assert example(load(copy).processor, "a", "Which?", "5", [image(1)]).pixels
 
 
 @pytest.mark.parametrize("preset", TINY)
@@ -284,15 +284,15 @@ def test_a_base_models_tokenizer_ends_answers_too(folders: dict[str, Path], tmp_
 # --- the budget of pixels -------------------------------------------------------------------------
 
 
-def test_max_pixels_caps_every_picture(folders: dict[str, Path]) -> None:
+def test_max_pixels_caps_every_image(folders: dict[str, Path]) -> None:
     sizes = {}
     for max_pixels in (None, 32 * 32, 16 * 16):
         processor = load(folders["tiny"], max_pixels=max_pixels).processor
-        one = example(processor, "a", "Which?", "5", [picture(1, (64, 64))])
+        one = example(processor, "a", "Which?", "5", [image(1, (64, 64))])
         sizes[max_pixels] = one.extras["grid"]
     assert sizes == {None: [(1, 16, 16)], 1024: [(1, 8, 8)], 256: [(1, 4, 4)]}
 
 
-def test_a_cap_below_the_least_picture_is_an_error(folders: dict[str, Path]) -> None:
+def test_a_cap_below_the_least_image_is_an_error(folders: dict[str, Path]) -> None:
     with pytest.raises(ConfigError, match="model.max_pixels: got 255.* give 256 or more"):
         load(folders["tiny"], max_pixels=255)

@@ -23,12 +23,12 @@ from tests.unit.qwen2_vl_material import (
     GREEDY,
     TINY,
     example,
+    image,
+    image_inputs,
     inputs_of,
     load,
     logits_of,
     mixed,
-    picture,
-    picture_inputs,
     reference,
     token_types,
     write_lively,
@@ -114,10 +114,10 @@ def test_positions_are_the_models_own(pair: Pair, side: str) -> None:
     assert torch.equal(found, wanted)
 
 
-def test_pictures_count(pair: Pair) -> None:
+def test_images_count(pair: Pair) -> None:
     losses = []
     for number in (1, 2):
-        one = example(pair.processor, "a", "Which?", "5", [picture(number)])
+        one = example(pair.processor, "a", "Which?", "5", [image(number)])
         with torch.no_grad():
             result = FAMILY.forward(pair.model, FAMILY.collate([one], pair.processor))
         losses.append(float(result.answer_loss_sum))
@@ -157,8 +157,8 @@ def calls(model: Any) -> Iterator[list[str]]:
 
 def contents(processor: Any) -> dict[str, list[Example]]:
     """Batches of every kind."""
-    with_picture, text, *_ = examples = mixed(processor)
-    return {"pictures": [with_picture], "text": [text], "mixed": examples}
+    with_image, text, *_ = examples = mixed(processor)
+    return {"images": [with_image], "text": [text], "mixed": examples}
 
 
 def test_every_batch_calls_the_same_modules(pair: Pair) -> None:
@@ -172,7 +172,7 @@ def test_every_batch_calls_the_same_modules(pair: Pair) -> None:
         gradients = [parameter.grad for parameter in model.parameters()]
         assert all(gradient is not None for gradient in gradients), "backward skipped some"
         model.zero_grad()
-    assert found["pictures"] == found["text"] == found["mixed"]
+    assert found["images"] == found["text"] == found["mixed"]
     owners = {n for n, m in model.named_modules() if any(True for _ in m.parameters(False))}
     assert set(found["text"]) == owners
 
@@ -184,11 +184,11 @@ def test_every_generation_calls_the_same_modules(pair: Pair) -> None:
         with calls(model) as entered:
             FAMILY.generate(model, pair.processor, examples, settings)
         found[name] = entered
-    assert found["pictures"] == found["text"] == found["mixed"]
+    assert found["images"] == found["text"] == found["mixed"]
     assert Counter(found["text"])["model.visual.patch_embed.proj"] == 1
 
 
-def test_a_blank_picture_has_no_effect(pair: Pair) -> None:
+def test_a_blank_image_has_no_effect(pair: Pair) -> None:
     text = mixed(pair.processor)[1]
     batch = FAMILY.collate([text], pair.processor)
     model = pair.model
@@ -248,7 +248,7 @@ def test_generation_equals_transformers_own(pair: Pair, beams: int) -> None:
         out = pair.theirs.generate(
             input_ids=torch.tensor([prompt]),
             mm_token_type_ids=token_types(prompt, pair.processor),
-            **picture_inputs(one),
+            **image_inputs(one),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
             max_new_tokens=settings.max_new_tokens,
             num_beams=beams,
@@ -274,7 +274,7 @@ def test_packed_rows_have_the_masks_of_padded_ones() -> None:
     assert torch.equal(packed, wanted)
 
 
-def test_patches_are_keyed_by_sample_and_picture(pair: Pair) -> None:
+def test_patches_are_keyed_by_sample_and_image(pair: Pair) -> None:
     examples = mixed(pair.processor)
     tensors = FAMILY.collate(examples, pair.processor).tensors
     wanted = [

@@ -1,4 +1,4 @@
-"""What the towers of Qwen2-VL, 2.5 and 3 compute of the pictures' sizes, done beforehand."""
+"""What the towers of Qwen2-VL, 2.5 and 3 compute of the images' sizes, done beforehand."""
 
 from __future__ import annotations
 

@@ -241,9 +241,9 @@ def _other_tokenizer(folder: Path) -> None:
 
 FAULTS: Faults = {
     "wrong family": (with_config(model_type="llava"), "'llava' checkpoint, not 'qwen'"),
-    "no picture side": (with_config(visual=None), "config.json: has no 'visual' part"),
-    "picture side incomplete": (with_config("visual", width=None), "visual.width is missing"),
-    "picture side of another kind": (
+    "no image side": (with_config(visual=None), "config.json: has no 'visual' part"),
+    "image side incomplete": (with_config("visual", width=None), "visual.width is missing"),
+    "image side of another kind": (
         with_config("visual", heads="4"),
         "visual.heads is '4', not a number",
     ),

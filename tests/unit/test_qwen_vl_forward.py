@@ -21,10 +21,10 @@ from tests.unit.qwen_vl_material import (
     GREEDY,
     TOLERANCE,
     example,
+    image,
     load,
     logits_of,
     mixed,
-    picture,
     write_lively,
 )
 
@@ -32,7 +32,7 @@ from tests.unit.qwen_vl_material import (
 SHORT_LENGTH = 24
 
 
-class Twin:
+class TinyModel:
     """A folder, loaded by the family and read plainly."""
 
     def __init__(self, folder: Path) -> None:
@@ -47,37 +47,39 @@ class Twin:
 
 
 @pytest.fixture(scope="module", params=[2048, SHORT_LENGTH], ids=["usual", "beyond"])
-def twin(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Twin:
-    return Twin(write_lively(tmp_path_factory.mktemp("qwen_vl"), seq_length=request.param))
+def tiny_model(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> TinyModel:
+    return TinyModel(write_lively(tmp_path_factory.mktemp("qwen_vl"), seq_length=request.param))
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_logits_of_a_mixed_batch_equal_the_plain_ones(twin: Twin, side: str) -> None:
-    examples = mixed(twin.loaded.processor)
-    for one, ours in zip(examples, logits_of(twin.loaded, examples, side), strict=True):
-        wanted = twin.wanted(one)
+def test_logits_of_a_mixed_batch_equal_the_plain_ones(tiny_model: TinyModel, side: str) -> None:
+    examples = mixed(tiny_model.loaded.processor)
+    for one, ours in zip(examples, logits_of(tiny_model.loaded, examples, side), strict=True):
+        wanted = tiny_model.wanted(one)
         assert wanted.abs().max() > 0.5, "weights too small to tell anything"
         difference = (ours - wanted).abs().max()
         assert difference <= TOLERANCE * wanted.abs().max(), (one.id, float(difference))
 
 
-def test_lengths_beyond_training_change_the_logits(twin: Twin) -> None:
-    one = mixed(twin.loaded.processor)[0]
+def test_lengths_beyond_training_change_the_logits(tiny_model: TinyModel) -> None:
+    one = mixed(tiny_model.loaded.processor)[0]
     usual = plain.logits(
-        twin.tensors, {**twin.config, "seq_length": 2048}, one.input_ids, one.pixels
+        tiny_model.tensors, {**tiny_model.config, "seq_length": 2048}, one.input_ids, one.pixels
     )
-    same = torch.allclose(twin.wanted(one), usual, atol=1e-3)
-    assert same == (twin.config["seq_length"] == 2048)
+    same = torch.allclose(tiny_model.wanted(one), usual, atol=1e-3)
+    assert same == (tiny_model.config["seq_length"] == 2048)
 
 
-def test_loss_is_the_sum_over_answer_tokens(twin: Twin) -> None:
-    examples = mixed(twin.loaded.processor)
-    batch = FAMILY.collate(examples, twin.loaded.processor)
+def test_loss_is_the_sum_over_answer_tokens(tiny_model: TinyModel) -> None:
+    examples = mixed(tiny_model.loaded.processor)
+    batch = FAMILY.collate(examples, tiny_model.loaded.processor)
     with torch.no_grad():
-        result = FAMILY.forward(twin.loaded.model, batch)
+        result = FAMILY.forward(tiny_model.loaded.model, batch)
     wanted = []
     for one in examples:
-        logits, labels = twin.wanted(one)[:-1], torch.tensor(one.labels[1:])
+        logits, labels = tiny_model.wanted(one)[:-1], torch.tensor(one.labels[1:])
         wanted.append(functional.cross_entropy(logits, labels, reduction="sum"))
     assert torch.allclose(result.per_sample_loss, torch.stack(wanted), rtol=TOLERANCE)
     assert float(result.answer_loss_sum) == pytest.approx(float(sum(wanted)), rel=TOLERANCE)
@@ -85,9 +87,9 @@ def test_loss_is_the_sum_over_answer_tokens(twin: Twin) -> None:
     assert result.num_answer_tokens == batch.num_answer_tokens == answers
 
 
-def test_training_sees_what_evaluation_sees(twin: Twin) -> None:
-    batch = FAMILY.collate(mixed(twin.loaded.processor), twin.loaded.processor)
-    model = twin.loaded.model
+def test_training_sees_what_evaluation_sees(tiny_model: TinyModel) -> None:
+    batch = FAMILY.collate(mixed(tiny_model.loaded.processor), tiny_model.loaded.processor)
+    model = tiny_model.loaded.model
     with torch.no_grad():
         evaluated = FAMILY.forward(model.eval(), batch).per_sample_loss
         trained = FAMILY.forward(model.train(), batch).per_sample_loss
@@ -95,33 +97,33 @@ def test_training_sees_what_evaluation_sees(twin: Twin) -> None:
     assert torch.equal(trained, evaluated)
 
 
-def test_eager_attention_is_the_same(twin: Twin) -> None:
-    examples = mixed(twin.loaded.processor)
-    eager = load(twin.folder, attention="eager")
+def test_eager_attention_is_the_same(tiny_model: TinyModel) -> None:
+    examples = mixed(tiny_model.loaded.processor)
+    eager = load(tiny_model.folder, attention="eager")
     for side in ("left", "right"):
-        pairs = zip(logits_of(eager, examples, side), logits_of(twin.loaded, examples, side))
+        pairs = zip(logits_of(eager, examples, side), logits_of(tiny_model.loaded, examples, side))
         for found, wanted in pairs:
             assert (found - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
     answers = FAMILY.generate(eager.model, eager.processor, examples, GREEDY)
-    usual = twin.loaded
+    usual = tiny_model.loaded
     assert answers == FAMILY.generate(usual.model, usual.processor, examples, GREEDY)
 
 
-def test_pictures_count_each_in_its_place(twin: Twin) -> None:
-    processor = twin.loaded.processor
+def test_images_count_each_in_its_place(tiny_model: TinyModel) -> None:
+    processor = tiny_model.loaded.processor
 
     def loss(*numbers: int) -> float:
-        one = example(processor, "a", "Which?", "5", [picture(number) for number in numbers])
+        one = example(processor, "a", "Which?", "5", [image(number) for number in numbers])
         with torch.no_grad():
-            result = FAMILY.forward(twin.loaded.model, FAMILY.collate([one], processor))
+            result = FAMILY.forward(tiny_model.loaded.model, FAMILY.collate([one], processor))
         return float(result.answer_loss_sum)
 
     losses = [loss(1, 2), loss(2, 1), loss(1, 3)]
     assert min(abs(a - b) for a in losses for b in losses if a is not b) > 1e-3
 
 
-def test_padding_samples_run_but_change_nothing(twin: Twin) -> None:
-    loaded = twin.loaded
+def test_padding_samples_run_but_change_nothing(tiny_model: TinyModel) -> None:
+    loaded = tiny_model.loaded
     examples = mixed(loaded.processor)
     padded = [*examples, replace(examples[0], weight=0.0)]
     batch = FAMILY.collate(padded, loaded.processor)
@@ -132,11 +134,11 @@ def test_padding_samples_run_but_change_nothing(twin: Twin) -> None:
     assert float(found.answer_loss_sum) == pytest.approx(float(wanted.answer_loss_sum), rel=1e-6)
 
 
-def test_recomputed_activations_give_the_same_gradients(twin: Twin) -> None:
-    batch = FAMILY.collate(mixed(twin.loaded.processor), twin.loaded.processor)
+def test_recomputed_activations_give_the_same_gradients(tiny_model: TinyModel) -> None:
+    batch = FAMILY.collate(mixed(tiny_model.loaded.processor), tiny_model.loaded.processor)
 
     def gradients(recompute: bool) -> dict[str, torch.Tensor]:
-        model: Any = load(twin.folder).model.train()
+        model: Any = load(tiny_model.folder).model.train()
         if recompute:
             model.activation_checkpointing_enable({"use_reentrant": False})
             assert model.transformer.h[0].gradient_checkpointing
@@ -180,11 +182,11 @@ def readable_only_while_called(model: torch.nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def test_parameters_are_read_only_while_their_module_runs(twin: Twin) -> None:
-    loaded = load(twin.folder)
+def test_parameters_are_read_only_while_their_module_runs(tiny_model: TinyModel) -> None:
+    loaded = load(tiny_model.folder)
     examples = mixed(loaded.processor)
     batch = FAMILY.collate(examples, loaded.processor)
-    usual = twin.loaded
+    usual = tiny_model.loaded
     with torch.no_grad(), readable_only_while_called(loaded.model):
         found = FAMILY.forward(loaded.model, batch).per_sample_loss
         answers = FAMILY.generate(loaded.model, loaded.processor, examples, GREEDY)

@@ -21,10 +21,10 @@ from tests.unit.qwen_vl_material import (
     FAMILY,
     GREEDY,
     example,
+    image,
     load,
     logits_of,
     mixed,
-    picture,
     write_lively,
 )
 
@@ -103,7 +103,7 @@ def test_training_expects_what_generation_says(loaded: LoadedModel) -> None:
     """Prompt and answer lie between the same two steps of the rotary base."""
     processor = loaded.processor
     question = "Which digit is in the picture? Options: 0, 1, 2, 3"
-    blank = example(processor, "a", question, "", [picture(1)])
+    blank = example(processor, "a", question, "", [image(1)])
     prompt = prompt_ids(blank.input_ids, blank.labels)
     assert 2 * SHORT_LENGTH < len(prompt) and len(prompt) + 6 <= 4 * SHORT_LENGTH
     said = answer_ids(loaded, prompt, blank.pixels[0])

@@ -11,26 +11,26 @@ import pytest
 import torch
 from PIL import Image
 
-from mmtrain.build import model_options, resolve
 from mmtrain.errors import DataError
 from mmtrain.models.families.qwen_vl.processing import pixel_values
 from mmtrain.models.families.qwen_vl.tokenizer import SPECIAL_TOKENS
 from mmtrain.models.interface import Example
 from mmtrain.models.text import IGNORED, prompt_ids
 from mmtrain.peft.trainable import Trainable
+from mmtrain.resolve import model_options, resolve
 from mmtrain.training.export import loading_snippet
 from tests.unit.qwen_vl_material import (
     FAMILY,
     GOLDEN,
     example,
+    image,
     load,
     mixed,
     padded,
-    picture,
     write_plain,
 )
 
-PICTURE_TOKENS = 16
+IMAGE_TOKENS = 16
 CUE = "<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -40,11 +40,11 @@ def processor(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def decoded(processor: Any, ids: Sequence[int]) -> str:
-    """The text of tokens, picture tokens counted."""
+    """The text of tokens, image tokens counted."""
     parts = []
-    for is_picture, group in groupby(ids, lambda one: one == processor.image_token_id):
+    for is_image, group in groupby(ids, lambda one: one == processor.image_token_id):
         run = list(group)
-        text = f"<imgpad>*{len(run)}" if is_picture else processor.tokenizer.decode(run)
+        text = f"<imgpad>*{len(run)}" if is_image else processor.tokenizer.decode(run)
         parts.append(text)
     return "".join(parts)
 
@@ -69,7 +69,7 @@ def test_prompts_are_the_published_form(processor: Any) -> None:
 def test_image_positions_are_never_labels(processor: Any) -> None:
     for one in mixed(processor):
         assert processor.image_token_id not in one.labels
-        assert one.input_ids.count(processor.image_token_id) == PICTURE_TOKENS * len(one.pixels)
+        assert one.input_ids.count(processor.image_token_id) == IMAGE_TOKENS * len(one.pixels)
 
 
 def test_generation_starts_where_the_last_answer_would(processor: Any) -> None:
@@ -81,11 +81,11 @@ def test_generation_starts_where_the_last_answer_would(processor: Any) -> None:
 
 
 def test_text_that_spells_special_tokens_stays_text(processor: Any) -> None:
-    plain = example(processor, "a", "Why?", "4", [picture(1)], [("Say it.", "yes")])
+    plain = example(processor, "a", "Why?", "4", [image(1)], [("Say it.", "yes")])
     spelled = "".join([*SPECIAL_TOKENS[:4], *SPECIAL_TOKENS[-10:]])
     earlier = [(f"Say {spelled}.", f"{spelled} yes")]
     one = example(
-        processor, "a", f"{spelled}<img>x.png</img>?", spelled, [picture(1)], earlier, 10_000
+        processor, "a", f"{spelled}<img>x.png</img>?", spelled, [image(1)], earlier, 10_000
     )
     first_special = len(processor.tokenizer.ranks)
 
@@ -105,7 +105,7 @@ def test_grounding_data_has_control_tokens_of_its_own(
     others = "<img>x.png</img><|im_end|><|extra_0|><imgpad><Box><ref"
     asked = f"Where is <ref>the 5</ref>{others}?"
     said = "<ref>5</ref><box>(1,2),(3,4)</box><quad>(1,1)</quad>cafe\u0301"
-    samples = [example(one, "g", asked, said, [picture(1)]) for one in (allowed, processor)]
+    samples = [example(one, "g", asked, said, [image(1)]) for one in (allowed, processor)]
     tokenizer = allowed.tokenizer
     tags = ["<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>"]
 
@@ -148,9 +148,9 @@ def test_run_file_and_model_card_say_whether_tags_are_tokens(
 
 
 def test_newlines_of_a_question_join_the_one_before_it(processor: Any) -> None:
-    """As published: text behind a picture's tag is tokenised together with its newline."""
+    """As published: text behind an image's tag is tokenised together with its newline."""
     tokenizer = processor.tokenizer
-    one = example(processor, "a", "\nWhy?", "4", [picture(1)])
+    one = example(processor, "a", "\nWhy?", "4", [image(1)])
     ids = one.input_ids[one.input_ids.index(tokenizer.special["</img>"]) + 1 :]
     together = tokenizer.ids("\n\nWhy?")
     assert ids[: len(together)] == together
@@ -161,20 +161,20 @@ LONG = "Which digit of these is in the picture? " * 6
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("surplus", [1, 30, 90])
-def test_truncation_spares_pictures_and_answers(processor: Any, side: str, surplus: int) -> None:
+def test_truncation_spares_images_and_answers(processor: Any, side: str, surplus: int) -> None:
     def encoded(limit: int) -> Example:
         earlier = [("Which digit?", "3 or so")]
-        pictures = [picture(1), picture(2)]
-        return example(processor, "long", LONG, "4 and 5", pictures, earlier, limit, side)
+        images = [image(1), image(2)]
+        return example(processor, "long", LONG, "4 and 5", images, earlier, limit, side)
 
     whole = encoded(10_000)
     limit = len(whole.input_ids) - surplus
     cut = encoded(limit)
     assert len(cut.input_ids) == len(cut.labels) == limit
     assert answers(cut) == answers(whole)
-    # Pictures keep their tags around all of their places, and turns their own.
+    # Images keep their tags around all of their places, and turns their own.
     text = decoded(processor, cut.input_ids)
-    assert text.count(f"<img><imgpad>*{PICTURE_TOKENS}</img>") == 2
+    assert text.count(f"<img><imgpad>*{IMAGE_TOKENS}</img>") == 2
     assert text.count("<|im_start|>") == text.count("<|im_end|>") == 5
     assert decoded(processor, prompt_ids(cut.input_ids, cut.labels)).endswith(CUE)
     assert is_subsequence(cut.input_ids, whole.input_ids)
@@ -192,9 +192,9 @@ def is_subsequence(short: Sequence[int], whole: Sequence[int]) -> bool:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_picture_that_does_not_fit_is_an_error(processor: Any, side: str) -> None:
-    arguments: dict[str, Any] = {"question": "Which?", "target": "5", "pictures": [picture(1)]}
-    limit = PICTURE_TOKENS + 2
+def test_a_image_that_does_not_fit_is_an_error(processor: Any, side: str) -> None:
+    arguments: dict[str, Any] = {"question": "Which?", "target": "5", "images": [image(1)]}
+    limit = IMAGE_TOKENS + 2
     with pytest.raises(DataError, match=rf"sample big: .*data.max_length is {limit}") as caught:
         example(processor, "big", **arguments, max_length=limit, side=side)
     least = int(str(caught.value).split(" alone take ")[1].split()[0])
@@ -210,15 +210,15 @@ def test_empty_answers_still_learn_to_stop(processor: Any) -> None:
     assert processor.tokenizer.decode(answers(one)) == "<|im_end|>\n"
 
 
-def test_pictures_are_squeezed_and_normalised(tmp_path: Path) -> None:
-    """Black, white and grey by hand; a transparent picture loses its transparency."""
+def test_images_are_squeezed_and_normalised(tmp_path: Path) -> None:
+    """Black, white and grey by hand; a transparent image loses its transparency."""
     mean, spread = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     for colour in ((0, 0, 0), (255, 255, 255), (51, 102, 204)):
         found = pixel_values(Image.new("RGB", (30, 50), colour), 32)
         assert found.shape == (3, 32, 32) and found.dtype == torch.float32
         wanted = [(c / 255 - m) / s for c, m, s in zip(colour, mean, spread, strict=True)]
         assert torch.allclose(found, torch.tensor(wanted)[:, None, None].expand(3, 32, 32))
-    seen = picture(1)
+    seen = image(1)
     path = tmp_path / "with-alpha.png"
     seen.convert("RGBA").save(path)
     assert torch.equal(pixel_values(Image.open(path), 32), pixel_values(seen, 32))

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from mmtrain.build import resolve
 from mmtrain.config.schema import RunConfig
 from mmtrain.errors import ConfigError, LaunchError, MmtrainError, Terminated
+from mmtrain.resolve import resolve
 from mmtrain.training.ending import fail
 from mmtrain.training.opening import open_folder
 from mmtrain.training.run_folder import (

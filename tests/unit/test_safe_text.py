@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from mmtrain.__main__ import main
-from mmtrain.build import resolve
 from mmtrain.config.load import load_run_file, parse_run
 from mmtrain.errors import ConfigError, MmtrainError
+from mmtrain.resolve import resolve
 from mmtrain.safe_text import MAX_LINE_CHARS, presentable, redact_user_text, redacted
 from mmtrain.tracking.fields import flatten
 from mmtrain.training.progress import set_up_logging

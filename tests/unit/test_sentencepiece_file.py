@@ -38,11 +38,11 @@ def wrong(tokenizer: Any, library: Library, some: list[str]) -> list[str]:
 
 
 def model_alone(folder: Path, size: int) -> Path:
-    """Put a sentencepiece model in the place of tokenizer.json; the picture token follows it."""
+    """Put a sentencepiece model in the place of tokenizer.json; the image token follows it."""
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(train_sentencepiece(size))
-    picture = {"content": "<image>", "special": True, "normalized": False}
-    token = {str(size): {**picture, "lstrip": False, "rstrip": False, "single_word": False}}
+    image = {"content": "<image>", "special": True, "normalized": False}
+    token = {str(size): {**image, "lstrip": False, "rstrip": False, "single_word": False}}
     edit_json(
         folder / "tokenizer_config.json",
         tokenizer_class="LlamaTokenizer",

@@ -33,7 +33,7 @@ PER_SHARD = 10
 SHARD = "shard-000001.tar"  # the one that the faults hit: not the first
 
 
-def _picture(number: int) -> ImageBytes:
+def _image(number: int) -> ImageBytes:
     file = io.BytesIO()
     Image.new("RGB", (8, 8), (number, 2 * number, 0)).save(file, "PNG")
     return ImageBytes("png", file.getvalue())
@@ -42,7 +42,7 @@ def _picture(number: int) -> ImageBytes:
 def _sample(number: int) -> Sample:
     return Sample(
         id=f"id/{number}.x",
-        images=() if number == 3 else (_picture(number), _picture(number + 100)),
+        images=() if number == 3 else (_image(number), _image(number + 100)),
         question="ä question" + "?" * number,
         answers=("yes",),
         meta={"number": number},
@@ -84,7 +84,7 @@ def test_reads_what_was_written(healthy: Path) -> None:
     assert opened.manifest.task == "digits" and opened.manifest.seed == 5
 
 
-def test_index_tells_pictures_and_text_length_without_reading(healthy: Path) -> None:
+def test_index_tells_images_and_text_length_without_reading(healthy: Path) -> None:
     opened = ShardFolder.open(healthy)
     assert opened.image_digest(3) == bytes(16)
     assert len({opened.image_digest(i) for i in range(NUM_SAMPLES)}) == NUM_SAMPLES

@@ -26,7 +26,7 @@ from mmtrain.errors import ConfigError, DataError, MmtrainError
 from mmtrain.tasks.datasets import digits, scienceqa
 from mmtrain.tasks.interface import ImageBytes, Sample
 
-# Three samples without pictures, one after the other.
+# Three samples without images, one after the other.
 PINNED_SHA256 = "3863dcdda35a5a09d87fc6d82889adc75e37b1c3776683d392ae7150b594d5ea"
 RAW = Path(__file__).parents[1] / "golden" / "tasks" / "scienceqa" / "raw"
 
@@ -148,17 +148,17 @@ def test_wrong_arguments(
         _shards(*arguments)
 
 
-def test_missing_pictures_are_named_before_anything_is_written(raw: Path, tmp_path: Path) -> None:
+def test_missing_images_are_named_before_anything_is_written(raw: Path, tmp_path: Path) -> None:
     (raw / "images" / "train" / "4" / "image.png").unlink()
     out = tmp_path / "out"
-    with pytest.raises(DataError, match="1 of 2 pictures are missing, first .*4/image.png"):
+    with pytest.raises(DataError, match="1 of 2 images are missing, first .*4/image.png"):
         _shards("build", "scienceqa", "--raw", raw, "--out", out, "--split", "train")
     assert list(out.iterdir()) == []
 
 
-def test_truncated_picture_stops_the_build_with_its_name(raw: Path, tmp_path: Path) -> None:
-    picture = raw / "images" / "train" / "4" / "image.png"
-    picture.write_bytes(picture.read_bytes()[:60])
+def test_truncated_image_stops_the_build_with_its_name(raw: Path, tmp_path: Path) -> None:
+    image = raw / "images" / "train" / "4" / "image.png"
+    image.write_bytes(image.read_bytes()[:60])
     with pytest.raises(DataError, match="sample '4'"):
         _shards("build", "scienceqa", "--raw", raw, "--out", tmp_path / "o", "--split", "train")
     assert list((tmp_path / "o").iterdir()) == []
@@ -229,7 +229,7 @@ def test_unsound_samples_are_refused_with_their_names(tmp_path: Path) -> None:
     assert not (tmp_path / "manifest.json").exists()
 
 
-def test_forbidden_picture_type_is_refused(tmp_path: Path) -> None:
+def test_forbidden_image_type_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="'000000000.0.gif' is not allowed"):
         ShardWriter(tmp_path).add(Sample("a", images=(ImageBytes("gif", b"GIF89a"),)))
 
@@ -302,7 +302,7 @@ def test_raw_file_that_vanishes_is_blamed_on_the_raw_folder(raw: Path, tmp_path:
     recipe = Recipe("scienceqa", "train", raw, scienceqa.ScienceQAOptions())
 
     def vanish(count: int) -> None:
-        # After the check that all pictures are there, before sample "4" is read.
+        # After the check that all images are there, before sample "4" is read.
         (raw / "images" / "train" / "4" / "image.png").unlink(missing_ok=True)
 
     with pytest.raises(DataError, match="cannot read .*image.png.*--raw"):

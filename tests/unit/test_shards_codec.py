@@ -1,4 +1,4 @@
-"""The codec: round trips, refusals, and pictures that must not pass."""
+"""The codec: round trips, refusals, and images that must not pass."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_foreign_keys_missing_and_doubled_members_are_refused() -> None:
         decode_sample([(f"{KEY}.json", b"{}")] * 2)
     with pytest.raises(DataError, match="numbered"):
         decode_sample([(f"{KEY}.json", b"{}"), (f"{KEY}.1.png", b"")])
-    with pytest.raises(DataError, match="0 pictures, 1 expected"):
+    with pytest.raises(DataError, match="0 images, 1 expected"):
         decode_sample([(f"{KEY}.json", b'{"num_images": 1}')])
     with pytest.raises(DataError, match="not valid JSON"):
         decode_sample([(f"{KEY}.json", b"[" * 100_000)])
@@ -165,7 +165,7 @@ def _decoded(**fields: object) -> Sample:
         ({"meta": []}, "'meta' is"),
         ({"question": "\ud800"}, "half a surrogate pair"),
         ({"meta": {"hint": "\udfff"}}, "half a surrogate pair"),
-        ({"num_images": "x" * 9999}, '0 pictures, "x{39} expected'),
+        ({"num_images": "x" * 9999}, '0 images, "x{39} expected'),
     ],
 )
 def test_what_is_no_sample_is_named(fields: dict[str, object], fault: str) -> None:
@@ -180,7 +180,7 @@ def test_fields_of_others_are_left_alone() -> None:
     assert len(_decoded(answers=[], turns=turns).turns) == 2
 
 
-def test_pictures_of_other_writers() -> None:
+def test_images_of_other_writers() -> None:
     content = ("a/b/7.json", b'{"answers": ["yes"]}')
     single = decode_sample([("a/b/7.JPG", b"1"), content])
     assert single.id == "a/b/7" and single.images == (ImageBytes("jpg", b"1"),)
@@ -206,7 +206,7 @@ def test_values_that_json_cannot_hold_are_refused() -> None:
             encode_sample(Sample("a", meta=meta), KEY)
 
 
-# --- pictures -----------------------------------------------------------------------------------
+# --- images -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_values_that_json_cannot_hold_are_refused() -> None:
         ("WEBP", {"lossless": True}),
     ],
 )
-def test_truncated_pictures_are_refused(
+def test_truncated_images_are_refused(
     kind: str, options: dict[str, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Other libraries switch this on for the whole process; it must not reach us.
@@ -284,8 +284,8 @@ def test_garbage_is_refused() -> None:
 
 def test_sixteen_bit_grey_keeps_its_range() -> None:
     values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
-    picture = np.asarray(decode_image(_encoded(Image.fromarray(values)), "s"))
-    assert (picture[..., 0] == (values >> 8)).all()
+    image = np.asarray(decode_image(_encoded(Image.fromarray(values)), "s"))
+    assert (image[..., 0] == (values >> 8)).all()
 
 
 def test_transparency_shows_white() -> None:
@@ -315,18 +315,18 @@ def test_exif_rotation_is_applied() -> None:
 
 @settings(max_examples=examples(150), deadline=None)
 @given(st.sampled_from(["PNG", "JPEG", "WEBP"]), st.data())
-def test_damaged_pictures_decode_or_raise_our_error(kind: str, data: st.DataObject) -> None:
-    picture = bytearray(_encoded(_noise("P" if kind == "PNG" else "RGB", 12), kind))
+def test_damaged_images_decode_or_raise_our_error(kind: str, data: st.DataObject) -> None:
+    image = bytearray(_encoded(_noise("P" if kind == "PNG" else "RGB", 12), kind))
     for _ in range(data.draw(st.integers(1, 6))):
-        picture[data.draw(st.integers(0, len(picture) - 1))] = data.draw(st.integers(0, 255))
+        image[data.draw(st.integers(0, len(image) - 1))] = data.draw(st.integers(0, 255))
     try:
-        assert decode_image(bytes(picture), "s").mode == "RGB"
+        assert decode_image(bytes(image), "s").mode == "RGB"
     except DataError:
         pass
 
 
 @settings(max_examples=examples(40), deadline=None)
 @given(st.text(string.printable, max_size=200))
-def test_text_is_no_picture(text: str) -> None:
+def test_text_is_no_image(text: str) -> None:
     with pytest.raises(DataError):
         decode_image(text.encode(), "s")

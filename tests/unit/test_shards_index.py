@@ -52,8 +52,8 @@ def stock(tmp_path: Path) -> Path:
     pattern = f"{folder}/train-%04d-of-0002.tar"
     with webdataset.ShardWriter(pattern, maxcount=5, verbose=0) as writer:
         for number in range(8):
-            picture = {"jpg": _jpeg()} if number % 3 else {}
-            writer.write({"__key__": f"k{number:04d}", "json": _record(number), **picture})
+            image = {"jpg": _jpeg()} if number % 3 else {}
+            writer.write({"__key__": f"k{number:04d}", "json": _record(number), **image})
     return folder
 
 
@@ -134,7 +134,7 @@ def test_every_fault_is_named_at_once(stock: Path, capsys: pytest.CaptureFixture
         "two samples have the id 'q1', the first in train-0000",
         "'blue' is none of its 2 choices",
         "'d' has no JSON member; give it a d.json",
-        "'q10': a picture of 99 bytes",
+        "'q10': an image of 99 bytes",
         "'f.cls' is not allowed in a shard; leave it out or rename it",
         "'q12' does not fit the task's template",
     )

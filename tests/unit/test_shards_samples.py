@@ -43,13 +43,13 @@ def _png(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-PICTURE = _png(Image.effect_noise((24, 24), 90))
+IMAGE = _png(Image.effect_noise((24, 24), 90))
 
 
 def _sample(number: int) -> Sample:
     return Sample(
         id=f"id-{number}",
-        images=(ImageBytes("png", PICTURE),),
+        images=(ImageBytes("png", IMAGE),),
         question="Which one?",
         answers=("yes",),
         choices=("yes", "no"),
@@ -131,7 +131,7 @@ def _json(**changes: Any) -> Member:
     return f"{KEY}.json", json.dumps(record | changes).encode()
 
 
-GOOD = (f"{KEY}.0.png", PICTURE)
+GOOD = (f"{KEY}.0.png", IMAGE)
 FAULTS: dict[str, tuple[list[Member], str]] = {
     "library": ([GOOD, _json(), (f"{KEY}.pyd", b"MZ")], f"{KEY}.pyd' is not allowed"),
     "pickle": ([GOOD, _json(), (f"{KEY}.pkl", b"\x80")], f"{KEY}.pkl' is not allowed"),
@@ -142,13 +142,13 @@ FAULTS: dict[str, tuple[list[Member], str]] = {
         [(f"{KEY}.0.png", _png(Image.new("1", (1, 20_000)))), _json()],
         f"id-{BAD}.*1 x 20000 pixels",
     ),
-    "cut picture": ([(f"{KEY}.0.png", PICTURE[:-40]), _json()], f"id-{BAD}.*cannot be decoded"),
-    "no picture": ([(f"{KEY}.0.png", b"GIF89a"), _json()], f"id-{BAD}.*cannot be decoded"),
+    "cut image": ([(f"{KEY}.0.png", IMAGE[:-40]), _json()], f"id-{BAD}.*cannot be decoded"),
+    "no image": ([(f"{KEY}.0.png", b"GIF89a"), _json()], f"id-{BAD}.*cannot be decoded"),
     "cut JSON": ([GOOD, (f"{KEY}.json", b'{"id": ')], f"{KEY}.json' is not valid JSON"),
     "JSON list": ([GOOD, (f"{KEY}.json", b"[]")], f"{KEY}.json' holds no JSON object"),
     "no JSON": ([GOOD], f"{KEY}' has no JSON"),
     "two JSON": ([GOOD, _json(), (f"{KEY}.a.json", b"{}")], f"{KEY}' has two JSON"),
-    "gap": ([(f"{KEY}.2.png", PICTURE), _json()], f"{KEY}' are not numbered"),
+    "gap": ([(f"{KEY}.2.png", IMAGE), _json()], f"{KEY}' are not numbered"),
     "no answer": ([GOOD, _json(answers=[])], f"id-{BAD}' has no answer"),
     "outside": ([GOOD, _json(answers=["maybe"])], f"id-{BAD}'.*'maybe' is none of its 2 choices"),
     "number": ([GOOD, _json(question=5)], f"{KEY}': 'question' is 5"),

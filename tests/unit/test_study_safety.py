@@ -126,7 +126,7 @@ def test_keys_that_change_no_result_are_not_searched(key: str) -> None:
 def test_a_rank_has_as_many_threads_as_cpus(
     parallel: dict[str, Any] | None, cpus: float, threads: int
 ) -> None:
-    from mmtrain.build import resolve
+    from mmtrain.resolve import resolve
     from ray_tune.worker import with_threads
 
     run = BASE if parallel is None else {**BASE, "parallel": parallel}

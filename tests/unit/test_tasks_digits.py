@@ -1,4 +1,4 @@
-"""The digits task: fixed splits, readable pictures, a domain that is really shifted."""
+"""The digits task: fixed splits, readable images, a domain that is really shifted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _pixels(sample: Sample) -> np.ndarray:
     return np.asarray(decode_image(sample.images[0].data, sample.id))[..., 0].astype(int)
 
 
-def test_splits_have_their_sizes_and_hold_every_picture_once() -> None:
+def test_splits_have_their_sizes_and_hold_every_image_once() -> None:
     ids = {split: [sample.id for sample in _read(split)] for split in TASK.splits}
     assert {split: len(found) for split, found in ids.items()} == SPLIT_SIZES
     assert len({sample_id for found in ids.values() for sample_id in found}) == 1797

@@ -20,7 +20,7 @@ from mmtrain.tasks.datasets.scienceqa import (
 from mmtrain.tasks.interface import ImageBytes, Sample
 
 RAW = Path(__file__).parents[1] / "golden" / "tasks" / "scienceqa" / "raw"
-PICTURE = (ImageBytes("png", b""),)
+IMAGE = (ImageBytes("png", b""),)
 # Where the published files lie on machines that have them.
 REAL_DATA = Path(os.environ.get("MMTRAIN_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -97,8 +97,8 @@ def test_each_template_has_its_own_rule() -> None:
     assert TASK.score(samples, predictions, "instructblip_peft")[1] == [0.0, 1.0, 0.0]
 
 
-def test_accuracy_over_pictures_is_apart() -> None:
-    samples = [_sample(0), _sample(0, PICTURE), _sample(0, PICTURE), _sample(0)]
+def test_accuracy_over_images_is_apart() -> None:
+    samples = [_sample(0), _sample(0, IMAGE), _sample(0, IMAGE), _sample(0)]
     metrics, scores = TASK.score(samples, ["A", "A", "B", "A"], "zhou2024")
     assert scores == [1.0, 1.0, 0.0, 1.0]
     assert metrics == {"accuracy": 0.75, "accuracy_image": 0.5}
@@ -109,7 +109,7 @@ def test_accuracy_over_pictures_is_apart() -> None:
 # --- raw files ----------------------------------------------------------------------------------
 
 
-def test_reads_pictures_and_text_alike() -> None:
+def test_reads_images_and_text_alike() -> None:
     samples = {sample.id: sample for sample in _read(RAW, "train")}
     assert list(samples) == ["2", "1", "4"], "the order of pid_splits.json"
     assert samples["2"].images == ()

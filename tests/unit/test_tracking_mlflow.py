@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from mmtrain.build import resolve
 from mmtrain.config.schema import RunConfig, TrackingConfig
 from mmtrain.errors import Terminated
+from mmtrain.resolve import resolve
 from mmtrain.tracking import client as client_module
 from mmtrain.tracking import tracker as tracker_module
 from mmtrain.tracking.client import TrackingError, end_parent_run, parent_run

@@ -1,8 +1,8 @@
-"""The main job in miniature: pictures to shards to training to a search to a comparison.
+"""The main job in miniature: images to shards to training to a search to a comparison.
 
 Run from the repository: `make demo`, or `python docs/examples/demo/run_demo.py`.
 Takes about ten minutes on two CPU cores and needs no network. Expected: at least 90 % of the
-held-out digits read, about 10 % with blank pictures, and the shifted domain back above 90 %
+held-out digits read, about 10 % with blank images, and the shifted domain back above 90 %
 after LoRA. A second run reuses what is finished.
 """
 
@@ -58,7 +58,7 @@ def num_ranks() -> int:
 
 
 def build_shards() -> None:
-    """Real pictures through the real path."""
+    """Real images through the real path."""
     for domain in ("upright", "shifted"):
         folder = str(OUT / "shards" / domain)
         mmtrain(
@@ -96,14 +96,14 @@ def finished_run(folder: Path) -> bool:
 
 
 def show_proof() -> None:
-    """The numbers that say that the model looks at the pictures."""
+    """The numbers that say that the model looks at the images."""
     reads, blind = metrics("upright")["accuracy"], metrics("upright-blank")["accuracy"]
     shifted = metrics("shifted-base")["accuracy"]
     print(f"    held-out digits read           {reads:7.1%}")
-    print(f"    the same with blank pictures   {blind:7.1%}   (chance is 10 %)")
+    print(f"    the same with blank images   {blind:7.1%}   (chance is 10 %)")
     print(f"    inverted and rotated digits    {shifted:7.1%}   before adaptation")
     if reads < REQUIRED_ACCURACY or blind > CHANCE_CEILING:
-        raise SystemExit("demo: the model does not read its pictures as it should")
+        raise SystemExit("demo: the model does not read its images as it should")
 
 
 def main() -> None:

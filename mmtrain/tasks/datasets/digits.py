@@ -1,6 +1,6 @@
-"""Handwritten digits: 1,797 real pictures that come inside scikit-learn, as multiple choice.
+"""Handwritten digits: 1,797 real images that come inside scikit-learn, as multiple choice.
 
-The `shifted` domain shows the same pictures inverted and rotated, to adapt a trained model to.
+The `shifted` domain shows the same images inverted and rotated, to adapt a trained model to.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mmtrain.tasks.metrics import ACCURACY, exact_matches, mean
 CHOICES = tuple("0123456789")
 QUESTION = "Which digit is in the picture?"
 SPLIT_SIZES = {"train": 1297, "val": 200, "test": 300}
-PICTURE_PIXELS = 32
+IMAGE_PIXELS = 32
 _BRIGHTEST = 16  # the 8 x 8 counts of scikit-learn run from 0 to 16
 
 
@@ -31,7 +31,7 @@ class DigitsOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     domain: Literal["upright", "shifted"] = Field(
-        "upright", description="'shifted' inverts the colours and turns the picture by 90 degrees"
+        "upright", description="'shifted' inverts the colours and turns the image by 90 degrees"
     )
 
 
@@ -53,7 +53,7 @@ class Digits:
     primary_metric = ACCURACY
 
     def read(self, raw: Path | None, split: str, options: DigitsOptions) -> Iterator[Sample]:
-        """The pictures of a split; both domains hold the same ones."""
+        """The images of a split; both domains hold the same ones."""
         # Imported here: it takes over a second, and listing tasks must be instant.
         from sklearn.datasets import load_digits
 
@@ -76,20 +76,20 @@ class Digits:
         return {ACCURACY.name: mean(scores)}, scores
 
 
-def _split_members(split: str, num_pictures: int) -> list[int]:
-    """The pictures of a split, drawn by a hash of their number: the same on every machine."""
-    order = sorted(range(num_pictures), key=lambda number: sha256(b"digit %d" % number).digest())
+def _split_members(split: str, num_images: int) -> list[int]:
+    """The images of a split, drawn by a hash of their number: the same on every machine."""
+    order = sorted(range(num_images), key=lambda number: sha256(b"digit %d" % number).digest())
     names = list(SPLIT_SIZES)
     start = sum(SPLIT_SIZES[name] for name in names[: names.index(split)])
     return order[start : start + SPLIT_SIZES[split]]
 
 
 def _png(counts: np.ndarray, domain: str) -> bytes:
-    """A grey 8 x 8 picture, made larger and, in the shifted domain, inverted and rotated."""
+    """A grey 8 x 8 image, made larger and, in the shifted domain, inverted and rotated."""
     grey = np.round(counts * (255 / _BRIGHTEST)).astype(np.uint8)
     if domain == "shifted":
         grey = np.ascontiguousarray(np.rot90(255 - grey))
-    size = (PICTURE_PIXELS, PICTURE_PIXELS)
+    size = (IMAGE_PIXELS, IMAGE_PIXELS)
     file = BytesIO()
     Image.fromarray(grey).resize(size, Image.Resampling.BILINEAR).save(file, "PNG")
     return file.getvalue()

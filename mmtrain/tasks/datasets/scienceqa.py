@@ -1,4 +1,4 @@
-"""ScienceQA: multiple choice school questions, about half of them with a picture.
+"""ScienceQA: multiple choice school questions, about half of them with an image.
 
 Raw files as published: `problems.json`, `pid_splits.json`, `images/<split>/<id>/image.png`.
 """
@@ -29,7 +29,7 @@ class ScienceQAOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     images: Literal["all", "only", "none"] = Field(
-        "all", description="'only' keeps the questions with a picture, 'none' those without"
+        "all", description="'only' keeps the questions with an image, 'none' those without"
     )
 
 
@@ -107,7 +107,7 @@ _EVALUATORS: Mapping[str, Callable[[Sequence[Sample], Sequence[str]], list[float
 class ScienceQA:
     """The ScienceQA task."""
 
-    description = "21,208 school questions with choices, 10,332 of them with a picture"
+    description = "21,208 school questions with choices, 10,332 of them with an image"
     splits: tuple[str, ...] = ("train", "val", "test")
     build_options: type[BaseModel] = ScienceQAOptions
     needs_raw = True
@@ -127,14 +127,14 @@ class ScienceQA:
             for problem_id, problem in _problems_of_split(raw, problems, split)
             if _wanted(problem, options.images)
         ]
-        _check_pictures(raw, chosen)
+        _check_images(raw, chosen)
         for problem_id, problem in chosen:
             yield _sample(raw, problem_id, problem)
 
     def score(
         self, samples: Sequence[Sample], predictions: Sequence[str], template: str
     ) -> tuple[dict[str, float], list[float]]:
-        """Accuracy as the template's paper computes it, and the same over pictures alone."""
+        """Accuracy as the template's paper computes it, and the same over images alone."""
         scores = _EVALUATORS[template](samples, predictions)
         metrics = {ACCURACY.name: mean(scores)}
         with_image = [score for sample, score in zip(samples, scores, strict=True) if sample.images]
@@ -199,32 +199,32 @@ def _checked(problem_id: str, problem: Any) -> dict[str, Any]:
 
 
 def _wanted(problem: Mapping[str, Any], images: str) -> bool:
-    has_picture = bool(problem.get("image"))
-    return images == "all" or has_picture == (images == "only")
+    has_image = bool(problem.get("image"))
+    return images == "all" or has_image == (images == "only")
 
 
-def _picture_path(raw: Path, problem_id: str, problem: Mapping[str, Any]) -> Path:
+def _image_path(raw: Path, problem_id: str, problem: Mapping[str, Any]) -> Path:
     parts = (str(problem.get("split", "")), problem_id, str(problem["image"]))
     # Names only: a raw file must not lead to files outside its own folder.
     return raw.joinpath("images", *(Path(part).name for part in parts))
 
 
-def _check_pictures(raw: Path, chosen: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+def _check_images(raw: Path, chosen: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
     """Fail before anything is written, and name the gaps."""
-    paths = [_picture_path(raw, key, problem) for key, problem in chosen if problem.get("image")]
+    paths = [_image_path(raw, key, problem) for key, problem in chosen if problem.get("image")]
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise DataError(
-            f"{len(missing)} of {len(paths)} pictures are missing, first"
+            f"{len(missing)} of {len(paths)} images are missing, first"
             f" {', '.join(missing[:_NAMED_AT_MOST])};",
-            "unpack the picture archives below images/, or pass --set images=none.",
+            "unpack the image archives below images/, or pass --set images=none.",
         )
 
 
 def _sample(raw: Path, problem_id: str, problem: Mapping[str, Any]) -> Sample:
     images: tuple[ImageBytes, ...] = ()
     if problem.get("image"):
-        path = _picture_path(raw, problem_id, problem)
+        path = _image_path(raw, problem_id, problem)
         images = (ImageBytes(path.suffix.removeprefix(".").lower(), path.read_bytes()),)
     meta = {key: problem[key] for key in _META_KEYS if problem.get(key)}
     return Sample(

@@ -1,6 +1,6 @@
 """InstructBLIP: EVA ViT-g, a Q-Former that reads the instruction, Flan-T5 or Vicuna.
 
-Each picture reaches the language model as 32 query outputs before the prompt, as in the release.
+Each image reaches the language model as 32 query outputs before the prompt, as in the release.
 """
 
 from __future__ import annotations
@@ -77,11 +77,11 @@ class InstructBlip:
 
         return shapes.attention_shape(config, component)
 
-    def picture_tokens(self, config: Any, component: str) -> int:
+    def image_tokens(self, config: Any, component: str) -> int:
         """Patches and the class token in the tower; behind it the queries."""
         from mmtrain.models.families.instructblip import shapes
 
-        return shapes.picture_tokens(config, component)
+        return shapes.image_tokens(config, component)
 
     def encode(
         self,
@@ -92,13 +92,13 @@ class InstructBlip:
         max_length: int,
         truncation_side: str,
     ) -> Example:
-        """Tokenise one sample: pictures, prompt, answer, and the Q-Former's instruction."""
+        """Tokenise one sample: images, prompt, answer, and the Q-Former's instruction."""
         from mmtrain.models.families.instructblip import encoding
 
         return encoding.encode(processor, sample_id, rendered, images, max_length, truncation_side)
 
     def collate(self, examples: Sequence[Example], processor: Any) -> Batch:
-        """Right-pad; a batch without any picture carries a blank one that nothing reads."""
+        """Right-pad; a batch without any image carries a blank one that nothing reads."""
         from mmtrain.models.families.instructblip import batches
 
         return batches.collate(examples, processor)
@@ -133,10 +133,10 @@ class InstructBlip:
         self, folder: Path, texts: Sequence[str], seed: int, preset: str = "tiny"
     ) -> None:
         """A tiny checkpoint: real classes, tokenizers trained on `texts`, a real processor."""
-        from mmtrain.models.families.instructblip import tiny_twin
+        from mmtrain.models.families.instructblip import tiny_model
 
         config = self.model_config(ModelOptions(None, preset, "fp32", base_dropout="checkpoint"))
-        tiny_twin.write(self, config, texts, seed, folder)
+        tiny_model.write(self, config, texts, seed, folder)
 
     def save(
         self,

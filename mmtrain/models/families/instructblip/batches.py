@@ -1,4 +1,4 @@
-"""Examples -> one padded batch; pictures are rows of their own, each with its instruction."""
+"""Examples -> one padded batch; images are rows of their own, each with its instruction."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from mmtrain.models.interface import Batch, BatchSize, Example
 
 
 def collate(examples: Sequence[Example], processor: Any) -> Batch:
-    """Right-pad; a batch without any picture carries a blank one that nothing reads."""
-    tensors = batching.text_tensors(examples) | _pictures(examples, processor)
+    """Right-pad; a batch without any image carries a blank one that nothing reads."""
+    tensors = batching.text_tensors(examples) | _images(examples, processor)
     start = processor.decoder_start_token_id
     if start is None:
         targets = answer_targets(examples, tensors["input_ids"].shape[1])
@@ -31,11 +31,11 @@ def collate(examples: Sequence[Example], processor: Any) -> Batch:
 def planned_batch(config: Any, size: BatchSize) -> Batch:
     """A batch of this size, to measure what it costs; its prompt is the instruction, too."""
     side, text = config.vision_config.image_size, config.text_config
-    picture = [config.image_token_id] * config.num_query_tokens
+    image = [config.image_token_id] * config.num_query_tokens
     start = 0 if text.model_type == "t5" else None
     num_words = min(size.tokens, config.qformer_config.max_position_embeddings)
     extras = {"instruction_ids": [batching.TEXT_ID] * num_words}
-    examples = batching.planned_examples(size, picture, torch.zeros(3, side, side), extras)
+    examples = batching.planned_examples(size, image, torch.zeros(3, side, side), extras)
     if start is not None:
         answer = [batching.TEXT_ID] * size.answer_tokens
         examples = [replace(one, labels=answer) for one in examples]
@@ -43,14 +43,14 @@ def planned_batch(config: Any, size: BatchSize) -> Batch:
     return collate(examples, SimpleNamespace(image_processor=cutter, decoder_start_token_id=start))
 
 
-def _pictures(examples: Sequence[Example], processor: Any) -> dict[str, torch.Tensor]:
-    """A picture's row carries its sample's instruction; the blank one's row that of the first."""
+def _images(examples: Sequence[Example], processor: Any) -> dict[str, torch.Tensor]:
+    """An image's row carries its sample's instruction; the blank one's row that of the first."""
     size = processor.image_processor.size
     owners = [one for one in examples for _ in one.pixels] or examples[:1]
     instructions = [example.extras["instruction_ids"] for example in owners]
     instruction_ids, instruction_mask = batching.pad_ids(instructions, "right")
     return {
-        **batching.picture_tensors(examples, size["height"], size["width"]),
+        **batching.image_tensors(examples, size["height"], size["width"]),
         "instruction_ids": instruction_ids,
         "instruction_mask": instruction_mask,
     }

@@ -1,4 +1,4 @@
-"""Pictures -> query outputs -> language model: training's forward, and generation."""
+"""Images -> query outputs -> language model: training's forward, and generation."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from mmtrain.models.families.instructblip.batches import collate
 from mmtrain.models.interface import Batch, Example, ForwardResult
 from mmtrain.models.text import prompt_ids
 
-_PICTURE_COMPONENTS = ("vision", "vision_norm", "qformer", "projection")
+_IMAGE_COMPONENTS = ("vision", "vision_norm", "qformer", "projection")
 
 
 def forward(model: Any, batch: Batch) -> ForwardResult:
     """Tower, norm, Q-Former, projection and LLM once each, whatever the batch holds."""
     tensors = batch.tensors
     scope = scope_of(model)
-    for component in _PICTURE_COMPONENTS:
-        scope.set_rows(component, tensors["picture_keys"])
+    for component in _IMAGE_COMPONENTS:
+        scope.set_rows(component, tensors["image_keys"])
     scope.set_rows("llm", tensors["row_keys"])
     embeds = embed(model, tensors["input_ids"], tensors)
     hidden = hidden_states(model.language_model, embeds, tensors)
@@ -48,25 +48,25 @@ def hidden_states(llm: Any, embeds: torch.Tensor, tensors: dict[str, torch.Tenso
     return hidden * llm.model_dim**-0.5 if llm.config.scale_decoder_outputs else hidden
 
 
-def embed(model: Any, input_ids: torch.Tensor, pictures: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Token embeddings with projected query outputs in the places of picture tokens."""
+def embed(model: Any, input_ids: torch.Tensor, images: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Token embeddings with projected query outputs in the places of image tokens."""
     is_image = input_ids == model.config.image_token_id
-    # The picture token may lie outside an unpadded vocabulary: it is never looked up.
+    # The image token may lie outside an unpadded vocabulary: it is never looked up.
     embeds = model.language_model.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
-    features = picture_features(model, pictures).to(embeds.dtype)
+    features = image_features(model, images).to(embeds.dtype)
     return embeds.masked_scatter(is_image.unsqueeze(-1), features)
 
 
-def picture_features(model: Any, pictures: dict[str, torch.Tensor]) -> torch.Tensor:
-    """[pictures, queries, LLM width]: what each picture says about its instruction."""
-    tower, mask = model.vision_model, pictures["instruction_mask"]
-    hidden = tower.encoder(inputs_embeds=tower.embeddings(pictures["pixel_values"]))
+def image_features(model: Any, images: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[images, queries, LLM width]: what each image says about its instruction."""
+    tower, mask = model.vision_model, images["instruction_mask"]
+    hidden = tower.encoder(inputs_embeds=tower.embeddings(images["pixel_values"]))
     hidden = tower.post_layernorm(hidden.last_hidden_state)
     # Under ZeRO-3 this parameter, which no submodule owns, is gathered by being read within
     # DeepSpeed's forward, which then counts it among its own.
     queries = model.query_tokens.expand(len(hidden), -1, -1)
     out = model.qformer(
-        input_ids=pictures["instruction_ids"],
+        input_ids=images["instruction_ids"],
         attention_mask=torch.cat([mask.new_ones(queries.shape[:2]), mask], dim=1),
         query_embeds=queries,
         encoder_hidden_states=hidden,
@@ -82,10 +82,10 @@ def generate(model: Any, processor: Any, examples: Sequence[Example], settings: 
     else:
         input_ids, attention_mask = pad_ids([one.input_ids for one in examples], "right")
     device = next(model.parameters()).device
-    pictures = collate(examples, processor).to(device).tensors
+    images = collate(examples, processor).to(device).tensors
     # No forward of DeepSpeed's runs here that would gather the queries.
     with torch.no_grad(), gathered([model.query_tokens]):
-        embeds = embed(model, input_ids.to(device), pictures)
+        embeds = embed(model, input_ids.to(device), images)
     return generate_from_embeddings(
         model.language_model, processor.tokenizer, embeds, attention_mask.to(device), settings
     )

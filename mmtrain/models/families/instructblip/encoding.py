@@ -1,4 +1,4 @@
-"""One rendered sample -> token ids: pictures first, then the prompt, then the answer."""
+"""One rendered sample -> token ids: images first, then the prompt, then the answer."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ def encode(
     max_length: int,
     truncation_side: str,
 ) -> Example:
-    """Tokenise one sample. `max_length` bounds pictures and prompt; answers are never cut."""
+    """Tokenise one sample. `max_length` bounds images and prompt; answers are never cut."""
     tokenizer, image_id = processor.tokenizer, processor.image_token_id
     _refuse_control_tokens(processor, sample_id, rendered, bool(images))
     prompt = prompt_text(rendered.turns)
-    num_picture_tokens = processor.num_query_tokens * len(images)
-    room = max_length - num_picture_tokens
+    num_image_tokens = processor.num_query_tokens * len(images)
+    room = max_length - num_image_tokens
     text = _within(tokenizer, prompt, room, truncation_side)
     if text is None:
-        fixed = num_picture_tokens + len(_frame(tokenizer))
+        fixed = num_image_tokens + len(_frame(tokenizer))
         raise DataError(
-            f"sample {sample_id}: its picture alone takes {fixed} tokens,"
+            f"sample {sample_id}: its image alone takes {fixed} tokens,"
             f" data.max_length is {max_length}.",
             "Raise data.max_length or leave the sample out.",
         )
     # The end is taught in training and found in generation, so every answer has one.
     answer = tokenizer(rendered.target, add_special_tokens=False)["input_ids"]
     answer = [*answer, tokenizer.eos_token_id]
-    input_ids, labels = [image_id] * num_picture_tokens + text, answer
+    input_ids, labels = [image_id] * num_image_tokens + text, answer
     if processor.decoder_start_token_id is None:
         labels = [IGNORED] * len(input_ids) + answer
         input_ids = input_ids + answer
@@ -72,12 +72,12 @@ def encode(
 
 
 def _refuse_control_tokens(
-    processor: Any, sample_id: str, rendered: Rendered, has_pictures: bool
+    processor: Any, sample_id: str, rendered: Rendered, has_images: bool
 ) -> None:
-    """In what the language model reads, and in what the Q-Former reads of pictures."""
+    """In what the language model reads, and in what the Q-Former reads of images."""
     said = [turn.text for turn in rendered.turns]
     refuse_control_tokens(processor.control_tokens, sample_id, [*said, rendered.target])
-    if has_pictures:
+    if has_images:
         told = said if rendered.instruction is None else [rendered.instruction]
         refuse_control_tokens(processor.qformer_control_tokens, sample_id, told)
 

@@ -1,4 +1,4 @@
-"""Published shapes and their tiny twins; no torch here, so that listing families is instant."""
+"""Published shapes and their tiny models; no torch here, so that listing families is instant."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder's processor: two tokenizers and the picture side, checked against the model."""
+"""The folder's processor: two tokenizers and the image side, checked against the model."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def load_processor(folder: Path, config: Any) -> Any:
     processor = building.load_processor(folder, IMAGE_TOKEN, config.image_token_id)
     _refuse_other_sizes(folder, processor, config)
     size, wanted = processor.image_processor.size, config.vision_config.image_size
-    building.refuse_other_picture_size(folder, (size.get("height"), size.get("width")), wanted)
-    # Older folders say nothing of picture tokens: it is the first id behind the tokenizer's.
+    building.refuse_other_image_size(folder, (size.get("height"), size.get("width")), wanted)
+    # Older folders say nothing of image tokens: it is the first id behind the tokenizer's.
     config.image_token_id = processor.image_token_id
     processor.num_query_tokens = config.num_query_tokens
     processor.instruction_positions = config.qformer_config.max_position_embeddings
@@ -61,7 +61,7 @@ def _refuse_missing_tokenizers(folder: Path) -> None:
 
 
 def _refuse_other_sizes(folder: Path, processor: Any, config: Any) -> None:
-    """Every token but the picture's is looked up."""
+    """Every token but the image's is looked up."""
     words = set(processor.tokenizer.get_vocab().values()) - {processor.image_token_id}
     building.refuse_larger_tokenizer(folder, max(words) + 1, config.text_config.vocab_size)
     instruction_words = processor.qformer_tokenizer.get_vocab().values()

@@ -129,7 +129,7 @@ def attention_shape(config: Any, component: str) -> AttentionShape:
     return AttentionShape(layers, heads, kv_heads, head_dim, hidden)
 
 
-def picture_tokens(config: Any, component: str) -> int:
+def image_tokens(config: Any, component: str) -> int:
     """Patches and the class token in the tower; behind it the queries."""
     vision = config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2

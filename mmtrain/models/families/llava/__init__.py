@@ -1,6 +1,6 @@
 """LLaVA-1.5 and ShareGPT4V: CLIP ViT-L/14-336, a two-layer projector, Vicuna.
 
-The conversation is vicuna_v1, the turn behind a picture is stripped and pictures are padded to
+The conversation is vicuna_v1, the turn behind an image is stripped and images are padded to
 squares, as the published models were trained; written folders make transformers do the same.
 LLaVA's own code leaves out of the loss what it cannot cut (its `tokenization mismatch`: an empty
 answer, or `ASSISTANT:` inside a question); here the loss falls on such an answer and its end, too.
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import nn
 
-    from mmtrain.models.weights import Source
+    from mmtrain.models.weights import WeightFolder
     from mmtrain.tasks.interface import Rendered
 
 __all__ = [
@@ -96,7 +96,7 @@ class Llava:
         else:
             folder = Path(options.checkpoint)
             stored = configuration.stored_config(folder, self.model_types)
-            refuse_tiled_pictures(folder, stored)
+            refuse_tiled_images(folder, stored)
             if original.is_original(stored):
                 config = original.original_config(stored, options)
             else:
@@ -136,7 +136,7 @@ class Llava:
         layers, hidden = part.num_hidden_layers, part.hidden_size
         return AttentionShape(layers, heads, kv_heads, hidden // heads, hidden)
 
-    def picture_tokens(self, config: Any, component: str) -> int:
+    def image_tokens(self, config: Any, component: str) -> int:
         """The class token is one more in the tower."""
         vision = config.vision_config
         patches = (vision.image_size // vision.patch_size) ** 2
@@ -151,16 +151,16 @@ class Llava:
         max_length: int,
         truncation_side: str,
     ) -> Example:
-        """Tokenise in the vicuna_v1 form, pictures before the first question."""
+        """Tokenise in the vicuna_v1 form, images before the first question."""
         from mmtrain.models import text
         from mmtrain.models.dropout import stable_hash
         from mmtrain.models.families.llava import prompts
-        from mmtrain.models.families.llava.pictures import pixel_values
+        from mmtrain.models.families.llava.images import pixel_values
 
         turns = text.conversation(rendered)
         control_tokens = processor.tokenizer.all_special_tokens
         text.refuse_control_tokens(control_tokens, sample_id, (said for _, said in turns))
-        pieces = prompts.pieces(turns, len(images), processor.picture_gap)
+        pieces = prompts.pieces(turns, len(images), processor.image_gap)
         ids, labels = text.tokenise(processor.tokenizer, pieces)
         token_id = processor.image_token_id
         ids, labels = text.expand(ids, labels, token_id, processor.tokens_per_image)
@@ -171,13 +171,13 @@ class Llava:
         return Example(sample_id, stable_hash(sample_id), ids, labels, pixels)
 
     def collate(self, examples: Sequence[Example], processor: Any) -> Batch:
-        """Right-pad; a batch without any picture carries a blank one that nothing reads."""
+        """Right-pad; a batch without any image carries a blank one that nothing reads."""
         from mmtrain.models import batching
         from mmtrain.models.answers import answer_targets
 
         size = processor.image_processor.crop_size
         tensors = batching.text_tensors(examples)
-        tensors |= batching.picture_tensors(examples, size["height"], size["width"])
+        tensors |= batching.image_tensors(examples, size["height"], size["width"])
         targets = answer_targets(examples, tensors["input_ids"].shape[1])
         return batching.make_batch(examples, tensors, targets)
 
@@ -191,8 +191,8 @@ class Llava:
 
         side = config.vision_config.image_size
         cutter = SimpleNamespace(crop_size={"height": side, "width": side})
-        picture = [config.image_token_id] * self.picture_tokens(config, "llm")
-        examples = planned_examples(size, picture, torch.zeros(3, side, side), {})
+        image = [config.image_token_id] * self.image_tokens(config, "llm")
+        examples = planned_examples(size, image, torch.zeros(3, side, side), {})
         return self.collate(examples, SimpleNamespace(image_processor=cutter))
 
     def forward(self, model: Any, batch: Batch) -> ForwardResult:
@@ -202,8 +202,8 @@ class Llava:
 
         tensors = batch.tensors
         scope = scope_of(model)
-        scope.set_rows("vision", tensors["picture_keys"])
-        scope.set_rows("connector", tensors["picture_keys"])
+        scope.set_rows("vision", tensors["image_keys"])
+        scope.set_rows("connector", tensors["image_keys"])
         scope.set_rows("llm", tensors["row_keys"])
         embeds = embed(model, tensors["input_ids"], tensors["pixel_values"])
         hidden = model.model.language_model(
@@ -229,14 +229,14 @@ class Llava:
         )
 
     def processor_code(self, options: ModelOptions) -> ProcessorCode | None:
-        """Published folders would have the sides of wide pictures cut off."""
+        """Published folders would have the sides of wide images cut off."""
         return ProcessorCode(
             ("AutoProcessor", "LlavaImageProcessor"),
             (
                 "processor = AutoProcessor.from_pretrained(base)",
-                "# Pictures are padded to squares, as in training.",
-                "pictures = LlavaImageProcessor.from_pretrained(base, do_pad=True)",
-                "processor.image_processor = pictures",
+                "# Images are padded to squares, as in training.",
+                "images = LlavaImageProcessor.from_pretrained(base, do_pad=True)",
+                "processor.image_processor = images",
             ),
         )
 
@@ -260,18 +260,18 @@ class Llava:
         state: Mapping[str, torch.Tensor],
         folder: Path,
     ) -> None:
-        """A standard Hugging Face folder, its vocabulary padded if it lacks the picture token.
+        """A standard Hugging Face folder, its vocabulary padded if it lacks the image token.
 
-        Whoever reads it by transformers gets the pictures and prompts of training.
+        Whoever reads it by transformers gets the images and prompts of training.
         """
         from mmtrain.models import building
-        from mmtrain.models.families.llava import pictures, prompts
-        from mmtrain.models.families.llava.vocabulary import with_picture_token
+        from mmtrain.models.families.llava import images, prompts
+        from mmtrain.models.families.llava.vocabulary import with_image_token
 
-        config, state = with_picture_token(model.config, state)
+        config, state = with_image_token(model.config, state)
         written = copy.copy(processor)
-        written.image_processor = pictures.padding_processor(processor.image_processor)
-        written.chat_template = prompts.chat_template(processor.picture_gap)
+        written.image_processor = images.padding_processor(processor.image_processor)
+        written.chat_template = prompts.chat_template(processor.image_gap)
         building.save_folder(config, written, state, folder)
 
 
@@ -280,7 +280,7 @@ class Opened:
     """A checkpoint folder before its weights are read."""
 
     processor: Any
-    sources: Sequence[Source]  # folders of weights, with their key layouts
+    sources: Sequence[WeightFolder]  # folders of weights, with their key layouts
     is_standard: bool  # transformers reads it, too
 
 
@@ -291,7 +291,7 @@ def open_folder(options: ModelOptions, config: Any, model_types: tuple[str, ...]
 
     folder = Path(str(options.checkpoint))
     stored = configuration.stored_config(folder, model_types)
-    sources: Sequence[Source] = [(folder, rename)]
+    sources: Sequence[WeightFolder] = [(folder, rename)]
     is_original = original.is_original(stored)
     if is_original:
         sources = original.sources(stored, options)
@@ -300,15 +300,15 @@ def open_folder(options: ModelOptions, config: Any, model_types: tuple[str, ...]
         processor = building.load_processor(folder, IMAGE_TOKEN, config.image_token_id)
     size = processor.image_processor.crop_size
     found = size["height"], size["width"]
-    building.refuse_other_picture_size(folder, found, config.vision_config.image_size)
+    building.refuse_other_image_size(folder, found, config.vision_config.image_size)
     processor.tokens_per_image = tokens_per_image(config)
     processor.num_cue_tokens = prompts.num_cue_tokens(processor.tokenizer)
-    processor.picture_gap = prompts.gap_behind_pictures(processor.tokenizer)
+    processor.image_gap = prompts.gap_behind_images(processor.tokenizer)
     return Opened(processor, sources, not is_original)
 
 
-def refuse_tiled_pictures(folder: Path, stored: Mapping[str, Any]) -> None:
-    """LLaVA-1.6 cuts pictures into tiles; its other settings are those of LLaVA-1.5."""
+def refuse_tiled_images(folder: Path, stored: Mapping[str, Any]) -> None:
+    """LLaVA-1.6 cuts images into tiles; its other settings are those of LLaVA-1.5."""
     if stored.get("image_aspect_ratio") == "anyres":
         raise CheckpointError(
             f"{folder}/config.json: image_aspect_ratio is 'anyres', as in LLaVA-1.6.",

@@ -9,17 +9,17 @@ if TYPE_CHECKING:
 
 
 def tokens_per_image(config: Any) -> int:
-    """Features one picture contributes to the sequence: patches, and the class token if kept."""
+    """Features one image contributes to the sequence: patches, and the class token if kept."""
     vision = config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
     return patches + (config.vision_feature_select_strategy != "default")
 
 
 def embed(model: Any, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Token embeddings with projected picture features in the places of picture tokens."""
+    """Token embeddings with projected image features in the places of image tokens."""
     inner = model.model
     is_image = input_ids == model.config.image_token_id
-    # The picture token may lie outside an unpadded vocabulary: it is never looked up.
+    # The image token may lie outside an unpadded vocabulary: it is never looked up.
     embeds = inner.language_model.embed_tokens(input_ids.masked_fill(is_image, 0))
     features = inner.multi_modal_projector(vision_features(model, pixel_values))
     features = features.reshape(-1, features.shape[-1]).to(embeds.dtype)

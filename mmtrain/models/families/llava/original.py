@@ -107,10 +107,10 @@ def _tower_config(tower: Path) -> dict[str, Any]:
     return {**known, "model_type": "clip_vision_model"}
 
 
-def sources(stored: Mapping[str, Any], options: ModelOptions) -> list[weights.Source]:
+def sources(stored: Mapping[str, Any], options: ModelOptions) -> list[weights.WeightFolder]:
     """The folders that hold the weights. A tower inside the checkpoint was tuned: it wins."""
     folder = Path(str(options.checkpoint))
-    own: list[weights.Source] = [(folder, rename_original)]
+    own: list[weights.WeightFolder] = [(folder, rename_original)]
     if any(is_tower_of_original(name) for name in weights.weight_files(folder)):
         return own
     tower = tower_folder(folder, stored, options)
@@ -126,7 +126,7 @@ def sources(stored: Mapping[str, Any], options: ModelOptions) -> list[weights.So
 def original_processor(
     stored: Mapping[str, Any], options: ModelOptions, config: Any, image_token: str
 ) -> Any:
-    """Tokenizer of the checkpoint, pictures as the tower's folder says, in transformers' class."""
+    """Tokenizer of the checkpoint, images as the tower's folder says, in transformers' class."""
     from transformers import LlavaProcessor
 
     folder = Path(str(options.checkpoint))

@@ -33,27 +33,27 @@ _TEMPLATE = (
 )
 
 
-def pieces(turns: Turns, num_pictures: int, gap: str) -> list[Piece]:
-    """A conversation, pictures before its first question."""
+def pieces(turns: Turns, num_images: int, gap: str) -> list[Piece]:
+    """A conversation, images before its first question."""
     written = [Piece(f"{SYSTEM} ")]
     for number, (role, said) in enumerate(turns):
         if role == "user":
-            if number == 0 and num_pictures:
-                said = _behind_pictures(said, num_pictures, gap)
+            if number == 0 and num_images:
+                said = _behind_images(said, num_images, gap)
             written.append(Piece(f"USER: {said}{ANSWER_CUE}"))
         else:
             written.append(Piece(f" {said}</s>", is_answer=True))
     return written
 
 
-def _behind_pictures(said: str, num_pictures: int, gap: str) -> str:
-    """LLaVA's code strips the turn that holds the picture, and no other."""
-    turn = (f"{IMAGE_TOKEN}\n" * num_pictures + said.strip()).strip()
+def _behind_images(said: str, num_images: int, gap: str) -> str:
+    """LLaVA's code strips the turn that holds the image, and no other."""
+    turn = (f"{IMAGE_TOKEN}\n" * num_images + said.strip()).strip()
     return turn.replace(IMAGE_TOKEN, IMAGE_TOKEN + gap)
 
 
-def gap_behind_pictures(tokenizer: Any) -> str:
-    """What makes a tokenizer begin the text behind a picture as it begins a text.
+def gap_behind_images(tokenizer: Any) -> str:
+    """What makes a tokenizer begin the text behind an image as it begins a text.
 
     LLaVA's code tokenises it apart. A tokenizer that puts a space before the first text only must
     be given that space here.

@@ -1,4 +1,4 @@
-"""Published shapes, and the tiny twin's."""
+"""Published shapes, and the tiny model's."""
 
 from __future__ import annotations
 

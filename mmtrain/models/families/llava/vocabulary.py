@@ -1,4 +1,4 @@
-"""Making room for a picture token that lies outside the vocabulary."""
+"""Making room for an image token that lies outside the vocabulary."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _MULTIPLE = 64  # as in the published Hugging Face folders: 32000 becomes 32064
 _ROWS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 
 
-def with_picture_token(
+def with_image_token(
     config: Any, state: Mapping[str, torch.Tensor]
 ) -> tuple[Any, Mapping[str, torch.Tensor]]:
-    """Configuration and tensors whose vocabulary holds the picture token, too.
+    """Configuration and tensors whose vocabulary holds the image token, too.
 
     transformers' own forward looks the token up before it replaces it. New rows are the mean of
     all rows, in the embedding and in the head: no answer is likelier or much less likely for them.

@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: pictures at their own resolution, and positions in three
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images at their own resolution, and positions in three
 dimensions; the vision merger is the connector.
 
 Which generation a checkpoint is of, its `model_type` says.
@@ -56,7 +56,7 @@ class Qwen2VL:
     presets: Mapping[str, Mapping[str, Any]] = PRESETS
     model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
     own_options: tuple[str, ...] = ("max_pixels",)
-    # A picture of a million pixels makes about 1300 tokens; the rest is for the text.
+    # An image of a million pixels makes about 1300 tokens; the rest is for the text.
     default_max_length = 2048
     components: Mapping[str, tuple[str, ...]] = {
         "vision": (r"model\.visual\.(?!merger\.|deepstack_merger_list\.).*",),
@@ -122,11 +122,11 @@ class Qwen2VL:
 
         return shapes.attention_shape(config, component)
 
-    def picture_tokens(self, config: Any, component: str) -> int:
-        """Of a square picture of 448 pixels: pictures keep their own size here."""
+    def image_tokens(self, config: Any, component: str) -> int:
+        """Of a square image of 448 pixels: images keep their own size here."""
         from mmtrain.models.families.qwen2_vl import shapes
 
-        return shapes.picture_tokens(config, component)
+        return shapes.image_tokens(config, component)
 
     def encode(
         self,
@@ -137,7 +137,7 @@ class Qwen2VL:
         max_length: int,
         truncation_side: str,
     ) -> Example:
-        """Tokenise in the published chat form, pictures before the first question."""
+        """Tokenise in the published chat form, images before the first question."""
         from mmtrain.models import text
         from mmtrain.models.families.qwen2_vl import encoding
 
@@ -145,7 +145,7 @@ class Qwen2VL:
         return encoding.encode(processor, sample_id, turns, images, max_length, truncation_side)
 
     def collate(self, examples: Sequence[Example], processor: Any) -> Batch:
-        """Right-pad; a batch without any picture carries a blank one that nothing reads."""
+        """Right-pad; a batch without any image carries a blank one that nothing reads."""
         from mmtrain.models.families.qwen2_vl import batches
 
         return batches.collate(examples, processor)
@@ -187,10 +187,10 @@ class Qwen2VL:
         self, folder: Path, texts: Sequence[str], seed: int, preset: str = "tiny"
     ) -> None:
         """A tiny checkpoint: real classes, a tokenizer trained on `texts`, a real processor."""
-        from mmtrain.models.families.qwen2_vl import tiny_twin
+        from mmtrain.models.families.qwen2_vl import tiny_model
 
         config = self.model_config(ModelOptions(None, preset=preset, dtype="fp32"))
-        tiny_twin.write(self, config, texts, seed, folder)
+        tiny_model.write(self, config, texts, seed, folder)
 
     def save(
         self,

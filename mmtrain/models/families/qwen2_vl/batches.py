@@ -12,50 +12,50 @@ import torch
 
 from mmtrain.models import answers, batching
 from mmtrain.models.families.qwen2_vl.encoding import num_tokens
-from mmtrain.models.families.qwen2_vl.shapes import picture_tokens
+from mmtrain.models.families.qwen2_vl.shapes import image_tokens
 from mmtrain.models.interface import Batch, BatchSize, Example
 
 COLOURS = 3
 
 
 def collate(examples: Sequence[Example], processor: Any) -> Batch:
-    """Right-padded texts; the patches of all pictures one after another."""
+    """Right-padded texts; the patches of all images one after another."""
     rows = [example.input_ids for example in examples]
     tensors = batching.text_tensors(examples)
     mask = tensors["attention_mask"]
     tensors["position_ids"] = padded_positions(examples, rows, processor, mask)
-    pictures, grid = picture_tensors(examples, processor)
+    images, grid = image_tensors(examples, processor)
     targets = answers.answer_targets(examples, mask.shape[1])
-    batch = batching.make_batch(examples, tensors | pictures, targets)
+    batch = batching.make_batch(examples, tensors | images, targets)
     return replace(batch, host={"grid": grid})
 
 
 def planned_batch(config: Any, size: BatchSize) -> Batch:
-    """A batch of this size with square pictures of the usual size, to measure what it costs."""
+    """A batch of this size with square images of the usual size, to measure what it costs."""
     vision, image_id = config.vision_config, config.image_token_id
     patch, frames = vision.patch_size, vision.temporal_patch_size
     cutter = SimpleNamespace(temporal_patch_size=frames, patch_size=patch)
     processor = SimpleNamespace(
         merge_size=vision.spatial_merge_size, image_token_id=image_id, image_processor=cutter
     )
-    num_patches = picture_tokens(config, "vision")
+    num_patches = image_tokens(config, "vision")
     side = math.isqrt(num_patches)
     pixels = torch.zeros(num_patches, COLOURS * frames * patch**2)
-    picture = [image_id] * picture_tokens(config, "llm")
-    examples = batching.planned_examples(size, picture, pixels, {"grid": [(1, side, side)]})
+    image = [image_id] * image_tokens(config, "llm")
+    examples = batching.planned_examples(size, image, pixels, {"grid": [(1, side, side)]})
     return collate(examples, processor)
 
 
-def picture_tensors(
+def image_tensors(
     examples: Sequence[Example], processor: Any
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Patches with their dropout keys, and the grid [pictures, 3] that they lie in.
+    """Patches with their dropout keys, and the grid [images, 3] that they lie in.
 
-    Without any picture, those of a blank one that nothing reads.
+    Without any image, those of a blank one that nothing reads.
     """
     pixels = [rows for example in examples for rows in example.pixels]
     grids = [grid for example in examples for grid in example.extras["grid"]]
-    keys = batching.picture_keys(examples)
+    keys = batching.image_keys(examples)
     num_read = sum(num_tokens(grid, processor.merge_size) for grid in grids)
     if not pixels:
         side = processor.merge_size
@@ -89,8 +89,8 @@ def padded_positions(
 def positions(ids: Sequence[int], grids: Sequence[Sequence[int]], processor: Any) -> torch.Tensor:
     """Positions [3, tokens] of one unpadded row.
 
-    Text advances all three by one per token. A picture's tokens share their time and count height
-    and width from there; the text behind it goes on after the picture's longer side.
+    Text advances all three by one per token. An image's tokens share their time and count height
+    and width from there; the text behind it goes on after the image's longer side.
     """
     merge = processor.merge_size
     parts, position, start = [], 0, 0

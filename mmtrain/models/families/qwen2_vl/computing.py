@@ -12,7 +12,7 @@ from mmtrain.models.answers import answer_loss
 from mmtrain.models.batching import pad_ids
 from mmtrain.models.building import generation_config
 from mmtrain.models.dropout import scope_of
-from mmtrain.models.families.qwen2_vl.batches import padded_positions, picture_tensors
+from mmtrain.models.families.qwen2_vl.batches import image_tensors, padded_positions
 from mmtrain.models.families.qwen2_vl.processing import Processor
 from mmtrain.models.families.qwen2_vl.tower_plan import plan
 from mmtrain.models.interface import Batch, Example, ForwardResult
@@ -34,7 +34,7 @@ def hidden_states(model: Any, batch: Batch) -> torch.Tensor:
     inner, tensors, grid = model.model, batch.tensors, batch.host["grid"]
     pixels = tensors["pixel_values"]
     seen = inner.visual(pixels, grid_thw=grid, **plan(inner.visual, grid, pixels.device))
-    # A blank picture's features are computed and dropped, so that gradients run everywhere.
+    # A blank image's features are computed and dropped, so that gradients run everywhere.
     read = tensors["feature_index"]
     is_image = tensors["input_ids"] == model.config.image_token_id
     embeds = inner.language_model.embed_tokens(tensors["input_ids"].masked_fill(is_image, 0))
@@ -55,7 +55,7 @@ def hidden_states(model: Any, batch: Batch) -> torch.Tensor:
 def add_deep_features(
     hidden: torch.Tensor, is_image: torch.Tensor, features: torch.Tensor
 ) -> torch.Tensor:
-    """Qwen3's sum at the places of pictures; indexing by a mask would wait for the GPU to count."""
+    """Qwen3's sum at the places of images; indexing by a mask would wait for the GPU to count."""
     source = features.to(hidden.dtype)
     return hidden + torch.zeros_like(hidden).masked_scatter(is_image.unsqueeze(-1), source)
 
@@ -71,17 +71,17 @@ def generate(
     prompts = [prompt_ids(example.input_ids, example.labels) for example in examples]
     input_ids, attention_mask = pad_ids(prompts, "left")
     in_text = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    in_picture = padded_positions(examples, prompts, processor, attention_mask)
+    in_image = padded_positions(examples, prompts, processor, attention_mask)
     device = next(model.parameters()).device
-    pictures, grid = picture_tensors(examples, processor)
-    pixels, planned = pictures["pixel_values"].to(device), plan(model.model.visual, grid, device)
+    images, grid = image_tensors(examples, processor)
+    pixels, planned = images["pixel_values"].to(device), plan(model.model.visual, grid, device)
     with torch.no_grad():
         seen = model.model.get_image_features(pixels, grid, **planned)
         out = model.generate(
             input_ids=input_ids.to(device),
             attention_mask=attention_mask.to(device),
-            position_ids=torch.cat([in_text[None], in_picture]).to(device),
-            mm_encoder_outputs={"image": seen} if pictures["feature_index"].numel() else {},
+            position_ids=torch.cat([in_text[None], in_image]).to(device),
+            mm_encoder_outputs={"image": seen} if images["feature_index"].numel() else {},
             generation_config=generation_config(
                 settings,
                 eos_token_id=list(processor.stop_ids),

@@ -1,4 +1,4 @@
-"""From a conversation and its pictures to token ids, labels and patches."""
+"""From a conversation and its images to token ids, labels and patches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mmtrain.models.interface import Example
 
 MAX_ASPECT_RATIO = 200  # of the published resizing
 TEXT_REMEDY = "Raise data.max_length or leave the sample out."
-PICTURE_REMEDY = "Lower model.max_pixels, raise data.max_length or leave the sample out."
+IMAGE_REMEDY = "Lower model.max_pixels, raise data.max_length or leave the sample out."
 
 
 def encode(
@@ -32,7 +32,7 @@ def encode(
     max_length: int,
     truncation_side: str,
 ) -> Example:
-    """One conversation whose last turn is the answer; pictures stand before the first question."""
+    """One conversation whose last turn is the answer; images stand before the first question."""
     text.refuse_control_tokens(processor.control_tokens, sample_id, (said for _, said in turns))
     ids, labels = text.tokenise(processor.tokenizer, pieces(processor, turns, len(images)))
     pixels, grids = [], []
@@ -51,12 +51,12 @@ def encode(
         sample_id,
         processor.num_cue_tokens,
         also_kept=processor.kept_ids,
-        remedy=PICTURE_REMEDY if images else TEXT_REMEDY,
+        remedy=IMAGE_REMEDY if images else TEXT_REMEDY,
     )
     return Example(sample_id, stable_hash(sample_id), ids, labels, pixels, extras={"grid": grids})
 
 
-def pieces(processor: Processor, turns: text.Turns, num_pictures: int) -> list[text.Piece]:
+def pieces(processor: Processor, turns: text.Turns, num_images: int) -> list[text.Piece]:
     """The chat template of the published checkpoints, with the stretches that are answers.
 
     An answer ends with its end-of-turn token. The newline behind it is no part of the answer:
@@ -65,11 +65,11 @@ def pieces(processor: Processor, turns: text.Turns, num_pictures: int) -> list[t
     found = []
     if processor.system is not None:
         found.append(text.Piece(f"{TURN_START}system\n{processor.system}{TURN_END}\n"))
-    pictures = f"{VISION_START}{IMAGE_TOKEN}{VISION_END}" * num_pictures
+    images = f"{VISION_START}{IMAGE_TOKEN}{VISION_END}" * num_images
     for role, said in turns:
         if role == "user":
-            found.append(text.Piece(f"{TURN_START}user\n{pictures}{said}{TURN_END}\n"))
-            pictures = ""
+            found.append(text.Piece(f"{TURN_START}user\n{images}{said}{TURN_END}\n"))
+            images = ""
         else:
             found.append(text.Piece(f"{TURN_START}assistant\n"))
             found.append(text.Piece(f"{said}{TURN_END}", is_answer=True))
@@ -78,7 +78,7 @@ def pieces(processor: Processor, turns: text.Turns, num_pictures: int) -> list[t
 
 
 def num_tokens(grid: Sequence[int], merge_size: int) -> int:
-    """Tokens that a picture of so many patches (time, height, width) makes."""
+    """Tokens that an image of so many patches (time, height, width) makes."""
     frames, height, width = grid
     return frames * height * width // merge_size**2
 
@@ -86,13 +86,13 @@ def num_tokens(grid: Sequence[int], merge_size: int) -> int:
 def _expand(
     ids: Sequence[int], labels: Sequence[int], processor: Processor, grids: Sequence[Sequence[int]]
 ) -> tuple[list[int], list[int]]:
-    """Repeat each picture token as often as its own picture has tokens."""
+    """Repeat each image token as often as its own image has tokens."""
     remaining = iter(grids)
     out_ids: list[int] = []
     out_labels: list[int] = []
     for token, label in zip(ids, labels, strict=True):
-        is_picture = token == processor.image_token_id
-        count = num_tokens(next(remaining), processor.merge_size) if is_picture else 1
+        is_image = token == processor.image_token_id
+        count = num_tokens(next(remaining), processor.merge_size) if is_image else 1
         out_ids.extend([token] * count)
         out_labels.extend([label] * count)
     return out_ids, out_labels
@@ -101,7 +101,7 @@ def _expand(
 def _refuse_aspect_ratio(sample_id: str, image: Image) -> None:
     if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
         raise DataError(
-            f"sample {sample_id}: a picture of {image.width} x {image.height} pixels is more than"
+            f"sample {sample_id}: an image of {image.width} x {image.height} pixels is more than"
             f" {MAX_ASPECT_RATIO} times as long as wide.",
-            "Crop the picture or leave the sample out.",
+            "Crop the image or leave the sample out.",
         )

@@ -1,4 +1,4 @@
-"""Published shapes of Qwen2-VL 7B, Qwen2.5-VL 7B and Qwen3-VL 8B, and a tiny twin of each."""
+"""Published shapes of Qwen2-VL 7B, Qwen2.5-VL 7B and Qwen3-VL 8B, and a tiny model of each."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         ),
         **_TINY_TOKENS,
     ),
-    # A picture of 32 x 32 has 4 x 4 merged tokens, in four windows of 2 x 2.
+    # An image of 32 x 32 has 4 x 4 merged tokens, in four windows of 2 x 2.
     "tiny-2.5": dict(
         model_type="qwen2_5_vl",
         text_config=_TINY_QWEN2,

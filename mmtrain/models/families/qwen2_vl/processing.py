@@ -1,6 +1,6 @@
-"""Tokenizer and picture side of a checkpoint folder, checked against its configuration.
+"""Tokenizer and image side of a checkpoint folder, checked against its configuration.
 
-transformers' own processor class needs torchvision for its video part; pictures do not.
+transformers' own processor class needs torchvision for its video part; images do not.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def load_processor(folder: Path, config: Any, max_pixels: int | None) -> Process
             "Copy tokenizer and preprocessor files from the published checkpoint.",
         ) from error
     _check_tokens(folder, tokenizer, config)
-    _check_pictures(folder, image_processor, config)
+    _check_images(folder, image_processor, config)
     if max_pixels is not None:
         _set_budget(image_processor, max_pixels)
     return make_processor(tokenizer, image_processor, config.model_type)
@@ -123,7 +123,7 @@ def _check_tokens(folder: Path, tokenizer: Any, config: Any) -> None:
     refuse_larger_tokenizer(folder, len(tokenizer), config.text_config.vocab_size)
 
 
-def _check_pictures(folder: Path, image_processor: Any, config: Any) -> None:
+def _check_images(folder: Path, image_processor: Any, config: Any) -> None:
     vision = config.vision_config
     pairs = {
         "patch_size": vision.patch_size,
@@ -146,12 +146,12 @@ def _check_pictures(folder: Path, image_processor: Any, config: Any) -> None:
 
 
 def _set_budget(image_processor: Any, max_pixels: int) -> None:
-    """Cap the pixels of a picture; larger ones are scaled down, as the published code does."""
+    """Cap the pixels of an image; larger ones are scaled down, as the published code does."""
     least = image_processor.size.shortest_edge
     if max_pixels < least:
         raise ConfigError(
             [
-                f"model.max_pixels: got {max_pixels}, the checkpoint scales every picture up to"
+                f"model.max_pixels: got {max_pixels}, the checkpoint scales every image up to"
                 f" at least {least} pixels; give {least} or more"
             ]
         )

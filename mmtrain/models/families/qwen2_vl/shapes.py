@@ -17,7 +17,7 @@ log = logging.getLogger("mmtrain")
 CLASSES = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
 # Lists of vision blocks by number, which a change of depth must respect.
 _BLOCK_LISTS = ("fullatt_block_indexes", "deepstack_visual_indexes")
-USUAL_PICTURE_SIDE = 448
+USUAL_IMAGE_SIDE = 448
 
 
 def transformers_class(model_type: str, suffix: str) -> Any:
@@ -130,8 +130,8 @@ def attention_shape(config: Any, component: str) -> AttentionShape:
     )
 
 
-def picture_tokens(config: Any, component: str) -> int:
-    """Patches (vision) or merged tokens (llm) of a square picture of the usual size."""
+def image_tokens(config: Any, component: str) -> int:
+    """Patches (vision) or merged tokens (llm) of a square image of the usual size."""
     vision = config.vision_config
-    merged = (USUAL_PICTURE_SIDE // (vision.patch_size * vision.spatial_merge_size)) ** 2
+    merged = (USUAL_IMAGE_SIDE // (vision.patch_size * vision.spatial_merge_size)) ** 2
     return merged * vision.spatial_merge_size**2 if component == "vision" else merged

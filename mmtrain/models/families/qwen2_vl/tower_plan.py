@@ -1,7 +1,7 @@
-"""What the towers compute of the pictures' sizes, computed on the host.
+"""What the towers compute of the images' sizes, computed on the host.
 
 Left to themselves they do it from a grid on the GPU, and every block of theirs waits there for the
-lengths of its pictures.
+lengths of its images.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Qwen-VL and Qwen-VL-Chat of 2023, built here: transformers has never had them.
 
-ViT-bigG, a resampler that makes 256 features of any picture, and the Qwen-7B decoder, all under
+ViT-bigG, a resampler that makes 256 features of any image, and the Qwen-7B decoder, all under
 the names of the published weights, with its fused projections kept. The token embeddings and the
 head are components of their own, because the released fine-tuning code trains them in full; the
 resampler's fixed positions are one because it trains nothing there: `full` on the connector leaves
@@ -168,11 +168,11 @@ class QwenVL:
 
         return configuration.attention_shape(config, component)
 
-    def picture_tokens(self, config: Any, component: str) -> int:
+    def image_tokens(self, config: Any, component: str) -> int:
         """Patches in the tower, the resampler's queries in the LLM."""
         from mmtrain.models.families.qwen_vl import configuration
 
-        return configuration.picture_tokens(config, component)
+        return configuration.image_tokens(config, component)
 
     def encode(
         self,
@@ -183,7 +183,7 @@ class QwenVL:
         max_length: int,
         truncation_side: str,
     ) -> Example:
-        """Tokenise in the published chat form, pictures before the first question."""
+        """Tokenise in the published chat form, images before the first question."""
         from mmtrain.models import text
         from mmtrain.models.families.qwen_vl import encoding
 
@@ -191,7 +191,7 @@ class QwenVL:
         return encoding.encode(processor, sample_id, turns, images, max_length, truncation_side)
 
     def collate(self, examples: Sequence[Example], processor: Any) -> Batch:
-        """Right-pad; a batch without any picture carries a blank one that nothing reads."""
+        """Right-pad; a batch without any image carries a blank one that nothing reads."""
         from mmtrain.models.families.qwen_vl import encoding
 
         return encoding.collate(examples, processor)
@@ -224,10 +224,10 @@ class QwenVL:
         self, folder: Path, texts: Sequence[str], seed: int, preset: str = "tiny"
     ) -> None:
         """A tiny checkpoint in the published layout, its tokenizer trained on `texts`."""
-        from mmtrain.models.families.qwen_vl import tiny_twin
+        from mmtrain.models.families.qwen_vl import tiny_model
 
         config = self.model_config(ModelOptions(None, preset=preset, dtype="fp32"))
-        tiny_twin.write(self, config, texts, seed, folder)
+        tiny_model.write(self, config, texts, seed, folder)
 
     def save(
         self,

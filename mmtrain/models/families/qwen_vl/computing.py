@@ -21,7 +21,7 @@ def forward(model: Any, batch: Batch) -> ForwardResult:
     """The loss of one batch."""
     tensors = batch.tensors
     scope = scope_of(model)
-    scope.set_rows("vision", tensors["picture_keys"])
+    scope.set_rows("vision", tensors["image_keys"])
     scope.set_rows("llm", tensors["row_keys"])
     embeds = embed(model, tensors["input_ids"], tensors["is_image"], tensors["pixel_values"])
     hidden = model.transformer(embeds, tensors["attention_mask"])
@@ -31,7 +31,7 @@ def forward(model: Any, batch: Batch) -> ForwardResult:
 def embed(
     model: Any, input_ids: torch.Tensor, is_image: torch.Tensor, pixel_values: torch.Tensor
 ) -> torch.Tensor:
-    """Token embeddings with the features of pictures in their places."""
+    """Token embeddings with the features of images in their places."""
     embeds = model.transformer.wte(input_ids.masked_fill(is_image, 0))
     features = model.transformer.visual(pixel_values)
     return embeds.masked_scatter(is_image.unsqueeze(-1), features.flatten(0, 1))

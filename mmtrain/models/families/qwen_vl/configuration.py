@@ -189,12 +189,12 @@ def attention_shape(config: QWenConfig, component: str) -> AttentionShape:
 
 
 def num_queries(config: QWenConfig) -> int:
-    """Features that one picture makes, whatever its patches."""
+    """Features that one image makes, whatever its patches."""
     assert config.visual is not None
     return int(config.visual.get("n_queries", USUAL_QUERIES))
 
 
-def picture_tokens(config: QWenConfig, component: str) -> int:
+def image_tokens(config: QWenConfig, component: str) -> int:
     """Patches in the tower, the resampler's queries in the LLM."""
     assert config.visual is not None
     patches = (config.visual["image_size"] // config.visual["patch_size"]) ** 2

@@ -1,9 +1,9 @@
-"""From a conversation and its pictures to token ids and labels, and from those to a batch.
+"""From a conversation and its images to token ids and labels, and from those to a batch.
 
 The form is the published ChatML: a system turn, then the turns, each between `<|im_start|>` and
-`<|im_end|>` and followed by a newline. Pictures stand before the first question, numbered, as
-`Picture 1: <img>…</img>` and a newline. Between the two tags lie as many `<imgpad>` as a picture
-has features; the published code writes the picture's path there, which its features then cover
+`<|im_end|>` and followed by a newline. Images stand before the first question, numbered, as
+`Picture 1: <img>…</img>` and a newline. Between the two tags lie as many `<imgpad>` as an image
+has features; the published code writes the image's path there, which its features then cover
 just the same. As published, every stretch of text between special tokens, and the role before its
 newline, is tokenised by itself.
 
@@ -69,14 +69,14 @@ def encode(
 
 
 def _parts(
-    processor: Processor, turns: text.Turns, num_pictures: int
+    processor: Processor, turns: text.Turns, num_images: int
 ) -> Iterator[tuple[list[int], bool]]:
     """Stretches of token ids, each with whether the loss falls on it."""
     tokenizer = processor.tokenizer
     for number, (role, said) in enumerate((("system", SYSTEM), *turns)):
         yield _opening(tokenizer, role), False
-        if number == 1 and num_pictures:
-            yield _pictures(processor, num_pictures), False
+        if number == 1 and num_images:
+            yield _images(processor, num_images), False
             said = f"\n{said}"
         yield tokenizer.ids(said) + _end(tokenizer), role == "assistant"
 
@@ -89,8 +89,8 @@ def _end(tokenizer: QwenTokenizer) -> list[int]:
     return [tokenizer.special[TURN_END], *tokenizer.ids("\n")]
 
 
-def _pictures(processor: Processor, count: int) -> list[int]:
-    """All pictures, without the newline behind the last: it belongs to the text that follows."""
+def _images(processor: Processor, count: int) -> list[int]:
+    """All images, without the newline behind the last: it belongs to the text that follows."""
     tokenizer = processor.tokenizer
     start, pad, end = (tokenizer.special[t] for t in (IMAGE_START, IMAGE_PAD, IMAGE_END))
     ids: list[int] = []
@@ -102,11 +102,11 @@ def _pictures(processor: Processor, count: int) -> list[int]:
 
 
 def collate(examples: Sequence[Example], processor: Any) -> Batch:
-    """Right-pad; a batch without any picture carries a blank one that nothing reads."""
+    """Right-pad; a batch without any image carries a blank one that nothing reads."""
     tensors = batching.text_tensors(examples)
     tensors["is_image"] = tensors["input_ids"] == processor.image_token_id
     side = processor.image_size
-    tensors |= batching.picture_tensors(examples, side, side)
+    tensors |= batching.image_tensors(examples, side, side)
     targets = answers.answer_targets(examples, tensors["input_ids"].shape[1])
     return batching.make_batch(examples, tensors, targets)
 
@@ -115,6 +115,6 @@ def planned_batch(config: QWenConfig, size: BatchSize) -> Batch:
     """A batch of this size, to measure what it costs."""
     assert config.visual is not None
     side, image_id = config.visual["image_size"], config.visual["image_start_id"]
-    picture = [image_id] * num_queries(config)
-    examples = batching.planned_examples(size, picture, torch.zeros(3, side, side), {})
+    image = [image_id] * num_queries(config)
+    examples = batching.planned_examples(size, image, torch.zeros(3, side, side), {})
     return collate(examples, SimpleNamespace(image_token_id=image_id, image_size=side))

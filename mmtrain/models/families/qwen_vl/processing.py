@@ -1,4 +1,4 @@
-"""Tokenizer and pictures of a checkpoint folder, checked against its configuration."""
+"""Tokenizer and images of a checkpoint folder, checked against its configuration."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mmtrain.models.families.qwen_vl.tokenizer import (
     load_tokenizer,
 )
 
-# What CLIP's pictures were normalised by.
+# What CLIP's images were normalised by.
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _SPREAD = (0.26862954, 0.26130258, 0.27577711)
 FORM_TOKENS = (IMAGE_START, IMAGE_END, IMAGE_PAD, TURN_START, TURN_END)
@@ -38,7 +38,7 @@ class Processor:
 
     @property
     def image_token_id(self) -> int:
-        """Of the token that holds a place for a feature, between the two that embrace a picture."""
+        """Of the token that holds a place for a feature, between the two that embrace an image."""
         return self.tokenizer.special[IMAGE_PAD]
 
     @property
@@ -47,7 +47,7 @@ class Processor:
         return frozenset(self.tokenizer.special[token] for token in FORM_TOKENS)
 
     def save_pretrained(self, folder: str) -> None:
-        """The tokenizer's files; pictures are described in config.json."""
+        """The tokenizer's files; images are described in config.json."""
         self.tokenizer.save_pretrained(folder)
 
 
@@ -73,7 +73,7 @@ def load_processor(folder: Path, config: QWenConfig, grounding: bool) -> Process
 
 
 def pixel_values(image: Image, size: int) -> torch.Tensor:
-    """[3, size, size]: the whole picture, squeezed into a square, as the published code does."""
+    """[3, size, size]: the whole image, squeezed into a square, as the published code does."""
     square = image.convert("RGB").resize((size, size), Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
     mean, spread = (torch.tensor(values)[:, None, None] for values in (_MEAN, _SPREAD))

@@ -17,7 +17,7 @@ from mmtrain.models.families.qwen_vl.attention import attend, split_heads
 from mmtrain.models.families.qwen_vl.configuration import QWenConfig, num_queries, vision_shape
 
 _EPSILON = 1e-6
-_NUM_POSITIONS = 256  # learnt, whatever the picture's size: a square of 16 x 16
+_NUM_POSITIONS = 256  # learnt, whatever the image's size: a square of 16 x 16
 _RESAMPLER_HEAD_WIDTH = 128
 
 
@@ -59,7 +59,7 @@ class VisionAttention(nn.Module):
         self.out_proj = nn.Linear(shape.hidden_size, shape.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[pictures, patches, channels] to the same."""
+        """[images, patches, channels] to the same."""
         query, key, value = split_heads(self.in_proj(x), self.heads).chunk(3, dim=-1)
         return self.out_proj(attend(self, query, key, value))
 
@@ -74,7 +74,7 @@ class VisionMLP(nn.Module):
         self.c_proj = nn.Linear(shape.intermediate_size, shape.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[pictures, patches, channels] to the same."""
+        """[images, patches, channels] to the same."""
         return self.c_proj(functional.gelu(self.c_fc(x)))
 
 
@@ -90,7 +90,7 @@ class VisionBlock(GradientCheckpointingLayer):
         self.mlp = VisionMLP(config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[pictures, patches, channels] to the same."""
+        """[images, patches, channels] to the same."""
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 
@@ -104,7 +104,7 @@ class VisionBlocks(nn.Module):
         self.resblocks = nn.ModuleList(VisionBlock(config) for _ in range(count))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[pictures, patches, channels] to the same."""
+        """[images, patches, channels] to the same."""
         for block in self.resblocks:
             x = block(x)
         return x
@@ -125,7 +125,7 @@ class CrossAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """[pictures, queries, channels] from keys and values [pictures, patches, channels]."""
+        """[images, queries, channels] from keys and values [images, patches, channels]."""
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         made = [
             split_heads(functional.linear(x, weight, bias), self.heads)
@@ -150,14 +150,14 @@ class Resampler(nn.Module):
         self.ln_kv = nn.LayerNorm(width, eps=_EPSILON)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[pictures, patches, tower's channels] to [pictures, queries, channels]."""
+        """[images, patches, tower's channels] to [images, queries, channels]."""
         seen = self.ln_kv(self.kv_proj(x))
         query = (self.ln_q(self.query) + self.pos_embed).expand(len(x), -1, -1)
         return self.attn(query, seen + stretched(self.pos_embed, x.shape[1]), seen)
 
 
 class VisionTransformer(nn.Module):
-    """From pixels to the features that take the places of picture tokens."""
+    """From pixels to the features that take the places of image tokens."""
 
     def __init__(self, config: QWenConfig) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(torch.empty(width, width))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[pictures, 3, height, width] to [pictures, queries, LLM's channels]."""
+        """[images, 3, height, width] to [images, queries, LLM's channels]."""
         patches = self.conv1(pixels.to(self.proj.dtype)).flatten(2).transpose(1, 2)
         x = patches + stretched(self.positional_embedding, patches.shape[1])
         x = self.transformer(self.ln_pre(x))

@@ -1,6 +1,6 @@
 """One rank that trains a list of runs, one after another: imports are paid once.
 
-`python -m tests.distributed.walk JOBS.json`; a job may say to stop in mid-run, after the
+`python -m tests.distributed.jobs JOBS.json`; a job may say to stop in mid-run, after the
 validation of some step, the way an interrupted run would, name a fault, or say which CPU to
 pretend to have.
 """
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from mmtrain.assemble import build_model
-from mmtrain.build import resolve
 from mmtrain.models.dropout import scope_of
+from mmtrain.resolve import resolve
 from mmtrain.training import run as training_run
 from mmtrain.training.run import run_training
 

@@ -1,7 +1,7 @@
 """One rank that trains and evaluates a list of runs of every family: imports are paid once.
 
-`python -m tests.distributed.family_walk JOBS.json`. A job either trains a run file's data, as in
-`tests.distributed.walk`, or evaluates a finished run in several passes.
+`python -m tests.distributed.family_jobs JOBS.json`. A job either trains a run file's data, as in
+`tests.distributed.jobs`, or evaluates a finished run in several passes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mmtrain import distributed, plugins
 from mmtrain.assemble import build_source
 from mmtrain.evaluation.evaluate import evaluate
 from mmtrain.training.inference import Ready, ready_from_argument
-from tests.distributed import walk
+from tests.distributed import jobs as run_jobs
 
 
 def evaluate_run(job: dict[str, Any]) -> None:
@@ -49,7 +49,7 @@ def main(jobs_file: Path) -> None:
             evaluate_run(job)
             name = job["evaluate"]
         else:
-            walk.train(job)
+            run_jobs.train(job)
             name = job["run"]["output_dir"]
         with open(jobs_file.with_suffix(".log"), "a", encoding="utf-8") as file:
             file.write(f"{time.monotonic() - started_s:6.1f} s  {name}\n")

@@ -1,4 +1,4 @@
-"""Pictures as LLaVA-1.5 was trained on them."""
+"""Images as LLaVA-1.5 was trained on them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def pad_to_square(image: Image, colour: tuple[int, ...]) -> Image:
-    """The whole picture in the middle of a square of one colour."""
+    """The whole image in the middle of a square of one colour."""
     from PIL import Image as pillow
 
     image = image.convert("RGB")
@@ -33,7 +33,7 @@ def pixel_values(image_processor: Any, images: Sequence[Image]) -> list[torch.Te
     """Padded to a square with the mean colour, then resized and normalised by the processor.
 
     The published models were trained so; processors of Hugging Face folders would cut the sides
-    of wide pictures off instead, because their files know of no padding.
+    of wide images off instead, because their files know of no padding.
     """
     colour = mean_colour(image_processor)
     squares = [pad_to_square(image, colour) for image in images]

@@ -1,6 +1,6 @@
-"""One rank that trains, evaluates, counts waits and runs out of memory; see `family_walk`.
+"""One rank that trains, evaluates, counts waits and runs out of memory; see `family_jobs`.
 
-`python -m tests.gpu.walk JOBS.json`: on a card where torch sees one, else on the CPU.
+`python -m tests.gpu.jobs JOBS.json`: on a card where torch sees one, else on the CPU.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from unittest.mock import patch
 import torch
 
 from mmtrain import distributed
-from mmtrain.build import resolve
 from mmtrain.errors import MmtrainError
+from mmtrain.resolve import resolve
 from mmtrain.training import loop
 from mmtrain.training.run import run_training
 from mmtrain.training.step import train_step
-from tests.distributed import family_walk, walk
+from tests.distributed import family_jobs
+from tests.distributed import jobs as run_jobs
 
 COUNTED_STEP = 3
 NO_MEMORY = 1e-5  # of the card's memory
@@ -74,9 +75,9 @@ def main(jobs_file: Path) -> None:
             elif "out_of_memory" in job:
                 run_out_of_memory(job)
             elif "evaluate" in job:
-                family_walk.evaluate_run(job)
+                family_jobs.evaluate_run(job)
             else:
-                walk.train(job)
+                run_jobs.train(job)
         except Exception as error:  # the other jobs are still worth having
             failures.append(f"{job['name']}: {type(error).__name__}: {error}")
         print(f"{time.monotonic() - began_s:6.1f} s  {job['name']}", flush=True)

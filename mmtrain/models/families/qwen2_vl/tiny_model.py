@@ -33,7 +33,7 @@ ADDED_TOKENS = (
 )
 VOCABULARY = 448  # without the added tokens
 _ROUND_TO = 64  # published embeddings have more rows than the tokenizer has tokens
-# 32 x 32 stays as it is; the largest picture makes 8 x 8 tokens.
+# 32 x 32 stays as it is; the largest image makes 8 x 8 tokens.
 MIN_PIXELS, MAX_PIXELS = 16 * 16, 64 * 64
 
 
@@ -67,11 +67,11 @@ def train_tokenizer(texts: Sequence[str], system: str | None) -> Any:
 
 
 def chat_template(system: str | None) -> str:
-    """What the published templates say of conversations with pictures."""
+    """What the published templates say of conversations with images."""
     default = f"{TURN_START}system\n{system}{TURN_END}\n"
     opening = "{% if loop.first and message.role != 'system' %}" + default + "{% endif %}"
-    picture = f"{VISION_START}{IMAGE_TOKEN}{VISION_END}"
-    part = "{% if part.type == 'image' %}" + picture + "{% else %}{{ part.text }}{% endif %}"
+    image = f"{VISION_START}{IMAGE_TOKEN}{VISION_END}"
+    part = "{% if part.type == 'image' %}" + image + "{% else %}{{ part.text }}{% endif %}"
     return (
         "{% for message in messages %}"
         + (opening if system is not None else "")
