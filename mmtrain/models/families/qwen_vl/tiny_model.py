@@ -18,7 +18,7 @@ _ROUND_TO = 64  # published embeddings have more rows than the tokenizer has tok
 
 def write(family: Any, config: QWenConfig, texts: Sequence[str], seed: int, folder: Path) -> None:
     """Weights, configuration and tokenizer of a tiny model."""
-    words = ["system\nuser\nassistant\nImage 1: \nImage 2: ", SYSTEM]
+    words = ["system\nuser\nassistant\nPicture 1: \nPicture 2: ", SYSTEM]
     tokenizer = train([*texts, *words], NUM_ORDINARY_TOKENS)
     config.vocab_size = -(-len(tokenizer) // _ROUND_TO) * _ROUND_TO
     assert config.visual is not None
