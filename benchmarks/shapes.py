@@ -76,7 +76,7 @@ def write_folder(folder: Path, family_name: str, preset: str, texts: Sequence[st
     family: Any = plugins.load("family", family_name)
 
     with patch.object(tiny, "write_model", _write_names):
-        family.write_tiny(folder, [*texts, *CHOICES, "A. B. C. D. , "], WEIGHT_SEED, preset)
+        family.code.write_tiny(folder, [*texts, *CHOICES, "A. B. C. D. , "], WEIGHT_SEED, preset)
     _restore_vocabulary(folder / "config.json", family.presets[preset])
     images = folder / "preprocessor_config.json"
     if images.exists() and family_name == "qwen2_vl":
@@ -89,7 +89,7 @@ def _write_names(family: Any, config: Any, folder: Path, *_: Any) -> None:
     folder.mkdir(parents=True)
     config.save_pretrained(str(folder))
     with torch.device("meta"):
-        names = [name for name, _ in family.skeleton(config).named_parameters()]
+        names = [name for name, _ in family.code.skeleton(config).named_parameters()]
     save_file({}, str(folder / "empty.safetensors"))
     index = {"weight_map": dict.fromkeys(names, "empty.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -19,6 +19,7 @@ from mmtrain.data.shards import ShardFolder
 from mmtrain.data.source import Source
 from mmtrain.errors import CheckpointError, ConfigError
 from mmtrain.models.built import Asked
+from mmtrain.models.encoding import encode as encode_sample
 from mmtrain.models.interface import Family
 from mmtrain.peft.trainable import Trainable, make_trainable
 from mmtrain.resolve import model_options
@@ -65,7 +66,7 @@ def build_model(
     options = model_options(config)
     if not trains:
         options = replace(options, base_dropout="stored")
-    loaded = family.load(options, zero3_config)
+    loaded = family.code.load(options, zero3_config)
     return Assembled(
         family=family,
         model=loaded.model,
@@ -120,8 +121,14 @@ def build_source(
     max_length = data.max_length or assembled.family.default_max_length
 
     def encode(sample_id: str, rendered: Any, images: Any) -> Any:
-        return assembled.family.encode(
-            assembled.processor, sample_id, rendered, images, max_length, data.truncation_side
+        return encode_sample(
+            assembled.family.code,
+            assembled.processor,
+            sample_id,
+            rendered,
+            images,
+            max_length,
+            data.truncation_side,
         )
 
     shards = ShardFolder.open(Path(folder), data.task)

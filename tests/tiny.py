@@ -26,7 +26,7 @@ def write_checkpoint(folder: Path, seed: int = 0) -> Path:
     """A tiny LLaVA checkpoint folder with a locally trained tokenizer."""
     from mmtrain import plugins
 
-    plugins.load("family", "llava").write_tiny(folder, DIGITS_TEXTS, seed)
+    plugins.load("family", "llava").code.write_tiny(folder, DIGITS_TEXTS, seed)
     return folder
 
 

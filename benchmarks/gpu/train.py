@@ -171,7 +171,7 @@ def llm_matrix_params(config: Any) -> int:
     """Weights of the LLM that every token is multiplied with: no embeddings, no head."""
     family = plugins.load("family", config.model.family)
     with torch.device("meta"):
-        model = family.skeleton(family.model_config(model_options(config)))
+        model = family.code.skeleton(family.code.model_config(model_options(config)))
     names = [
         pattern
         for roles in family.sublayers["llm"].values()

@@ -116,9 +116,9 @@ def _bytes_to_write(family: Family, options: ModelOptions) -> int:
 
     from mmtrain.models.weights import DTYPES
 
-    config = family.model_config(options)
+    config = family.code.model_config(options)
     with torch.device("meta"):
-        model = family.skeleton(config)
+        model = family.code.skeleton(config)
     numbers = sum(parameter.numel() for parameter in model.parameters())
     return numbers * DTYPES[options.dtype].itemsize + _OTHER_FILES_BYTES
 
@@ -150,9 +150,9 @@ def _put_in_place(target: Path) -> Iterator[Path]:
 
 def _write(family: Family, options: ModelOptions, folder: Path) -> tuple[Evidence, type]:
     """Save the source in the folder; what it computes, and its class. It is not kept in memory."""
-    loaded = family.load(options, None)
+    loaded = family.code.load(options, None)
     wanted = _evidence(family, loaded.model, loaded.processor)
-    family.save(loaded.model, loaded.processor, dict(loaded.model.named_parameters()), folder)
+    family.code.save(loaded.model, loaded.processor, dict(loaded.model.named_parameters()), folder)
     return wanted, type(loaded.model)
 
 
@@ -163,7 +163,7 @@ def prove(family: Family, wanted: Evidence, folder: Path, model_class: type, dty
     """
     from mmtrain.models.interface import ModelOptions
 
-    again = family.load(ModelOptions(str(folder), None, dtype=dtype), None)
+    again = family.code.load(ModelOptions(str(folder), None, dtype=dtype), None)
     found = _evidence(family, again.model, again.processor)
     _refuse_other_samples(wanted, found)
     differences = [_checked_difference(wanted, found, dtype)]
@@ -184,6 +184,8 @@ def _evidence(family: Family, model: Any, processor: Any) -> Evidence:
     """Logits of the answers' tokens, caught where the head computes them."""
     import torch
 
+    from mmtrain.models.decoding import forward
+    from mmtrain.models.encoding import encode
     from mmtrain.tasks.interface import Rendered, Turn
 
     device = next(model.parameters()).device
@@ -193,12 +195,12 @@ def _evidence(family: Family, model: Any, processor: Any) -> Evidence:
     rendered = Rendered((Turn("user", "What is to be seen here?"),), "A red field, then a blue one")
     batches = []
     for name, images in (("with an image", [_image()]), ("without", [])):
-        example = family.encode(
-            processor, name, rendered, images, family.default_max_length, "left"
+        example = encode(
+            family.code, processor, name, rendered, images, family.default_max_length, "left"
         )
-        batches.append(family.collate([example], processor))
+        batches.append(family.code.collate([example], processor))
         with torch.no_grad():
-            family.forward(model, batches[-1].to(device))
+            forward(family.code, model, batches[-1].to(device))
     handle.remove()
     return Evidence(batches, caught)
 

@@ -111,7 +111,7 @@ def _module_names(family: Family) -> set[str]:
     names: set[str] = set()
     for preset in filter(_is_tiny, family.presets):
         with torch.device("meta"):
-            model = family.skeleton(family.model_config(ModelOptions(None, preset)))
+            model = family.code.skeleton(family.code.model_config(ModelOptions(None, preset)))
         names |= {name for name, _ in model.named_modules()}
     return names
 

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     ready = ready_from_argument(args.run, ["parallel.deepspeed=zero1"], base=False)
     assembled = ready.assembled
     state = merged_state(assembled.model, assembled.trainable)
-    assembled.family.save(assembled.model, assembled.processor, state, out)
+    assembled.family.code.save(assembled.model, assembled.processor, state, out)
     print(f"wrote {out}")
     distributed.shut_down()
     return 0

@@ -28,6 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Answer and print."""
     from mmtrain import distributed
+    from mmtrain.models.encoding import encode
     from mmtrain.tasks.interface import Rendered, Turn
     from mmtrain.training.inference import ready_from_argument
 
@@ -36,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
     rendered = Rendered((Turn("user", args.question),), target="")
     data = ready.config.data
     family = ready.assembled.family
-    example = family.encode(
+    example = encode(
+        family.code,
         ready.assembled.processor,
         "question",
         rendered,

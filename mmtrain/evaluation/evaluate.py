@@ -66,9 +66,9 @@ def evaluate(
     for number, chunk in enumerate(chunks):
         examples = [_example(source, index) for index in chunk]
         with torch.no_grad():
-            result = executor.forward(executor.family.collate(examples, executor.processor))
-            loss_sum += float(result.answer_loss_sum)
-            num_tokens += result.num_answer_tokens
+            batch = executor.family.code.collate(examples, executor.processor)
+            loss_sum += float(executor.forward(batch).answer_loss_sum)
+            num_tokens += batch.num_answer_tokens
             texts = executor.generate(examples, settings)
         answers += [(i, text) for i, text in zip(chunk, texts, strict=True) if i != PADDING]
         if on_chunk is not None:

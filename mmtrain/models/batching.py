@@ -9,7 +9,7 @@ import torch
 
 from mmtrain.models.dropout import stable_hash
 from mmtrain.models.interface import Batch, BatchSize, Example
-from mmtrain.models.text import IGNORED
+from mmtrain.models.text import IGNORED, prompt_ids
 
 TEXT_ID = 1  # any that is a word's
 
@@ -26,11 +26,24 @@ def pad_ids(rows: Sequence[Sequence[int]], side: str) -> tuple[torch.Tensor, tor
     return ids, mask
 
 
-def text_tensors(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-    """Right-padded ids with their mask, and the key of each row's dropout."""
-    input_ids, attention_mask = pad_ids([example.input_ids for example in examples], "right")
-    row_keys = torch.tensor([example.key for example in examples])
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "row_keys": row_keys}
+def text_tensors(
+    examples: Sequence[Example], image_token_id: int, generating: bool = False
+) -> dict[str, torch.Tensor]:
+    """Ids with their mask and image places, and the key of each row's dropout.
+
+    Padded on the right; prompts, which generation goes on from, on the left.
+    """
+    rows = [
+        prompt_ids(example.input_ids, example.labels) if generating else example.input_ids
+        for example in examples
+    ]
+    input_ids, attention_mask = pad_ids(rows, "left" if generating else "right")
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "is_image": input_ids == image_token_id,
+        "row_keys": torch.tensor([example.key for example in examples]),
+    }
 
 
 def image_keys(examples: Sequence[Example]) -> list[int]:
@@ -51,17 +64,46 @@ def image_tensors(examples: Sequence[Example], height: int, width: int) -> dict[
     return {"pixel_values": torch.stack(pixels), "image_keys": torch.tensor(keys)}
 
 
+def answer_targets(
+    examples: Sequence[Example], width: int, shift: int = 1
+) -> dict[str, torch.Tensor]:
+    """Flat positions whose hidden state predicts an answer token, the token, its row; row counts.
+
+    A decoder-only model predicts the next token (`shift` 1); where labels are a decoder's own,
+    whose inputs are shifted already, each position predicts its label (`shift` 0).
+    At least one position is returned, with an ignored target, so that the head runs on every
+    rank at every micro-step.
+    """
+    positions, targets, rows = [], [], []
+    for row, example in enumerate(examples):
+        for index, label in enumerate(example.labels):
+            if label != IGNORED and index >= shift and example.weight > 0:
+                positions.append(row * width + index - shift)
+                targets.append(label)
+                rows.append(row)
+    counts = torch.bincount(torch.tensor(rows, dtype=torch.long), minlength=len(examples))
+    if not positions:
+        positions, targets, rows = [0], [IGNORED], [0]
+    return {
+        "answer_positions": torch.tensor(positions),
+        "answer_targets": torch.tensor(targets),
+        "answer_rows": torch.tensor(rows),
+        "answer_counts": counts,
+    }
+
+
 def make_batch(
     examples: Sequence[Example],
     tensors: Mapping[str, torch.Tensor],
-    targets: Mapping[str, torch.Tensor],
     num_decoder_tokens: int = 0,
+    **host: Any,
 ) -> Batch:
     """The batch with its counts; samples of weight zero are in it, but not counted."""
-    num_answer_tokens = int((targets["answer_targets"] != IGNORED).sum())
+    counts = tensors.get("answer_counts")
+    num_answer_tokens = 0 if counts is None else int(counts.sum())
     num_tokens = sum(len(example.input_ids) for example in examples if example.weight > 0)
     ids = [example.id for example in examples]
-    return Batch({**tensors, **targets}, ids, num_answer_tokens, num_tokens + num_decoder_tokens)
+    return Batch(dict(tensors), ids, num_answer_tokens, num_tokens + num_decoder_tokens, host)
 
 
 def planned_examples(

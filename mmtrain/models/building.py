@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mmtrain.distributed import sharded_construction, spans_ranks
+from mmtrain.distributed import sharded_construction
 from mmtrain.errors import CheckpointError
 from mmtrain.models.host_memory import returning_freed_memory
 from mmtrain.models.interface import ModelOptions
@@ -81,7 +81,7 @@ def _restore_buffers(model: nn.Module, skeleton: Callable[[Any], nn.Module], con
 
 
 def load_processor(folder: Path, image_token: str, image_token_id: int | None) -> Any:
-    """The folder's processor, checked against the model's configuration, if that names the id."""
+    """The folder's processor in transformers' class, checked against the model's image token."""
     from transformers import AutoImageProcessor, AutoProcessor
 
     sentencepiece = read_where_alone(folder)
@@ -106,7 +106,6 @@ def load_processor(folder: Path, image_token: str, image_token_id: int | None) -
             f" {image_token_id}.",
             "Use tokenizer and config.json of the same checkpoint.",
         )
-    processor.image_token_id = found
     return processor
 
 
@@ -139,50 +138,6 @@ def refuse_larger_tokenizer(folder: Path, num_tokens: int, num_rows: int) -> Non
             f"{folder}: the tokenizer has {num_tokens} tokens, config.json {num_rows} embeddings.",
             "Use tokenizer and config.json of the same checkpoint.",
         )
-
-
-def generation_config(settings: Any, **token_ids: Any) -> Any:
-    """Greedy or beam search, as the run file says."""
-    from transformers import GenerationConfig
-
-    return GenerationConfig(
-        max_new_tokens=settings.max_new_tokens,
-        num_beams=settings.num_beams,
-        length_penalty=settings.length_penalty if settings.num_beams > 1 else None,
-        repetition_penalty=settings.repetition_penalty,
-        do_sample=False,
-        use_cache=True,
-        **token_ids,
-    )
-
-
-def generate_from_embeddings(
-    model: Any,
-    tokenizer: Any,
-    embeds: torch.Tensor,
-    attention_mask: torch.Tensor,
-    settings: Any,
-    **more: Any,
-) -> list[str]:
-    """Greedy or beam search from embedded prompts; ranks stay in step while any is unfinished.
-
-    What the model itself wants to know beside them is `more`.
-    """
-    generation = generation_config(
-        settings,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id or 0,
-    )
-    with torch.no_grad():
-        out = model.generate(
-            inputs_embeds=embeds,
-            attention_mask=attention_mask,
-            generation_config=generation,
-            synced_gpus=spans_ranks(next(model.parameters())),
-            **more,
-        )
-    return [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
 
 
 def save_folder(

@@ -1,23 +1,27 @@
 """What a model family is.
 
-A family is one file in `mmtrain/models/families/` (or a folder, where it needs modules of its own)
-that exports `FAMILY`; its name is the file's name. Families never name a method and methods never
-name a family: they meet in the sublayer map. Heavy imports (torch, transformers) stay inside
-functions, so that listing families is instant.
+A family is one folder in `mmtrain/models/families/` that exports `FAMILY`; its name is the
+folder's name. What a listing shows (names, presets, regexes) is said without torch; what computes
+is one module, `code`, which is imported when it is first asked for. Families never name a method
+and methods never name a family: they meet in the sublayer map and in the taps.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
+    from mmtrain.models.dropout import DropoutScope
     from mmtrain.tasks.interface import Rendered
+
+Size = tuple[int, int]  # width and height of an image in pixels
 
 # component -> sublayer -> role -> anchored regex with a group (?P<layer>\d+)
 SublayerMap = Mapping[str, Mapping[str, Mapping[str, str]]]
@@ -42,6 +46,14 @@ class ModelOptions:
     allow_reinit: bool = False
     max_pixels: int | None = None  # cap on an image's size, in families that keep its own
     grounding_tokens: bool = False  # whether texts hold the control tokens of grounding data
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A place in a family's forward where a method may listen: what a module reads or makes."""
+
+    module: str
+    end: Literal["input", "output"]
 
 
 @dataclass(frozen=True)
@@ -108,8 +120,8 @@ class ForwardResult:
     """Sums, never means: the caller divides by the answer tokens of the whole global batch."""
 
     answer_loss_sum: torch.Tensor
-    num_answer_tokens: int
     per_sample_loss: torch.Tensor  # summed over each sample's answer tokens
+    per_sample_tokens: torch.Tensor  # how many these are
     auxiliary: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -132,17 +144,32 @@ class ProcessorCode:
     lines: tuple[str, ...]  # `base` is the checkpoint folder
 
 
-class Family(Protocol):
-    """One model family."""
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What the language model reads of a batch's images, one after another."""
 
-    # `tiny…` presets are tiny models of the real classes, which `write_tiny` gives a tokenizer.
-    presets: Mapping[str, Mapping[str, Any]]
-    model_types: tuple[str, ...]  # `model_type` in the config.json of its checkpoints
-    own_options: tuple[str, ...]  # keys of `model` that this family reads and most do not
-    default_max_length: int  # of data.max_length
-    components: Mapping[str, tuple[str, ...]]  # regexes that partition every parameter
-    sublayers: SublayerMap
-    default_roles: DefaultRoles
+    tokens: torch.Tensor  # [features, channels], or with the images as a first dimension
+    deep: tuple[torch.Tensor, ...] = ()  # of earlier vision blocks, for the LLM's first layers
+    lengths: tuple[int, ...] = ()  # features of each image, where they have lengths of their own
+
+
+class Processor(Protocol):
+    """Tokenizer and image side of a checkpoint folder, and the facts that encoding needs."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of the language model's texts."""
+
+    @property
+    def image_token_id(self) -> int:
+        """Of the token that holds a feature's place."""
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write its files."""
+
+
+class FamilyCode(Protocol):
+    """The module of a family that computes; shapes are those of `models/decoding.py`."""
 
     def model_config(self, options: ModelOptions) -> Any:
         """The transformers configuration of a checkpoint folder or preset."""
@@ -159,30 +186,66 @@ class Family(Protocol):
     def image_tokens(self, config: Any, component: str) -> int:
         """Tokens that an image of the usual size makes in a component: memory depends on it."""
 
-    def encode(
+    def encode_text(
         self,
         processor: Any,
         sample_id: str,
         rendered: Rendered,
-        images: Sequence[Image],
+        sizes: Sequence[Size],
         max_length: int,
         truncation_side: str,
     ) -> Example:
-        """Tokenise one rendered sample. Image tokens are never cut: that is an error."""
+        """Tokenise one rendered sample with images of these sizes, whose pixels are not needed.
 
-    def collate(self, examples: Sequence[Example], processor: Any) -> Batch:
-        """Pad to one batch. Any mix of samples with and without images gives the same calls."""
+        Image tokens are never cut: that is an error.
+        """
+
+    def pixels(self, processor: Any, images: Sequence[Image]) -> list[torch.Tensor]:
+        """The images as the tower reads them."""
+
+    def collate(
+        self, examples: Sequence[Example], processor: Any, generating: bool = False
+    ) -> Batch:
+        """Pad to one batch, of prompts alone when `generating`.
+
+        Any mix of samples with and without images gives the same calls.
+        """
 
     def planned_batch(self, config: Any, size: BatchSize) -> Batch:
         """A batch of this size with images of the usual size, to measure what it costs."""
 
-    def forward(self, model: torch.nn.Module, batch: Batch) -> ForwardResult:
-        """One forward; the head runs only where labels are."""
+    def key_dropout(self, scope: DropoutScope, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Say which sample or image each row of a component's activations belongs to."""
 
-    def generate(
-        self, model: torch.nn.Module, processor: Any, examples: Sequence[Example], settings: Any
-    ) -> list[str]:
-        """Answers to the prompts of `examples` (their labels are ignored)."""
+    def image_features(self, model: Any, batch: Batch) -> ImageFeatures:
+        """Tower and connector once each, whatever the batch holds."""
+
+    def embedding(self, model: Any) -> torch.nn.Module:
+        """The table of token embeddings."""
+
+    def head(self, model: Any) -> torch.nn.Module:
+        """From hidden states to logits."""
+
+    def hidden_states(
+        self,
+        model: Any,
+        embeds: torch.Tensor,
+        tensors: Mapping[str, torch.Tensor],
+        features: ImageFeatures,
+    ) -> torch.Tensor:
+        """What the head reads [rows, tokens, channels], from embeddings of the same shape."""
+
+    def generation_inputs(
+        self,
+        model: Any,
+        embeds: torch.Tensor,
+        tensors: Mapping[str, torch.Tensor],
+        features: ImageFeatures,
+    ) -> tuple[Any, dict[str, Any]]:
+        """The module whose `generate` is called, and with what beside the settings."""
+
+    def stop_tokens(self, processor: Any) -> dict[str, Any]:
+        """Token ids that generation begins, ends and pads with, as transformers names them."""
 
     def processor_code(self, options: ModelOptions) -> ProcessorCode | None:
         """For model cards; None where transformers does not have the model."""
@@ -200,3 +263,25 @@ class Family(Protocol):
         folder: Path,
     ) -> None:
         """Write a standard Hugging Face folder with these tensors."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family: what it says of itself, and the module that computes."""
+
+    module: str  # where its code is
+    # `tiny…` presets are tiny models of the real classes, which `write_tiny` gives a tokenizer.
+    presets: Mapping[str, Mapping[str, Any]]
+    model_types: tuple[str, ...]  # `model_type` in the config.json of its checkpoints
+    default_max_length: int  # of data.max_length
+    components: Mapping[str, tuple[str, ...]]  # regexes that partition every parameter
+    sublayers: SublayerMap
+    default_roles: DefaultRoles = field(default_factory=dict)
+    own_options: tuple[str, ...] = ()  # keys of `model` that this family reads and most do not
+    taps: Mapping[str, Tap] = field(default_factory=dict)  # what its forward shows, by name
+
+    @property
+    def code(self) -> FamilyCode:
+        """All that computes."""
+        code: Any = importlib.import_module(self.module)
+        return code

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+Skeleton = Callable[[Any], Any]
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>"]
 DEFAULT_SPREAD = 0.02
 # Near one over the root of the width: with the usual spread so narrow a model learns slowly.
@@ -42,7 +43,9 @@ def train_tokenizer(texts: Sequence[str], image_token: str, vocabulary: int = 51
     )
 
 
-def write_llava_folder(family: Any, config: Any, tokenizer: Any, folder: Path, seed: int) -> None:
+def write_llava_folder(
+    skeleton: Skeleton, config: Any, tokenizer: Any, folder: Path, seed: int
+) -> None:
     """Weights, configuration, tokenizer and processor of a LLaVA-shaped model."""
     from transformers import CLIPImageProcessorPil, LlavaProcessor
 
@@ -58,12 +61,12 @@ def write_llava_folder(family: Any, config: Any, tokenizer: Any, folder: Path, s
         num_additional_image_tokens=1,
         image_token=config_image_token(tokenizer, config),
     )
-    write_model(family, config, folder, seed, DEFAULT_SPREAD)
+    write_model(skeleton, config, folder, seed, DEFAULT_SPREAD)
     processor.save_pretrained(str(folder))
 
 
 def write_model(
-    family: Any,
+    skeleton: Skeleton,
     config: Any,
     folder: Path,
     seed: int,
@@ -76,7 +79,7 @@ def write_model(
     from mmtrain.models.weights import initialise_weights
 
     folder.mkdir(parents=True, exist_ok=True)
-    model = family.skeleton(config).to(torch.float32)
+    model = skeleton(config).to(torch.float32)
     initialise_weights(dict(model.named_parameters()), seed, weight_spread)
     finish(model)
     model.save_pretrained(str(folder))

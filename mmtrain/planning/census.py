@@ -98,8 +98,8 @@ def usual_size(
 ) -> BatchSize:
     """A micro-batch of samples with an image, a question, and an answer as long as allowed."""
     family: Family = plugins.load("family", config.model.family)
-    model_config = family.model_config(model_options(config))
-    usual = family.image_tokens(model_config, "llm") + TEXT_TOKENS_PER_SAMPLE
+    model_config = family.code.model_config(model_options(config))
+    usual = family.code.image_tokens(model_config, "llm") + TEXT_TOKENS_PER_SAMPLE
     if config.data and config.data.max_length:
         usual = min(usual, config.data.max_length)
     answer = num_answer_tokens or config.generation.max_new_tokens
@@ -112,8 +112,8 @@ def _skeleton(config: RunConfig) -> _Skeleton:
     if options.attention == _FLASH:
         # Its package is not needed to plan; fused kernels of torch keep the same tensors.
         options = replace(options, attention="sdpa")
-    model_config = family.model_config(options)
-    model = build_on_meta(family.skeleton, model_config, options.dtype)
+    model_config = family.code.model_config(options)
+    model = build_on_meta(family.code.skeleton, model_config, options.dtype)
     return _Skeleton(
         family=family,
         config=model_config,
@@ -133,7 +133,7 @@ def _activation_bytes(config: RunConfig, skeleton: _Skeleton, size: BatchSize) -
     meta = torch.device("meta")
     with meta, working_precision(config.model.dtype):
         adapt(skeleton.model, skeleton.family, config)
-    batch = skeleton.family.planned_batch(skeleton.config, size).to(meta)
+    batch = skeleton.family.code.planned_batch(skeleton.config, size).to(meta)
     is_flash = config.model.attention == _FLASH
     return peak_bytes(skeleton.family, skeleton.model, batch, is_flash)
 

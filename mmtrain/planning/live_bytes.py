@@ -17,6 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mmtrain.models import decoding
 from mmtrain.models.interface import Batch, Family
 
 
@@ -35,7 +36,7 @@ def peak_bytes(family: Family, model: nn.Module, batch: Batch, flash_attention: 
     counted = LiveBytes([*parameters, *model.buffers(), *batch.tensors.values()])
     try:
         with _gpu_attention(flash_attention), _MasksAreMade(), counted:
-            loss = family.forward(model, batch).answer_loss_sum
+            loss = decoding.forward(family.code, model, batch).answer_loss_sum
             if loss.requires_grad:
                 loss.backward()
     finally:

@@ -11,7 +11,7 @@ from torch import nn
 
 from mmtrain import distributed
 from mmtrain.distributed import World
-from mmtrain.models import built
+from mmtrain.models import built, decoding
 from mmtrain.models.dropout import scope_of
 from mmtrain.models.interface import Batch, Example, Family, ForwardResult
 from mmtrain.training.numerics import nondeterminism_explained
@@ -31,8 +31,8 @@ class FamilyModule(nn.Module):
         self.model = model
 
     def forward(self, batch: Batch) -> tuple[Any, ...]:
-        """The family's forward."""
-        result = self.family.forward(self.model, batch)
+        """From images and ids to sums of losses."""
+        result = decoding.forward(self.family.code, self.model, batch)
         return result.answer_loss_sum, result.per_sample_loss, result.auxiliary
 
 
@@ -149,12 +149,14 @@ class Engine:
         """One forward of a batch that may still be on the host."""
         with nondeterminism_explained():
             loss_sum, per_sample, auxiliary = self._module(batch.to(self.world.device))
-        return ForwardResult(loss_sum, batch.num_answer_tokens, per_sample, auxiliary)
+        return ForwardResult(loss_sum, per_sample, batch.tensors["answer_counts"], auxiliary)
 
     def generate(self, examples: Sequence[Example], settings: Any) -> list[str]:
         """Answers to the prompts of `examples`."""
         with nondeterminism_explained():
-            return self.family.generate(self.model, self.processor, examples, settings)
+            return decoding.generate(
+                self.family.code, self.model, self.processor, examples, settings
+            )
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients. DeepSpeed divides by accumulation steps and averages ranks."""

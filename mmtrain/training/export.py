@@ -142,7 +142,7 @@ def loading_snippet(
 def _base_lines(config: RunConfig, base_class: type | None) -> tuple[list[str], list[str]]:
     """What to import for the base, and how to load it."""
     family = plugins.load("family", config.model.family)
-    code = family.processor_code(model_options(config))
+    code = family.code.processor_code(model_options(config))
     if base_class is None or code is None:
         options = _own_options(config)
         given = "".join(f", {key}={value!r}" for key, value in options.items())
@@ -151,7 +151,7 @@ def _base_lines(config: RunConfig, base_class: type | None) -> tuple[list[str], 
             "from mmtrain.models.interface import ModelOptions",
         ], [
             f"options = ModelOptions(base, None, dtype={config.model.dtype!r}{given})",
-            f"loaded = plugins.load('family', {config.model.family!r}).load(options, None)",
+            f"loaded = plugins.load('family', {config.model.family!r}).code.load(options, None)",
             "model, processor = loaded.model, loaded.processor",
         ]
     dtype = {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[config.model.dtype]

@@ -135,7 +135,7 @@ def _train(
     stream = StepStream(
         len(train),
         train.example,
-        lambda examples: assembled.family.collate(examples, assembled.processor),
+        lambda examples: assembled.family.code.collate(examples, assembled.processor),
         layout,
         config.data_seed,
         data.workers,

@@ -43,9 +43,9 @@ def skeleton(name: str, preset: str) -> tuple[Any, Any, float]:
 
     family = plugins.load("family", name)
     started_s = time.monotonic()
-    config = family.model_config(ModelOptions(checkpoint=None, preset=preset))
+    config = family.code.model_config(ModelOptions(checkpoint=None, preset=preset))
     with torch.device("meta"):
-        model = family.skeleton(config)
+        model = family.code.skeleton(config)
     return config, model, time.monotonic() - started_s
 
 
@@ -127,12 +127,12 @@ def test_no_two_families_read_the_same_model_type(name: str) -> None:
 def test_attention_agrees_with_the_modules(name: str, preset: str, component: str) -> None:
     family = plugins.load("family", name)
     config, model, _ = skeleton(name, preset)
-    shape = family.attention(config, component)
+    shape = family.code.attention(config, component)
     names = [module for module, _ in model.named_modules()]
     assert len(set(layer_numbers(family, component, names).values())) == shape.layers
     assert shape.heads % shape.kv_heads == 0
     assert min(shape.layers, shape.heads, shape.head_dim, shape.hidden) > 0
-    assert family.image_tokens(config, component) > 0
+    assert family.code.image_tokens(config, component) > 0
 
 
 @pytest.mark.parametrize("name", plugins.names("family"))

@@ -22,6 +22,7 @@ from mmtrain import plugins
 from mmtrain.__main__ import main
 from mmtrain.config.schema import ComponentConfig
 from mmtrain.errors import CheckpointError, DataError
+from mmtrain.models import decoding, encoding
 from mmtrain.models.dropout import scope_of
 from mmtrain.models.interface import Example, LoadedModel, ModelOptions
 from mmtrain.peft.trainable import make_trainable
@@ -47,7 +48,7 @@ class TinyModel:
         self.name, self.preset = name, preset
         self.family = plugins.load("family", name)
         self.folder = root / f"{name}-{preset}"
-        self.family.write_tiny(self.folder, tiny.DIGITS_TEXTS, seed=0, preset=preset)
+        self.family.code.write_tiny(self.folder, tiny.DIGITS_TEXTS, seed=0, preset=preset)
 
     @cache
     def loaded(self) -> LoadedModel:
@@ -57,7 +58,7 @@ class TinyModel:
     def load(self, folder: Path | None = None, **options: Any) -> LoadedModel:
         """A model of its own."""
         chosen = ModelOptions(str(folder or self.folder), None, dtype="fp32", **options)
-        return self.family.load(chosen, None)
+        return self.family.code.load(chosen, None)
 
     def encode(
         self,
@@ -71,7 +72,9 @@ class TinyModel:
         """One question, one answer."""
         rendered = Rendered((Turn("user", question),), target)
         processor = self.loaded().processor
-        return self.family.encode(processor, name, rendered, images, max_length, side)
+        return encoding.encode(
+            self.family.code, processor, name, rendered, images, max_length, side
+        )
 
     def samples(self) -> list[Example]:
         """With and without image, of different lengths."""
@@ -83,9 +86,9 @@ class TinyModel:
 
     def losses(self, model: Any, examples: Sequence[Example]) -> torch.Tensor:
         """Per sample."""
-        batch = self.family.collate(examples, self.loaded().processor)
+        batch = self.family.code.collate(examples, self.loaded().processor)
         with torch.no_grad():
-            return self.family.forward(model, batch).per_sample_loss
+            return decoding.forward(self.family.code, model, batch).per_sample_loss
 
 
 def image(number: int) -> Image.Image:
@@ -138,7 +141,7 @@ def test_padding_samples_weigh_nothing(tiny_model: TinyModel) -> None:
     assert float(losses[-1]) == 0.0
     assert torch.allclose(losses[:-1], tiny_model.losses(model, samples), rtol=TOLERANCE)
     processor = tiny_model.loaded().processor
-    plain, more = (tiny_model.family.collate(each, processor) for each in (samples, padded))
+    plain, more = (tiny_model.family.code.collate(each, processor) for each in (samples, padded))
     assert (more.num_answer_tokens, more.num_tokens) == (plain.num_answer_tokens, plain.num_tokens)
 
 
@@ -160,7 +163,9 @@ def test_generation_calls_the_same_modules(tiny_model: TinyModel) -> None:
     for batch in (samples, samples[:1], samples[1:2]):
         with counting_calls(loaded.model) as calls:
             # Without an end in sight every call makes the same number of steps.
-            tiny_model.family.generate(loaded.model, loaded.processor, batch, one_step())
+            decoding.generate(
+                tiny_model.family.code, loaded.model, loaded.processor, batch, one_step()
+            )
         counts.append(calls)
     assert counts[0] and all(calls == counts[0] for calls in counts[1:])
 
@@ -173,10 +178,17 @@ def test_generation_leaves_nothing_behind(tiny_model: TinyModel) -> None:
     """Neither in what the model answers next nor in what it learns from."""
     loaded, samples = tiny_model.loaded(), tiny_model.samples()
     before = tiny_model.losses(loaded.model, samples)
-    first = tiny_model.family.generate(loaded.model, loaded.processor, samples, SETTINGS)
-    tiny_model.family.generate(loaded.model, loaded.processor, samples[1:2], SETTINGS)
+    first = decoding.generate(
+        tiny_model.family.code, loaded.model, loaded.processor, samples, SETTINGS
+    )
+    decoding.generate(
+        tiny_model.family.code, loaded.model, loaded.processor, samples[1:2], SETTINGS
+    )
     assert torch.equal(tiny_model.losses(loaded.model, samples), before)
-    assert tiny_model.family.generate(loaded.model, loaded.processor, samples, SETTINGS) == first
+    assert (
+        decoding.generate(tiny_model.family.code, loaded.model, loaded.processor, samples, SETTINGS)
+        == first
+    )
 
 
 def test_the_image_is_seen(tiny_model: TinyModel) -> None:
@@ -256,13 +268,15 @@ def test_adapter_dropout_is_keyed_by_sample_and_step(tiny_model: TinyModel) -> N
 def test_a_saved_folder_loads_again(tiny_model: TinyModel, tmp_path: Path) -> None:
     loaded = tiny_model.loaded()
     state = {name: parameter.detach() for name, parameter in loaded.model.named_parameters()}
-    tiny_model.family.save(loaded.model, loaded.processor, state, tmp_path / "saved")
+    tiny_model.family.code.save(loaded.model, loaded.processor, state, tmp_path / "saved")
     again = tiny_model.load(tmp_path / "saved")
     found = dict(again.model.named_parameters())
     assert set(found) == set(state) and all(torch.equal(found[name], state[name]) for name in state)
     rendered = Rendered((Turn("user", "Which digit?"),), "5")
     first, second = (
-        tiny_model.family.encode(one.processor, "a", rendered, [image(1)], 2000, "left")
+        encoding.encode(
+            tiny_model.family.code, one.processor, "a", rendered, [image(1)], 2000, "left"
+        )
         for one in (loaded, again)
     )
     assert (first.input_ids, first.labels) == (second.input_ids, second.labels)
@@ -295,7 +309,7 @@ def dropouts(folder: Path) -> dict[str, float]:
 
 
 def test_tiny_checkpoints_repeat(tiny_model: TinyModel, tmp_path: Path) -> None:
-    tiny_model.family.write_tiny(
+    tiny_model.family.code.write_tiny(
         tmp_path / "again", tiny.DIGITS_TEXTS, seed=0, preset=tiny_model.preset
     )
     files = {
@@ -338,7 +352,7 @@ def test_another_family_names_the_right_one(tiny_model: TinyModel) -> None:
         if name != tiny_model.name:
             options = ModelOptions(str(tiny_model.folder), None, dtype="fp32")
             with pytest.raises(CheckpointError, match=f"model.family: {tiny_model.name}"):
-                plugins.load("family", name).load(options, None)
+                plugins.load("family", name).code.load(options, None)
 
 
 def test_code_in_a_checkpoint_is_never_run(
@@ -385,7 +399,7 @@ def test_an_index_names_files_of_its_own_folder(
 def test_heads_can_be_overridden_in_every_component(tiny_model: TinyModel) -> None:
     for component in tiny_model.family.sublayers:
         options = ModelOptions(None, tiny_model.preset, overrides={component: {"heads": 2}})
-        config = tiny_model.family.model_config(options)
-        assert tiny_model.family.attention(config, component).heads == 2, component
+        config = tiny_model.family.code.model_config(options)
+        assert tiny_model.family.code.attention(config, component).heads == 2, component
         with torch.device("meta"):
-            tiny_model.family.skeleton(config)
+            tiny_model.family.code.skeleton(config)

@@ -19,6 +19,7 @@ import torch
 from data_shards.writer import ShardWriter
 from mmtrain import plugins
 from mmtrain.data.shards import ShardFolder
+from mmtrain.models import decoding
 from tests import tiny
 from tests.distributed.test_invariants import FILES, SPLIT_TOLERANCE, close
 from tests.in_process import one_rank
@@ -207,7 +208,7 @@ def quick_runs(tmp_path_factory: pytest.TempPathFactory, digit_shards: Path) -> 
     }
     for runs in all_runs.values():
         family = plugins.load("family", runs.family)
-        family.write_tiny(runs.checkpoint, TEXTS, seed=0, preset=runs.preset)
+        family.code.write_tiny(runs.checkpoint, TEXTS, seed=0, preset=runs.preset)
     jobs = [job for runs in all_runs.values() for job in runs.jobs(root)]
     go(
         root / "jobs.json",
@@ -297,10 +298,10 @@ def test_the_cards_snippet_rebuilds_the_trained_model(
         assert data is not None and data.val is not None
         source = build_source(ready.config, ready.assembled, data.val)
         family, processor = ready.assembled.family, ready.assembled.processor
-        batch = family.collate([source.example(index) for index in range(3)], processor)
+        batch = family.code.collate([source.example(index) for index in range(3)], processor)
         with torch.no_grad():
             wanted, rebuilt = (
-                family.forward(model, batch).per_sample_loss
+                decoding.forward(family.code, model, batch).per_sample_loss
                 for model in (ready.assembled.model, found["model"])
             )
     assert torch.allclose(rebuilt, wanted, rtol=SPLIT_TOLERANCE)

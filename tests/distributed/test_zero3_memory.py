@@ -22,14 +22,14 @@ WIDE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 12}
 def wide_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LLaVA folder of 1.3 GB in bf16, few and wide layers; no tokenizer is needed to load it."""
     folder = tmp_path_factory.mktemp("wide")
-    config = FAMILY.model_config(ModelOptions(None, preset="tiny", dtype="bf16"))
+    config = FAMILY.code.model_config(ModelOptions(None, preset="tiny", dtype="bf16"))
     for key, value in {**WIDE, "num_attention_heads": 16, "num_key_value_heads": 16}.items():
         setattr(config.text_config, key, value)
     config.text_config.head_dim = 128
     config.text_config.vocab_size = 16_000
     config.save_pretrained(folder)
     with torch.device("meta"):
-        model = FAMILY.skeleton(config)
+        model = FAMILY.code.skeleton(config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     writer = TensorFileWriter(folder / "model.safetensors", shapes, torch.bfloat16)
     for number, (name, shape) in enumerate(shapes.items()):

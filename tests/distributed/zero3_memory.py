@@ -17,7 +17,8 @@ import torch
 
 from mmtrain import distributed
 from mmtrain.models import building, weights
-from mmtrain.models.families import llava
+from mmtrain.models.families.llava import FAMILY
+from mmtrain.models.families.llava.layouts import rename
 from mmtrain.models.interface import ModelOptions
 from mmtrain.training.engine import complete_config
 
@@ -53,15 +54,15 @@ def resident_bytes() -> int:
 def load(folder: Path, how: str, zero3: dict) -> torch.nn.Module:
     """The model alone: tokenizer and processor play no part here."""
     options = ModelOptions(str(folder), None, dtype="bf16")
-    config = llava.FAMILY.model_config(options)
-    model = building.build_empty(llava.FAMILY.skeleton, config, "bf16", zero3)
+    config = FAMILY.code.model_config(options)
+    model = building.build_empty(FAMILY.code.skeleton, config, "bf16", zero3)
     everything = {}
     if how == "everyone":
         from safetensors.torch import load_file
 
         stored = load_file(folder / "model.safetensors")
         everything = {name: tensor.clone() for name, tensor in stored.items()}
-    weights.load_weights(model, [(folder, llava.rename)], options)
+    weights.load_weights(model, [(folder, rename)], options)
     del everything
     return model
 

@@ -132,7 +132,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     on_cpu: list[dict[str, Any]] = []
     for family, preset in CHOSEN:
         runs = CardRuns(root, "card", family, preset)
-        plugins.load("family", family).write_tiny(runs.runs.checkpoint, TEXTS, 0, preset)
+        plugins.load("family", family).code.write_tiny(runs.runs.checkpoint, TEXTS, 0, preset)
         on_card[runs.runs.root.name] = card_jobs(runs, shards)
         on_cpu.append(CardRuns(root, "cpu", family, preset).job("zero1", "zero1", shards))
     if ON_CARD:

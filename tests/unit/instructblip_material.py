@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from mmtrain import plugins
+from mmtrain.models import decoding, encoding
 from mmtrain.models.interface import Batch, Example, LoadedModel, ModelOptions
 from mmtrain.tasks.interface import Rendered, Turn
 from tests import tiny
@@ -29,7 +30,7 @@ def write_lively(folder: Path, preset: str) -> Path:
     from transformers import AutoProcessor
 
     plain, target = folder / f"plain-{preset}", folder / f"lively-{preset}"
-    FAMILY.write_tiny(plain, TEXTS, 0, preset)
+    FAMILY.code.write_tiny(plain, TEXTS, 0, preset)
     model = reference_of(plain)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -51,7 +52,7 @@ def reference_of(folder: Path) -> Any:
 def load(folder: Path, dtype: str = "fp32", base_dropout: int | str = 0) -> LoadedModel:
     """The folder through the family."""
     options = ModelOptions(str(folder), None, dtype, base_dropout=base_dropout)
-    return FAMILY.load(options, None)
+    return FAMILY.code.load(options, None)
 
 
 def image(number: int) -> Image.Image:
@@ -75,7 +76,7 @@ def example(
     """One encoded conversation: earlier (question, answer) pairs, then question and target."""
     turns = [Turn(role, text) for pair in earlier for role, text in zip(ROLES, pair, strict=True)]
     rendered = Rendered((*turns, Turn("user", question)), target, instruction)
-    return FAMILY.encode(processor, name, rendered, images, max_length, side)
+    return encoding.encode(FAMILY.code, processor, name, rendered, images, max_length, side)
 
 
 def mixed(processor: Any) -> list[Example]:
@@ -138,10 +139,6 @@ def reference_logits(reference: Any, processor: Any, one: Example) -> torch.Tens
 
 def our_logits(model: Any, batch: Batch) -> torch.Tensor:
     """Our forward up to the logits of the answer positions, one sample after another."""
-    from mmtrain.models.families.instructblip.computing import embed, hidden_states
-
-    tensors = batch.tensors
-    embeds = embed(model, tensors["input_ids"], tensors)
-    hidden = hidden_states(model.language_model, embeds, tensors)
+    hidden, tensors = decoding.hidden_states(FAMILY.code, model, batch)
     picked = hidden.reshape(-1, hidden.shape[-1])[tensors["answer_positions"]]
     return model.language_model.lm_head(picked)

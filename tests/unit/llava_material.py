@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from mmtrain import plugins
+from mmtrain.models import decoding, encoding
 from mmtrain.models.interface import Example, LoadedModel, ModelOptions
 from mmtrain.models.text import IGNORED
 from mmtrain.tasks.interface import Rendered, Turn
@@ -41,7 +42,7 @@ def write_lively(folder: Path) -> Path:
 
 def load(folder: Path) -> LoadedModel:
     """The folder through the family, in fp32."""
-    return FAMILY.load(ModelOptions(checkpoint=str(folder), preset=None, dtype="fp32"), None)
+    return FAMILY.code.load(ModelOptions(checkpoint=str(folder), preset=None, dtype="fp32"), None)
 
 
 def image(number: int) -> Image.Image:
@@ -64,7 +65,7 @@ def example(
     """One encoded conversation: earlier (question, answer) pairs, then question and target."""
     turns = [Turn(role, text) for pair in earlier for role, text in zip(ROLES, pair, strict=True)]
     rendered = Rendered((*turns, Turn("user", question)), target)
-    return FAMILY.encode(processor, name, rendered, images, max_length, side)
+    return encoding.encode(FAMILY.code, processor, name, rendered, images, max_length, side)
 
 
 ROLES = ("user", "assistant")
@@ -100,14 +101,7 @@ def spaced(processor: Any) -> Example:
 
 def logits_of(model: Any, batch: Any) -> torch.Tensor:
     """Our forward up to the logits, at every position."""
-    from mmtrain.models.families.llava import embed
-
-    tensors = batch.tensors
-    embeds = embed(model, tensors["input_ids"], tensors["pixel_values"])
-    hidden = model.model.language_model(
-        inputs_embeds=embeds, attention_mask=tensors["attention_mask"], use_cache=False
-    ).last_hidden_state
-    return model.lm_head(hidden)
+    return model.lm_head(decoding.hidden_states(FAMILY.code, model, batch)[0])
 
 
 def decoded(processor: Any, ids: Sequence[int]) -> str:

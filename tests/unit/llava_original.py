@@ -165,7 +165,7 @@ def load_original(folder: Path, vision_tower: Path | None = None) -> LoadedModel
     """The folder through the family, in fp32."""
     tower = None if vision_tower is None else str(vision_tower)
     options = ModelOptions(str(folder), None, dtype="fp32", vision_tower=tower)
-    return FAMILY.load(options, None)
+    return FAMILY.code.load(options, None)
 
 
 @cache
@@ -177,7 +177,7 @@ def train_sentencepiece(size: int) -> bytes:
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
 
-    from mmtrain.models.families.llava import SYSTEM
+    from mmtrain.models.families.llava.prompts import SYSTEM
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

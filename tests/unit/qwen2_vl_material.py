@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from mmtrain import plugins
+from mmtrain.models import decoding, encoding
 from mmtrain.models.interface import Example, LoadedModel, ModelOptions
 from mmtrain.tasks.interface import Rendered, Turn
 from tests.tiny import DIGITS_TEXTS
@@ -26,7 +27,7 @@ ROLES = ("user", "assistant")
 
 def write_plain(folder: Path, preset: str) -> Path:
     """The tiny checkpoint as a user's folder would be."""
-    FAMILY.write_tiny(folder, DIGITS_TEXTS, 0, preset)
+    FAMILY.code.write_tiny(folder, DIGITS_TEXTS, 0, preset)
     return folder
 
 
@@ -58,7 +59,7 @@ def reference(folder: Path, preset: str) -> Any:
 def load(folder: Path, **options: Any) -> LoadedModel:
     """The folder through the family, in fp32."""
     given = {"checkpoint": str(folder), "preset": None, "dtype": "fp32", **options}
-    return FAMILY.load(ModelOptions(**given), None)
+    return FAMILY.code.load(ModelOptions(**given), None)
 
 
 def image(number: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
@@ -82,7 +83,7 @@ def example(
     """One encoded conversation: earlier (question, answer) pairs, then question and target."""
     turns = [Turn(role, text) for pair in earlier for role, text in zip(ROLES, pair, strict=True)]
     rendered = Rendered((*turns, Turn("user", question)), target)
-    return FAMILY.encode(processor, name, rendered, images, max_length, side)
+    return encoding.encode(FAMILY.code, processor, name, rendered, images, max_length, side)
 
 
 def mixed(processor: Any) -> list[Example]:
@@ -122,9 +123,7 @@ def inputs_of(one: Example, processor: Any) -> Tensors:
 
 def logits_of(model: Any, batch: Any) -> torch.Tensor:
     """Ours, at every position."""
-    from mmtrain.models.families.qwen2_vl.computing import hidden_states
-
-    return model.lm_head(hidden_states(model, batch))
+    return model.lm_head(decoding.hidden_states(FAMILY.code, model, batch)[0])
 
 
 def token_types(ids: Sequence[int], processor: Any) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from mmtrain import plugins
+from mmtrain.models import decoding, encoding
 from mmtrain.models.interface import Example, LoadedModel, ModelOptions
 from mmtrain.tasks.interface import Rendered, Turn
 from tests.tiny import DIGITS_TEXTS
@@ -31,7 +32,7 @@ ROLES = ("user", "assistant")
 
 def write_plain(folder: Path) -> Path:
     """The tiny checkpoint as a user's folder would be."""
-    FAMILY.write_tiny(folder, DIGITS_TEXTS, 0)
+    FAMILY.code.write_tiny(folder, DIGITS_TEXTS, 0)
     return folder
 
 
@@ -50,7 +51,7 @@ def write_lively(folder: Path, **config: Any) -> Path:
 def load(folder: Path, **options: Any) -> LoadedModel:
     """The folder through the family, in fp32."""
     given = {"checkpoint": str(folder), "preset": None, "dtype": "fp32", **options}
-    return FAMILY.load(ModelOptions(**given), None)
+    return FAMILY.code.load(ModelOptions(**given), None)
 
 
 def image(number: int) -> Image.Image:
@@ -73,7 +74,7 @@ def example(
     """One encoded conversation: earlier (question, answer) pairs, then question and target."""
     turns = [Turn(role, text) for pair in earlier for role, text in zip(ROLES, pair, strict=True)]
     rendered = Rendered((*turns, Turn("user", question)), target)
-    return FAMILY.encode(processor, name, rendered, images, max_length, side)
+    return encoding.encode(FAMILY.code, processor, name, rendered, images, max_length, side)
 
 
 def mixed(processor: Any) -> list[Example]:
@@ -100,14 +101,19 @@ def padded(examples: Sequence[Example], side: str) -> tuple[torch.Tensor, torch.
     return pad_ids([one.input_ids for one in examples], side)
 
 
+def embeds_of(model: Any, batch: Any, ids: torch.Tensor, image_token_id: int) -> torch.Tensor:
+    """What the decoder reads of these ids and the batch's images."""
+    features = FAMILY.code.image_features(model, batch)
+    tensors = {"input_ids": ids, "is_image": ids == image_token_id}
+    return decoding.embed(FAMILY.code, model, tensors, features)[0]
+
+
 def logits_of(loaded: LoadedModel, examples: Sequence[Example], side: str) -> list[torch.Tensor]:
     """Our logits of every sample at its own tokens, from one batch."""
-    from mmtrain.models.families.qwen_vl.computing import embed
-
     ids, mask = padded(examples, side)
-    pixels = FAMILY.collate(examples, loaded.processor).tensors["pixel_values"]
+    batch = FAMILY.code.collate(examples, loaded.processor)
     model = loaded.model
     with torch.no_grad():
-        embeds = embed(model, ids, ids == loaded.processor.image_token_id, pixels)
+        embeds = embeds_of(model, batch, ids, loaded.processor.image_token_id)
         logits = model(inputs_embeds=embeds, attention_mask=mask).logits
     return [row[kept.bool()] for row, kept in zip(logits, mask, strict=True)]

@@ -66,7 +66,7 @@ def test_transformers_own_forward_gives_the_sources_logits(
     size = source.config.text_config.vocab_size
     examples = mixed(source.processor)
     with torch.no_grad():
-        ours = logits_of(source.model, FAMILY.collate(examples, source.processor))
+        ours = logits_of(source.model, FAMILY.code.collate(examples, source.processor))
     for row, one in enumerate(examples):
         with torch.no_grad():
             theirs = model(**inputs_of(one, processor)).logits[0]
@@ -189,7 +189,7 @@ def test_another_model_is_never_put_in_place(
     capsys: pytest.CaptureFixture[str],
     what: str,
 ) -> None:
-    honest = FAMILY.save
+    honest = FAMILY.code.save
 
     def harmed(model: Any, processor: Any, state: dict[str, torch.Tensor], folder: Path) -> None:
         name = "model.language_model.norm.weight"

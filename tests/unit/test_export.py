@@ -84,7 +84,7 @@ def write_logits(run_dir: Path) -> None:
     material: Any = llava_material if is_llava else qwen2_vl_material
     inputs, logits = {}, {}
     for row, one in enumerate(material.mixed(assembled.processor)):
-        batch = assembled.family.collate([one], assembled.processor)
+        batch = assembled.family.code.collate([one], assembled.processor)
         with torch.no_grad():
             logits[str(row)] = material.logits_of(assembled.model, batch)[0].float().contiguous()
         given = material.inputs_of(one, assembled.processor)

@@ -21,9 +21,9 @@ T5_XL, VICUNA = "instructblip-flan-t5-xl", "instructblip-vicuna-7b"
 
 @cache
 def meta_model(preset: str) -> Any:
-    config = FAMILY.model_config(ModelOptions(None, preset))
+    config = FAMILY.code.model_config(ModelOptions(None, preset))
     with torch.device("meta"):
-        return FAMILY.skeleton(config)
+        return FAMILY.code.skeleton(config)
 
 
 # preset, component, sublayers -> parameters per unit of rank
@@ -98,8 +98,8 @@ def test_component_sizes(preset: str) -> None:
 
 
 def test_images_in_tokens() -> None:
-    config = FAMILY.model_config(ModelOptions(None, T5_XL))
-    found = {name: FAMILY.image_tokens(config, name) for name in ("vision", "qformer", "llm")}
+    config = FAMILY.code.model_config(ModelOptions(None, T5_XL))
+    found = {name: FAMILY.code.image_tokens(config, name) for name in ("vision", "qformer", "llm")}
     assert found == {"vision": 257, "qformer": 32, "llm": 32}
 
 
@@ -108,13 +108,13 @@ def test_overrides_reach_what_follows_from_them() -> None:
         "vision": {"hidden_size": 704, "heads": 8},
         "llm": {"layers": 4, "heads": 16, "activation": "gated-silu"},
     }
-    config = FAMILY.model_config(ModelOptions(None, T5_XL, overrides=changes))
+    config = FAMILY.code.model_config(ModelOptions(None, T5_XL, overrides=changes))
     assert config.qformer_config.encoder_hidden_size == 704
     text = config.text_config
     assert (text.num_decoder_layers, text.d_kv, text.dense_act_fn) == (4, 128, "silu")
     assert text.is_gated_act
     with torch.device("meta"):
-        model = FAMILY.skeleton(config)
+        model = FAMILY.code.skeleton(config)
     crossing = model.qformer.encoder.layer[0].crossattention.attention
     assert crossing.key.in_features == 704
     assert len(model.language_model.decoder.block) == 4
@@ -133,5 +133,5 @@ def test_overrides_reach_what_follows_from_them() -> None:
 def test_t5_computes_the_published_activation_unless_overridden(
     changes: dict[str, Any], wanted: tuple[str, bool]
 ) -> None:
-    config = FAMILY.model_config(ModelOptions(None, T5_XL, overrides={"llm": changes}))
+    config = FAMILY.code.model_config(ModelOptions(None, T5_XL, overrides={"llm": changes}))
     assert (config.text_config.dense_act_fn, config.text_config.is_gated_act) == wanted

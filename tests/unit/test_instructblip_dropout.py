@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mmtrain.errors import CheckpointError
+from mmtrain.models import decoding
 from mmtrain.models.dropout import (
     KeyedAttentionDropout,
     KeyedDropout,
@@ -44,9 +45,9 @@ def losses(
     scope = scope_of(loaded.model)
     scope.seed, scope.step = 7, step
     loaded.model.train(training)
-    batch = FAMILY.collate(examples, loaded.processor)
+    batch = FAMILY.code.collate(examples, loaded.processor)
     with torch.no_grad():
-        found = FAMILY.forward(loaded.model, batch).per_sample_loss
+        found = decoding.forward(FAMILY.code, loaded.model, batch).per_sample_loss
     loaded.model.eval()
     return dict(zip(batch.ids, found.tolist(), strict=True))
 
@@ -163,7 +164,9 @@ def test_the_ends_of_a_stack_drop_by_masks_of_their_own(tmp_path: Path) -> None:
     dropping = load(write_lively(tmp_path, "tiny"), base_dropout="checkpoint")
     masks = masks_at_the_ends(dropping, 1)
     # Neither generation nor an interrupted forward in between may shift what comes next.
-    FAMILY.generate(dropping.model, dropping.processor, mixed(dropping.processor), GREEDY)
+    decoding.generate(
+        FAMILY.code, dropping.model, dropping.processor, mixed(dropping.processor), GREEDY
+    )
     with interrupted(dropping.model.get_submodule("language_model.encoder.block.1")):
         losses(dropping, mixed(dropping.processor))
     again, later = masks_at_the_ends(dropping, 1), masks_at_the_ends(dropping, 2)
@@ -188,7 +191,7 @@ def test_where_nothing_trains_the_stored_values_stay(folder: Path, tmp_path: Pat
     (source / "config.json").write_text(json.dumps(stored))
     loaded = load(source, base_dropout="stored")
     state = dict(loaded.model.named_parameters())
-    FAMILY.save(loaded.model, loaded.processor, state, tmp_path / "saved")
+    FAMILY.code.save(loaded.model, loaded.processor, state, tmp_path / "saved")
     written = json.loads((tmp_path / "saved" / "config.json").read_text())
     for part in ("vision_config", "qformer_config", "text_config"):
         wanted = {name: value for name, value in stored[part].items() if "dropout" in name}
@@ -202,7 +205,8 @@ def test_where_nothing_trains_the_stored_values_stay(folder: Path, tmp_path: Pat
 def test_generation_is_that_of_the_base(dropping: LoadedModel, plain: LoadedModel) -> None:
     examples = mixed(plain.processor)
     answers = [
-        FAMILY.generate(one.model, one.processor, examples, GREEDY) for one in (dropping, plain)
+        decoding.generate(FAMILY.code, one.model, one.processor, examples, GREEDY)
+        for one in (dropping, plain)
     ]
     assert answers[0] == answers[1]
 
@@ -226,6 +230,6 @@ def test_dropout_that_cannot_be_keyed_is_refused(folder: Path, tmp_path: Path) -
     (tmp_path / "config.json").write_text(json.dumps(stored))
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
     with pytest.raises(CheckpointError, match="dropout 0.1 of .*Set model.base_dropout: 0"):
-        FAMILY.model_config(ModelOptions(str(tmp_path), None, base_dropout="checkpoint"))
-    config = FAMILY.model_config(ModelOptions(str(tmp_path), None))
+        FAMILY.code.model_config(ModelOptions(str(tmp_path), None, base_dropout="checkpoint"))
+    config = FAMILY.code.model_config(ModelOptions(str(tmp_path), None))
     assert config.vision_config.attention_dropout == 0

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mmtrain.errors import CheckpointError
+from mmtrain.models import decoding
 from mmtrain.models.interface import ModelOptions
 from tests.unit.folder_faults import (
     Faults,
@@ -106,11 +107,11 @@ def test_a_tied_head_is_tied(folders: Folders, tmp_path: Path) -> None:
     loaded, reference = load(target), reference_of(target)
     with torch.no_grad():
         for one in mixed(loaded.processor):
-            batch = FAMILY.collate([one], loaded.processor)
+            batch = FAMILY.code.collate([one], loaded.processor)
             logits = reference_logits(reference, loaded.processor, one)
             labels = torch.tensor(one.labels)
             wanted = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-            found = FAMILY.forward(loaded.model, batch).answer_loss_sum
+            found = decoding.forward(FAMILY.code, loaded.model, batch).answer_loss_sum
             assert float(found) == pytest.approx(float(wanted), rel=1e-5)
 
 
@@ -122,15 +123,17 @@ def test_bf16_loads_the_rounded_weights_everywhere(folder: Path) -> None:
         assert torch.equal(parameter, wanted[name].to(torch.bfloat16)), name
     with torch.no_grad():
         examples = mixed(loaded.processor)
-        result = FAMILY.forward(loaded.model, FAMILY.collate(examples, loaded.processor))
+        result = decoding.forward(
+            FAMILY.code, loaded.model, FAMILY.code.collate(examples, loaded.processor)
+        )
     assert torch.isfinite(result.answer_loss_sum)
-    assert FAMILY.generate(loaded.model, loaded.processor, examples, GREEDY)
+    assert decoding.generate(FAMILY.code, loaded.model, loaded.processor, examples, GREEDY)
 
 
 def test_saved_folders_load_here_and_in_transformers(folder: Path, tmp_path: Path) -> None:
     loaded = load(folder)
     state = {name: parameter.detach() + 0.01 for name, parameter in loaded.model.named_parameters()}
-    FAMILY.save(loaded.model, loaded.processor, state, tmp_path / "saved")
+    FAMILY.code.save(loaded.model, loaded.processor, state, tmp_path / "saved")
     assert_loads(tmp_path / "saved", state)
     reference, again = reference_of(tmp_path / "saved"), load(tmp_path / "saved")
     theirs = dict(reference.named_parameters())
@@ -142,7 +145,7 @@ def test_saved_folders_load_here_and_in_transformers(folder: Path, tmp_path: Pat
     assert written.get("dense_act_fn") == stored.get("dense_act_fn")
     examples = mixed(again.processor)
     with torch.no_grad():
-        ours = our_logits(again.model, FAMILY.collate(examples, again.processor))
+        ours = our_logits(again.model, FAMILY.code.collate(examples, again.processor))
     wanted = [reference_logits(reference, again.processor, one) for one in examples]
     assert (ours - torch.cat(wanted)).abs().max() <= 1e-5
 
@@ -165,7 +168,7 @@ def test_older_folders_know_no_image_token(folder: Path, tmp_path: Path) -> None
     assert examples[0][0].input_ids == examples[1][0].input_ids
     with torch.no_grad():
         results = [
-            FAMILY.forward(one.model, FAMILY.collate(given, one.processor))
+            decoding.forward(FAMILY.code, one.model, FAMILY.code.collate(given, one.processor))
             for one, given in zip((then, now), examples, strict=True)
         ]
     assert torch.equal(results[0].per_sample_loss, results[1].per_sample_loss)
@@ -174,7 +177,7 @@ def test_older_folders_know_no_image_token(folder: Path, tmp_path: Path) -> None
 def test_tiny_checkpoints_repeat(tmp_path: Path) -> None:
     for preset in TINY_MODELS:
         for name in "ab":
-            FAMILY.write_tiny(tmp_path / preset / name, TEXTS, 5, preset)
+            FAMILY.code.write_tiny(tmp_path / preset / name, TEXTS, 5, preset)
         files = {
             path.relative_to(tmp_path / preset / "a")
             for path in (tmp_path / preset / "a").rglob("*")
@@ -187,7 +190,7 @@ def test_tiny_checkpoints_repeat(tmp_path: Path) -> None:
 
 
 def test_tiny_models_keep_the_published_dropout(tmp_path: Path) -> None:
-    FAMILY.write_tiny(tmp_path, TEXTS, 0, "tiny")
+    FAMILY.code.write_tiny(tmp_path, TEXTS, 0, "tiny")
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["qformer_config"]["hidden_dropout_prob"] == 0.1
     assert stored["text_config"]["dropout_rate"] == 0.1
@@ -273,11 +276,11 @@ def test_another_size_of_the_same_family_is_an_error(folders: Folders, tmp_path:
 def test_overrides_take_what_fits(folders: Folders) -> None:
     """One layer less in the Q-Former: the rest is loaded, what is left over is named."""
     options = ModelOptions(str(folders["tiny"]), None, "fp32", overrides={"qformer": {"layers": 1}})
-    loaded = FAMILY.load(options, None)
+    loaded = FAMILY.code.load(options, None)
     found = dict(loaded.model.named_parameters())
     wanted = stored_tensors(folders["tiny"])
     assert not any("layer.1." in name for name in found if name.startswith("qformer"))
     assert all(torch.equal(found[name], wanted[name]) for name in found)
     one = example(loaded.processor, "a", "Which?", "5", [image(1)])
     with torch.no_grad():
-        FAMILY.forward(loaded.model, FAMILY.collate([one], loaded.processor))
+        decoding.forward(FAMILY.code, loaded.model, FAMILY.code.collate([one], loaded.processor))

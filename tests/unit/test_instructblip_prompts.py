@@ -35,7 +35,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of both folders."""
     folder = tmp_path_factory.mktemp("instructblip")
     for preset in TINY_MODELS:
-        FAMILY.write_tiny(folder / preset, TEXTS, 0, preset)
+        FAMILY.code.write_tiny(folder / preset, TEXTS, 0, preset)
     return folder
 
 

@@ -12,6 +12,7 @@ import torch
 
 from mmtrain.assemble import base_digests
 from mmtrain.errors import CheckpointError
+from mmtrain.models import decoding
 from mmtrain.models.interface import ModelOptions
 from tests import tiny
 from tests.unit.folder_faults import (
@@ -157,7 +158,7 @@ def test_every_key_layout(folder: Path, wanted: Tensors, tmp_path: Path, layout:
 
 def test_bf16_loads_the_rounded_weights(folder: Path, wanted: Tensors) -> None:
     options = ModelOptions(checkpoint=str(folder), preset=None, dtype="bf16")
-    model = FAMILY.load(options, None).model
+    model = FAMILY.code.load(options, None).model
     for name, parameter in model.named_parameters():
         assert parameter.dtype == torch.bfloat16
         assert torch.equal(parameter, wanted[name].to(torch.bfloat16)), name
@@ -245,7 +246,7 @@ def test_every_fault_is_one_error_and_nothing_is_loaded(
 def test_no_folder() -> None:
     options = ModelOptions(checkpoint="/nowhere/llava", preset=None)
     with pytest.raises(CheckpointError, match="/nowhere/llava is no folder"):
-        FAMILY.load(options, None)
+        FAMILY.code.load(options, None)
 
 
 def test_a_folder_without_processor_details_counts_images_by_its_model(
@@ -262,7 +263,7 @@ def test_a_folder_without_processor_details_counts_images_by_its_model(
     one = example(loaded.processor, "a", "Which?", "5", [image(1)])
     assert one.input_ids.count(loaded.processor.image_token_id) == 16
     with torch.no_grad():
-        FAMILY.forward(loaded.model, FAMILY.collate([one], loaded.processor))
+        decoding.forward(FAMILY.code, loaded.model, FAMILY.code.collate([one], loaded.processor))
 
 
 def test_tiny_checkpoints_repeat(tmp_path: Path) -> None:

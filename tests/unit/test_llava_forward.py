@@ -13,6 +13,7 @@ import torch.nn.functional as functional
 from safetensors.torch import save_file
 
 from mmtrain.errors import DataError
+from mmtrain.models import decoding
 from mmtrain.models.interface import Example, LoadedModel
 from tests.unit.folder_faults import stored_tensors
 from tests.unit.llava_material import (
@@ -57,7 +58,7 @@ def alone(reference: Any, one: Example, length: int | None = None) -> torch.Tens
 
 def test_logits_of_a_mixed_batch_equal_transformers(loaded: LoadedModel, reference: Any) -> None:
     examples = mixed(loaded.processor)
-    batch = FAMILY.collate(examples, loaded.processor)
+    batch = FAMILY.code.collate(examples, loaded.processor)
     with torch.no_grad():
         ours = logits_of(loaded.model, batch)
     for row, one in enumerate(examples):
@@ -69,9 +70,9 @@ def test_logits_of_a_mixed_batch_equal_transformers(loaded: LoadedModel, referen
 
 def test_loss_is_the_sum_over_answer_tokens(loaded: LoadedModel, reference: Any) -> None:
     examples = mixed(loaded.processor)
-    batch = FAMILY.collate(examples, loaded.processor)
+    batch = FAMILY.code.collate(examples, loaded.processor)
     with torch.no_grad():
-        result = FAMILY.forward(loaded.model, batch)
+        result = decoding.forward(FAMILY.code, loaded.model, batch)
     wanted = []
     for one in examples:
         logits, labels = alone(reference, one)[:-1], torch.tensor(one.labels[1:])
@@ -79,7 +80,7 @@ def test_loss_is_the_sum_over_answer_tokens(loaded: LoadedModel, reference: Any)
     assert torch.allclose(result.per_sample_loss, torch.stack(wanted), rtol=TOLERANCE)
     assert float(result.answer_loss_sum) == pytest.approx(float(sum(wanted)), rel=TOLERANCE)
     answers = sum(label != -100 for one in examples for label in one.labels)
-    assert result.num_answer_tokens == batch.num_answer_tokens == answers
+    assert int(result.per_sample_tokens.sum()) == batch.num_answer_tokens == answers
 
 
 def test_images_count(loaded: LoadedModel) -> None:
@@ -87,7 +88,9 @@ def test_images_count(loaded: LoadedModel) -> None:
     for number in (1, 2):
         one = example(loaded.processor, "a", "Which?", "5", [image(number)])
         with torch.no_grad():
-            result = FAMILY.forward(loaded.model, FAMILY.collate([one], loaded.processor))
+            result = decoding.forward(
+                FAMILY.code, loaded.model, FAMILY.code.collate([one], loaded.processor)
+            )
         losses.append(float(result.answer_loss_sum))
     assert abs(losses[0] - losses[1]) > 1e-3
 
@@ -97,13 +100,13 @@ def test_padding_samples_run_but_change_nothing(loaded: LoadedModel) -> None:
 
     examples = mixed(loaded.processor)
     padded = [*examples, replace(examples[0], weight=0.0)]
-    plain = FAMILY.collate(examples, loaded.processor)
-    batch = FAMILY.collate(padded, loaded.processor)
+    plain = FAMILY.code.collate(examples, loaded.processor)
+    batch = FAMILY.code.collate(padded, loaded.processor)
     assert batch.num_answer_tokens == plain.num_answer_tokens
     assert batch.num_tokens == plain.num_tokens
     with torch.no_grad():
-        found = FAMILY.forward(loaded.model, batch)
-        wanted = FAMILY.forward(loaded.model, plain)
+        found = decoding.forward(FAMILY.code, loaded.model, batch)
+        wanted = decoding.forward(FAMILY.code, loaded.model, plain)
     assert float(found.per_sample_loss[-1]) == 0.0
     assert float(found.answer_loss_sum) == pytest.approx(float(wanted.answer_loss_sum), rel=1e-6)
 
@@ -114,9 +117,10 @@ def test_batched_generation_equals_one_by_one(loaded: LoadedModel, beams: int) -
 
     settings = SimpleNamespace(**{**vars(GREEDY), "num_beams": beams})
     examples = mixed(loaded.processor)
-    together = FAMILY.generate(loaded.model, loaded.processor, examples, settings)
+    together = decoding.generate(FAMILY.code, loaded.model, loaded.processor, examples, settings)
     single = [
-        FAMILY.generate(loaded.model, loaded.processor, [one], settings)[0] for one in examples
+        decoding.generate(FAMILY.code, loaded.model, loaded.processor, [one], settings)[0]
+        for one in examples
     ]
     assert together == single
     assert len(set(together)) > 1 and any(together), together
@@ -140,7 +144,9 @@ def test_generation_equals_transformers_own(loaded: LoadedModel, reference: Any)
             pad_token_id=tokenizer.pad_token_id,
         )
         wanted = tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True).strip()
-        assert FAMILY.generate(loaded.model, loaded.processor, [one], GREEDY) == [wanted]
+        assert decoding.generate(FAMILY.code, loaded.model, loaded.processor, [one], GREEDY) == [
+            wanted
+        ]
 
 
 def test_unpadded_vocabulary(folder: Path, reference: Any, tmp_path: Path) -> None:
@@ -158,7 +164,7 @@ def test_unpadded_vocabulary(folder: Path, reference: Any, tmp_path: Path) -> No
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     unpadded = load(target)
     examples = mixed(unpadded.processor)
-    batch = FAMILY.collate(examples, unpadded.processor)
+    batch = FAMILY.code.collate(examples, unpadded.processor)
     assert int(batch.tensors["input_ids"].max()) == size
     with torch.no_grad():
         ours = logits_of(unpadded.model, batch)
@@ -166,7 +172,7 @@ def test_unpadded_vocabulary(folder: Path, reference: Any, tmp_path: Path) -> No
         wanted = alone(reference, one)[:, :size]
         difference = (ours[row, : len(one.input_ids)] - wanted).abs().max()
         assert difference <= TOLERANCE * wanted.abs().max()
-    answers = FAMILY.generate(unpadded.model, unpadded.processor, examples, GREEDY)
+    answers = decoding.generate(FAMILY.code, unpadded.model, unpadded.processor, examples, GREEDY)
     assert len(answers) == len(examples)
 
 

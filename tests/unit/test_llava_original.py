@@ -11,6 +11,7 @@ import torch
 
 from mmtrain.commands.check import examine
 from mmtrain.errors import CheckpointError
+from mmtrain.models import decoding
 from mmtrain.models.interface import LoadedModel, ModelOptions
 from mmtrain.resolve import resolve
 from tests.unit.folder_faults import (
@@ -150,7 +151,7 @@ def test_forward_and_generation_equal_the_tiny_models(tiny_model: Path, original
     size = loaded.config.text_config.vocab_size
     assert loaded.processor.image_token_id == loaded.config.image_token_id == size
     examples = mixed(loaded.processor)
-    batch = FAMILY.collate(examples, loaded.processor)
+    batch = FAMILY.code.collate(examples, loaded.processor)
     with torch.no_grad():
         ours = logits_of(loaded.model, batch)
     for row, one in enumerate(examples):
@@ -162,7 +163,7 @@ def test_forward_and_generation_equal_the_tiny_models(tiny_model: Path, original
         assert theirs.abs().max() > 0.5
         difference = (ours[row, : len(one.input_ids)] - theirs).abs().max()
         assert difference <= TOLERANCE * theirs.abs().max()
-    answers = FAMILY.generate(loaded.model, loaded.processor, examples, GREEDY)
+    answers = decoding.generate(FAMILY.code, loaded.model, loaded.processor, examples, GREEDY)
     assert len(answers) == len(examples) and any(answers)
 
 
@@ -179,14 +180,14 @@ def test_published_configurations_have_the_published_size(
     tmp_path: Path, changes: dict[str, Any], parameters: int
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**PUBLISHED, **changes}))
-    config = FAMILY.model_config(ModelOptions(str(tmp_path), None))
+    config = FAMILY.code.model_config(ModelOptions(str(tmp_path), None))
     with torch.device("meta"):
-        model = FAMILY.skeleton(config)
+        model = FAMILY.code.skeleton(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     assert config.image_token_id == config.text_config.vocab_size == 32000
     assert config.text_config.rope_parameters["rope_theta"] == 10000.0
     assert (config.vision_feature_layer, config.vision_config.hidden_act) == (-2, "quick_gelu")
-    assert FAMILY.image_tokens(config, "llm") == 576
+    assert FAMILY.code.image_tokens(config, "llm") == 576
 
 
 def test_sharegpt4v_has_the_shape_of_llava() -> None:

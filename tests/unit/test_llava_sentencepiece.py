@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 import torch
 
-from mmtrain.models.families.llava import SYSTEM
+from mmtrain.models.families.llava.prompts import SYSTEM
 from mmtrain.models.interface import Example
 from mmtrain.models.text import IGNORED
 from tests.unit.llava_material import FAMILY, example, image, load, mixed, spaced, write_lively
@@ -114,7 +114,7 @@ def test_a_saved_folder_gives_the_same_samples(folder: Path, tmp_path: Path) -> 
 
     loaded = load_original(folder)
     state = dict(loaded.model.named_parameters())
-    FAMILY.save(loaded.model, loaded.processor, state, tmp_path / "saved")
+    FAMILY.code.save(loaded.model, loaded.processor, state, tmp_path / "saved")
     again = load(tmp_path / "saved").processor
     for one, other in zip(mixed(loaded.processor), mixed(again), strict=True):
         assert (one.input_ids, one.labels) == (other.input_ids, other.labels)

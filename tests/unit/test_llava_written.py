@@ -37,7 +37,7 @@ def read(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             write_with_sentencepiece(tiny_model, base / "original", legacy=legacy)
         )
     state = dict(loaded.model.named_parameters())
-    FAMILY.save(loaded.model, loaded.processor, state, base / "saved")
+    FAMILY.code.save(loaded.model, loaded.processor, state, base / "saved")
     return loaded.processor, AutoProcessor.from_pretrained(base / "saved")
 
 

@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from mmtrain.config.schema import ComponentConfig
+from mmtrain.models import decoding
 from mmtrain.models.dropout import scope_of
 from mmtrain.peft.interface import Placement
 from mmtrain.peft.methods.lora import METHOD, LoraOptions
@@ -63,7 +64,9 @@ def test_initialisation_is_keyed_by_seed_and_module(folder: Path) -> None:
 
 
 def loss_of(model: Any, processor: Any) -> torch.Tensor:
-    return FAMILY.forward(model, FAMILY.collate(mixed(processor), processor)).answer_loss_sum
+    return decoding.forward(
+        FAMILY.code, model, FAMILY.code.collate(mixed(processor), processor)
+    ).answer_loss_sum
 
 
 def test_starts_at_identity(folder: Path) -> None:
@@ -110,9 +113,9 @@ def test_masks_follow_the_sample_not_its_place_in_the_batch(folder: Path) -> Non
     examples = mixed(processor)
 
     def losses(picked: list[int]) -> dict[str, float]:
-        batch = FAMILY.collate([examples[index] for index in picked], processor)
+        batch = FAMILY.code.collate([examples[index] for index in picked], processor)
         with torch.no_grad():
-            found = FAMILY.forward(model, batch).per_sample_loss
+            found = decoding.forward(FAMILY.code, model, batch).per_sample_loss
         return dict(zip(batch.ids, found.tolist(), strict=True))
 
     together = losses([0, 1, 2])
@@ -174,7 +177,7 @@ def test_an_adapter_counts_once_or_not_at_all(
 ) -> None:
     model, processor, _ = adapted(folder, llm=block(dropout=0.3), vision=block(r=2))
     model.eval()
-    batch = FAMILY.collate(mixed(processor), processor)
+    batch = FAMILY.code.collate(mixed(processor), processor)
     with torch.no_grad():
         logits = {"base": logits_of(model, batch)}
         set_b(model, 0.02)

@@ -12,6 +12,7 @@ import torch
 from mmtrain.assemble import build_model
 from mmtrain.config.schema import ComponentConfig
 from mmtrain.errors import CheckpointError, ConfigError
+from mmtrain.models import decoding
 from mmtrain.models.interface import ModelOptions
 from mmtrain.peft.trainable import Trainable, make_trainable
 from mmtrain.resolve import resolve
@@ -27,14 +28,14 @@ def options(folder: Path, overrides: dict[str, Any], allow_reinit: bool = False)
 
 @pytest.fixture(scope="module")
 def base(tiny_checkpoint: Path) -> dict[str, torch.Tensor]:
-    return dict(FAMILY.load(options(tiny_checkpoint, {}), None).model.named_parameters())
+    return dict(FAMILY.code.load(options(tiny_checkpoint, {}), None).model.named_parameters())
 
 
 def test_fewer_layers_need_nothing_new(
     tiny_checkpoint: Path, base: dict[str, torch.Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "mmtrain"):
-        loaded = FAMILY.load(options(tiny_checkpoint, {"llm": {"layers": 2}}), None)
+        loaded = FAMILY.code.load(options(tiny_checkpoint, {"llm": {"layers": 2}}), None)
     found = dict(loaded.model.named_parameters())
     assert len(found) == len(base) - 2 * 9
     assert all(torch.equal(found[name], base[name]) for name in found)
@@ -44,7 +45,7 @@ def test_fewer_layers_need_nothing_new(
 def test_what_does_not_fit_is_listed(tiny_checkpoint: Path) -> None:
     wider = {"llm": {"intermediate_size": 128, "layers": 5}, "vision": {"activation": "gelu"}}
     with pytest.raises(CheckpointError) as caught:
-        FAMILY.load(options(tiny_checkpoint, wider), None)
+        FAMILY.code.load(options(tiny_checkpoint, wider), None)
     text = str(caught.value)
     assert "9 missing: model.language_model.layers.4." in text
     assert "12 wrong shape: model.language_model.layers.0.mlp.down_proj.weight is [96, 256]" in text
@@ -56,7 +57,7 @@ def test_allowed_it_is_initialised_by_name_and_seed(
     tiny_checkpoint: Path, base: dict[str, torch.Tensor]
 ) -> None:
     changes = {"llm": {"intermediate_size": 128, "heads": 8}}
-    loads = [FAMILY.load(options(tiny_checkpoint, changes, True), None) for _ in range(2)]
+    loads = [FAMILY.code.load(options(tiny_checkpoint, changes, True), None) for _ in range(2)]
     first, second = (dict(one.model.named_parameters()) for one in loads)
     assert all(torch.equal(first[name], second[name]) for name in first)
     kept = {name for name in first if first[name].shape == base[name].shape}
@@ -65,8 +66,8 @@ def test_allowed_it_is_initialised_by_name_and_seed(
     assert all(torch.equal(first[name], base[name]) for name in kept)
     assert len({float(first[name].detach().std()) for name in fresh}) == 12, "initialised alike"
     processor = loads[0].processor
-    batch = FAMILY.collate([example(processor, "a", "Which?", "5", [image(1)])], processor)
-    assert torch.isfinite(FAMILY.forward(loads[0].model, batch).answer_loss_sum)
+    batch = FAMILY.code.collate([example(processor, "a", "Which?", "5", [image(1)])], processor)
+    assert torch.isfinite(decoding.forward(FAMILY.code, loads[0].model, batch).answer_loss_sum)
 
 
 def test_random_weights_that_nothing_trains_are_named(
@@ -75,12 +76,12 @@ def test_random_weights_that_nothing_trains_are_named(
     changed = options(tiny_checkpoint, {"llm": {"layers": 5}}, True)
     lora = ComponentConfig(**{"mode": "peft", "method": "lora"})
     with caplog.at_level(logging.WARNING, "mmtrain"):
-        make_trainable(FAMILY.load(changed, None).model, FAMILY, {"llm": lora}, seed=1)
+        make_trainable(FAMILY.code.load(changed, None).model, FAMILY, {"llm": lora}, seed=1)
     assert "9 tensors were initialised afresh and stay frozen" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING, "mmtrain"):
         full = {"llm": ComponentConfig(mode="full")}
-        make_trainable(FAMILY.load(changed, None).model, FAMILY, full, seed=1)
+        make_trainable(FAMILY.code.load(changed, None).model, FAMILY, full, seed=1)
     assert "stay frozen" not in caplog.text
 
 
@@ -111,7 +112,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 def test_impossible_shapes(tiny_checkpoint: Path, fault: str) -> None:
     changes, message = FAULTS[fault]
     with pytest.raises(ConfigError, match=f"(?s){message}"):
-        FAMILY.load(options(tiny_checkpoint, changes), None)
+        FAMILY.code.load(options(tiny_checkpoint, changes), None)
 
 
 def test_the_run_file_names_them(tiny_checkpoint: Path) -> None:

@@ -62,12 +62,12 @@ def test_other_convolutions_stay(kind: str) -> None:
 @pytest.mark.parametrize(("name", "preset"), TINY)
 def test_every_family_is_built_with_them_and_keeps_its_names(name: str, preset: str) -> None:
     family = plugins.load("family", name)
-    config = family.model_config(ModelOptions(None, preset, dtype="fp32"))
-    model = building.build_empty(family.skeleton, config, "fp32", None)
+    config = family.code.model_config(ModelOptions(None, preset, dtype="fp32"))
+    model = building.build_empty(family.code.skeleton, config, "fp32", None)
     kinds = {type(module) for module in model.modules()}
     assert PatchLinear in kinds and not kinds & {nn.Conv2d, nn.Conv3d}
     with torch.device("meta"):
-        skeleton = family.skeleton(config)
+        skeleton = family.code.skeleton(config)
     found, wanted = (
         [(key, value.shape) for key, value in one.state_dict().items()] for one in (model, skeleton)
     )

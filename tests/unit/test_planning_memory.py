@@ -11,6 +11,7 @@ import torch
 from mmtrain import plugins
 from mmtrain.assemble import build_model
 from mmtrain.config.schema import RunConfig
+from mmtrain.models import decoding
 from mmtrain.models.families.qwen2_vl import shapes
 from mmtrain.models.interface import BatchSize
 from mmtrain.planning.census import Census, ComponentCount, count
@@ -55,7 +56,7 @@ def mixed(name: str, lora: Mapping[str, Any]) -> dict[str, Any]:
 def allocated_bytes(config: RunConfig) -> int:
     """The most that torch's CPU allocator gave out at once during one step."""
     family, model = plugins.load("family", config.model.family), build_model(config, None).model
-    batch = family.planned_batch(model.config, SIZE)
+    batch = family.code.planned_batch(model.config, SIZE)
     batch.tensors["attention_mask"][0, -1] = 0  # rows of one length would need no mask
     model.train()
     for parameter in model.parameters():
@@ -63,7 +64,7 @@ def allocated_bytes(config: RunConfig) -> int:
             parameter.register_post_accumulate_grad_hook(lambda one: setattr(one, "grad", None))
     cpu = torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
-        family.forward(model, batch).answer_loss_sum.backward()
+        decoding.forward(family.code, model, batch).answer_loss_sum.backward()
     assert profile.profiler is not None
     found = profile.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in found if e.name() == "[memory]")

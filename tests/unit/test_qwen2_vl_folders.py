@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mmtrain.errors import CheckpointError, ConfigError
+from mmtrain.models import decoding
 from mmtrain.models.interface import ModelOptions
 from tests.unit.folder_faults import Tensors, copied, edit_json, stored_tensors
 from tests.unit.qwen2_vl_material import (
@@ -59,7 +60,7 @@ def assert_loads(folder: Path, wanted: Tensors) -> None:
 @pytest.mark.parametrize("preset", PUBLISHED_PARAMETERS)
 def test_presets_have_the_published_number_of_parameters(preset: str) -> None:
     with torch.device("meta"):
-        model = FAMILY.skeleton(FAMILY.model_config(ModelOptions(None, preset)))
+        model = FAMILY.code.skeleton(FAMILY.code.model_config(ModelOptions(None, preset)))
     found = sum(parameter.numel() for parameter in model.parameters())
     assert found == PUBLISHED_PARAMETERS[preset]
 
@@ -68,7 +69,7 @@ def test_presets_have_the_published_number_of_parameters(preset: str) -> None:
 def test_presets_are_not_changed_by_use(preset: str) -> None:
     options = ModelOptions(None, preset, overrides={"llm": {"layers": 5}})
     before = json.dumps(FAMILY.presets[preset])
-    assert FAMILY.model_config(options).text_config.num_hidden_layers == 5
+    assert FAMILY.code.model_config(options).text_config.num_hidden_layers == 5
     assert json.dumps(FAMILY.presets[preset]) == before
 
 
@@ -88,9 +89,9 @@ def test_overridden_shapes_still_compute(
 ) -> None:
     options = {"overrides": OVERRIDES[changed], "allow_reinit": True}
     loaded = load(folders[preset], **options)
-    batch = FAMILY.collate(mixed(loaded.processor), loaded.processor)
+    batch = FAMILY.code.collate(mixed(loaded.processor), loaded.processor)
     with torch.no_grad():
-        assert torch.isfinite(FAMILY.forward(loaded.model, batch).answer_loss_sum)
+        assert torch.isfinite(decoding.forward(FAMILY.code, loaded.model, batch).answer_loss_sum)
 
 
 def test_new_shapes_need_leave_to_be_initialised(folders: dict[str, Path]) -> None:
@@ -113,18 +114,18 @@ WRONG_OVERRIDES = {
 def test_overrides_that_cannot_compute_are_named(wrong: str) -> None:
     changes, named = WRONG_OVERRIDES[wrong]
     with pytest.raises(ConfigError, match=named):
-        FAMILY.model_config(ModelOptions(None, "tiny-3", overrides=changes))
+        FAMILY.code.model_config(ModelOptions(None, "tiny-3", overrides=changes))
 
 
 def test_lists_of_blocks_follow_the_depth(caplog: pytest.LogCaptureFixture) -> None:
     options = ModelOptions(None, "qwen2.5-vl-7b", overrides={"vision": {"layers": 20}})
-    assert FAMILY.model_config(options).vision_config.fullatt_block_indexes == [7, 15]
+    assert FAMILY.code.model_config(options).vision_config.fullatt_block_indexes == [7, 15]
     assert "20 vision blocks, so fullatt_block_indexes is [7, 15]" in caplog.text
 
 
 def test_rotary_sections_follow_the_heads(caplog: pytest.LogCaptureFixture) -> None:
     options = ModelOptions(None, "qwen3-vl-8b", overrides={"llm": {"heads": 16}})
-    text = FAMILY.model_config(options).text_config
+    text = FAMILY.code.model_config(options).text_config
     assert text.head_dim == 256 and text.rope_parameters["mrope_section"] == [48, 40, 40]
     assert "256 channels per head, so mrope_section is [48, 40, 40]" in caplog.text
 
@@ -135,7 +136,7 @@ def test_attention_dropout_cannot_be_kept(folders: dict[str, Path], tmp_path: Pa
     config["text_config"]["attention_dropout"] = 0.1
     (copy / "config.json").write_text(json.dumps(config))
     assert load(copy).config.text_config.attention_dropout == 0.0
-    stored = FAMILY.model_config(ModelOptions(str(copy), None, base_dropout="stored"))
+    stored = FAMILY.code.model_config(ModelOptions(str(copy), None, base_dropout="stored"))
     assert stored.text_config.attention_dropout == 0.1, "lost on the way through export"
     with pytest.raises(CheckpointError, match="model.base_dropout"):
         load(copy, base_dropout="checkpoint")
@@ -199,7 +200,9 @@ def test_the_flat_configuration_as_published(folders: dict[str, Path], tmp_path:
     assert flat.processor.image_processor.size == nested.processor.image_processor.size
     examples = mixed(flat.processor)
     losses = [
-        FAMILY.forward(one.model, FAMILY.collate(examples, one.processor)).answer_loss_sum.item()
+        decoding.forward(
+            FAMILY.code, one.model, FAMILY.code.collate(examples, one.processor)
+        ).answer_loss_sum.item()
         for one in (flat, nested)
     ]
     assert losses[0] == losses[1]
@@ -234,7 +237,7 @@ def test_a_saved_folder_loads_here_and_in_transformers(
 ) -> None:
     loaded = load(folders[preset], max_pixels=32 * 32)
     state = {name: tensor.detach() for name, tensor in loaded.model.named_parameters()}
-    FAMILY.save(loaded.model, loaded.processor, state, tmp_path)
+    FAMILY.code.save(loaded.model, loaded.processor, state, tmp_path)
     assert_loads(tmp_path, wanted[preset])
     theirs = dict(reference(tmp_path, preset).named_parameters())
     assert all(torch.equal(theirs[name], wanted[preset][name]) for name in wanted[preset])
@@ -242,8 +245,8 @@ def test_a_saved_folder_loads_here_and_in_transformers(
     assert again.processor.image_processor.size.longest_edge == 32 * 32
     examples = mixed(loaded.processor)
     assert [one.input_ids for one in mixed(again.processor)] == [one.input_ids for one in examples]
-    answers = FAMILY.generate(loaded.model, loaded.processor, examples, GREEDY)
-    assert FAMILY.generate(again.model, again.processor, examples, GREEDY) == answers
+    answers = decoding.generate(FAMILY.code, loaded.model, loaded.processor, examples, GREEDY)
+    assert decoding.generate(FAMILY.code, again.model, again.processor, examples, GREEDY) == answers
     assert again.processor.tokenizer.chat_template == loaded.processor.tokenizer.chat_template
 
 
@@ -267,7 +270,7 @@ def test_tied_embeddings(folders: dict[str, Path], preset: str, tmp_path: Path) 
     embeddings = loaded.model.get_input_embeddings().weight
     assert loaded.model.get_output_embeddings().weight is embeddings
     state = {name: tensor.detach() for name, tensor in loaded.model.named_parameters()}
-    FAMILY.save(loaded.model, loaded.processor, state, tmp_path / "saved")
+    FAMILY.code.save(loaded.model, loaded.processor, state, tmp_path / "saved")
     assert_loads(tmp_path / "saved", dict(reference(copy, preset).named_parameters()))
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as functional
 
+from mmtrain.models import decoding
 from mmtrain.models.dropout import DropoutScope, KeyedDropout, scope_of, stable_hash
 from mmtrain.models.families.qwen2_vl import batches
 from mmtrain.models.interface import Example, LoadedModel
@@ -72,7 +73,7 @@ def alone(pair: Pair, one: Example) -> torch.Tensor:
 def logits(pair: Pair, examples: list[Example]) -> torch.Tensor:
     """Ours, at every position."""
     with torch.no_grad():
-        return logits_of(pair.model, FAMILY.collate(examples, pair.processor))
+        return logits_of(pair.model, FAMILY.code.collate(examples, pair.processor))
 
 
 def test_logits_of_a_mixed_batch_equal_transformers(pair: Pair) -> None:
@@ -87,9 +88,9 @@ def test_logits_of_a_mixed_batch_equal_transformers(pair: Pair) -> None:
 
 def test_loss_is_the_sum_over_answer_tokens(pair: Pair) -> None:
     examples = mixed(pair.processor)
-    batch = FAMILY.collate(examples, pair.processor)
+    batch = FAMILY.code.collate(examples, pair.processor)
     with torch.no_grad():
-        result = FAMILY.forward(pair.model, batch)
+        result = decoding.forward(FAMILY.code, pair.model, batch)
     wanted = []
     for one in examples:
         found, labels = alone(pair, one)[:-1], torch.tensor(one.labels[1:])
@@ -97,7 +98,7 @@ def test_loss_is_the_sum_over_answer_tokens(pair: Pair) -> None:
     assert torch.allclose(result.per_sample_loss, torch.stack(wanted), rtol=TOLERANCE)
     assert float(result.answer_loss_sum) == pytest.approx(float(sum(wanted)), rel=TOLERANCE)
     answers = sum(label != -100 for one in examples for label in one.labels)
-    assert result.num_answer_tokens == batch.num_answer_tokens == answers
+    assert int(result.per_sample_tokens.sum()) == batch.num_answer_tokens == answers
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -119,7 +120,9 @@ def test_images_count(pair: Pair) -> None:
     for number in (1, 2):
         one = example(pair.processor, "a", "Which?", "5", [image(number)])
         with torch.no_grad():
-            result = FAMILY.forward(pair.model, FAMILY.collate([one], pair.processor))
+            result = decoding.forward(
+                FAMILY.code, pair.model, FAMILY.code.collate([one], pair.processor)
+            )
         losses.append(float(result.answer_loss_sum))
     assert abs(losses[0] - losses[1]) > 1e-3
 
@@ -127,13 +130,13 @@ def test_images_count(pair: Pair) -> None:
 def test_padding_samples_run_but_change_nothing(pair: Pair) -> None:
     examples = mixed(pair.processor)
     padded = [*examples, replace(examples[0], weight=0.0)]
-    plain = FAMILY.collate(examples, pair.processor)
-    batch = FAMILY.collate(padded, pair.processor)
+    plain = FAMILY.code.collate(examples, pair.processor)
+    batch = FAMILY.code.collate(padded, pair.processor)
     assert batch.num_answer_tokens == plain.num_answer_tokens
     assert batch.num_tokens == plain.num_tokens
     with torch.no_grad():
-        found = FAMILY.forward(pair.model, batch)
-        wanted = FAMILY.forward(pair.model, plain)
+        found = decoding.forward(FAMILY.code, pair.model, batch)
+        wanted = decoding.forward(FAMILY.code, pair.model, plain)
     assert float(found.per_sample_loss[-1]) == 0.0
     assert float(found.answer_loss_sum) == pytest.approx(float(wanted.answer_loss_sum), rel=1e-6)
 
@@ -166,7 +169,9 @@ def test_every_batch_calls_the_same_modules(pair: Pair) -> None:
     found = {}
     for name, examples in contents(pair.processor).items():
         with calls(model) as entered:
-            result = FAMILY.forward(model, FAMILY.collate(examples, pair.processor))
+            result = decoding.forward(
+                FAMILY.code, model, FAMILY.code.collate(examples, pair.processor)
+            )
             result.answer_loss_sum.backward()
         found[name] = entered
         gradients = [parameter.grad for parameter in model.parameters()]
@@ -182,7 +187,7 @@ def test_every_generation_calls_the_same_modules(pair: Pair) -> None:
     found = {}
     for name, examples in contents(pair.processor).items():
         with calls(model) as entered:
-            FAMILY.generate(model, pair.processor, examples, settings)
+            decoding.generate(FAMILY.code, model, pair.processor, examples, settings)
         found[name] = entered
     assert found["images"] == found["text"] == found["mixed"]
     assert Counter(found["text"])["model.visual.patch_embed.proj"] == 1
@@ -190,28 +195,28 @@ def test_every_generation_calls_the_same_modules(pair: Pair) -> None:
 
 def test_a_blank_image_has_no_effect(pair: Pair) -> None:
     text = mixed(pair.processor)[1]
-    batch = FAMILY.collate([text], pair.processor)
+    batch = FAMILY.code.collate([text], pair.processor)
     model = pair.model
-    result = FAMILY.forward(model, batch)
+    result = decoding.forward(FAMILY.code, model, batch)
     result.answer_loss_sum.backward()
     gradients = [p.grad for name, p in model.named_parameters() if name.startswith("model.visual")]
     assert all(not gradient.any() for gradient in gradients if gradient is not None)
     model.zero_grad()
     batch.tensors["pixel_values"] = torch.randn(batch.tensors["pixel_values"].shape)
     with torch.no_grad():
-        again = FAMILY.forward(model, batch)
+        again = decoding.forward(FAMILY.code, model, batch)
     assert again.answer_loss_sum.item() == result.answer_loss_sum.item()
 
 
 def test_activation_checkpointing_changes_no_gradient(pair: Pair) -> None:
     model = pair.model.train()
-    batch = FAMILY.collate(mixed(pair.processor), pair.processor)
+    batch = FAMILY.code.collate(mixed(pair.processor), pair.processor)
     found = []
     for enabled in (False, True):
         if enabled:
             model.activation_checkpointing_enable({"use_reentrant": False})
         with calls(model) as entered:
-            FAMILY.forward(model, batch).answer_loss_sum.backward()
+            decoding.forward(FAMILY.code, model, batch).answer_loss_sum.backward()
         found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
         model.zero_grad()
     model.activation_checkpointing_disable()
@@ -231,8 +236,10 @@ def test_batched_generation_equals_one_by_one(pair: Pair, beams: int) -> None:
     settings = SimpleNamespace(**{**vars(GREEDY), "num_beams": beams})
     examples = mixed(pair.processor)
     model, processor = pair.model, pair.processor
-    together = FAMILY.generate(model, processor, examples, settings)
-    single = [FAMILY.generate(model, processor, [one], settings)[0] for one in examples]
+    together = decoding.generate(FAMILY.code, model, processor, examples, settings)
+    single = [
+        decoding.generate(FAMILY.code, model, processor, [one], settings)[0] for one in examples
+    ]
     assert together == single
     assert len(set(together)) > 1 and any(together), together
     assert model.model.rope_deltas is None, "positions of this call would leak into the next"
@@ -257,7 +264,9 @@ def test_generation_equals_transformers_own(pair: Pair, beams: int) -> None:
             pad_token_id=tokenizer.pad_token_id,
         )
         wanted = tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True).strip()
-        assert FAMILY.generate(pair.model, pair.processor, [one], settings) == [wanted]
+        assert decoding.generate(FAMILY.code, pair.model, pair.processor, [one], settings) == [
+            wanted
+        ]
 
 
 # --- dropout --------------------------------------------------------------------------------------
@@ -276,7 +285,7 @@ def test_packed_rows_have_the_masks_of_padded_ones() -> None:
 
 def test_patches_are_keyed_by_sample_and_image(pair: Pair) -> None:
     examples = mixed(pair.processor)
-    tensors = FAMILY.collate(examples, pair.processor).tensors
+    tensors = FAMILY.code.collate(examples, pair.processor).tensors
     wanted = [
         (stable_hash(one.key, number), index)
         for one in examples
@@ -309,11 +318,17 @@ def adapted(pair: Pair, tmp_path: Path) -> LoadedModel:
 def test_dropout_masks_depend_on_no_batch_mate(adapted: LoadedModel) -> None:
     examples = mixed(adapted.processor)
     with torch.no_grad():
-        together = FAMILY.forward(adapted.model, FAMILY.collate(examples, adapted.processor))
+        together = decoding.forward(
+            FAMILY.code, adapted.model, FAMILY.code.collate(examples, adapted.processor)
+        )
         for row, one in enumerate(examples):
-            single = FAMILY.forward(adapted.model, FAMILY.collate([one], adapted.processor))
+            single = decoding.forward(
+                FAMILY.code, adapted.model, FAMILY.code.collate([one], adapted.processor)
+            )
             wanted = float(single.answer_loss_sum)
             assert float(together.per_sample_loss[row]) == pytest.approx(wanted, rel=1e-4), one.id
         scope_of(adapted.model).step += 1
-        later = FAMILY.forward(adapted.model, FAMILY.collate(examples, adapted.processor))
+        later = decoding.forward(
+            FAMILY.code, adapted.model, FAMILY.code.collate(examples, adapted.processor)
+        )
     assert abs(float(later.answer_loss_sum - together.answer_loss_sum)) > 1e-2

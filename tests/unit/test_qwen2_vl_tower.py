@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmtrain.models.families.qwen2_vl import computing
+from mmtrain.models import decoding
 from mmtrain.models.families.qwen2_vl.tower_plan import plan
 from mmtrain.models.interface import Batch, LoadedModel
 from tests.unit.qwen2_vl_material import FAMILY, GREEDY, TINY, load, mixed, write_lively
@@ -25,11 +25,11 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def without_values(loaded: LoadedModel) -> Any:
     """The model's shapes."""
     with META:
-        return FAMILY.skeleton(loaded.config)
+        return FAMILY.code.skeleton(loaded.config)
 
 
 def batch_of(loaded: LoadedModel) -> Batch:
-    return FAMILY.collate(mixed(loaded.processor), loaded.processor)
+    return FAMILY.code.collate(mixed(loaded.processor), loaded.processor)
 
 
 def test_a_planned_tower_makes_the_same_features(loaded: LoadedModel) -> None:
@@ -57,7 +57,7 @@ def test_forward_reads_nothing_back_before_the_llm(
 
     monkeypatch.setattr(without_values.model.language_model, "forward", caught)
     with pytest.raises(StopIteration):
-        computing.hidden_states(without_values, batch_of(loaded).to(META))
+        decoding.hidden_states(FAMILY.code, without_values, batch_of(loaded).to(META))
     assert seen[0]["inputs_embeds"].device == META
 
 
@@ -68,10 +68,16 @@ def test_generation_reads_nothing_back_before_the_llm(
 
     def caught(**given: Any) -> Any:
         seen.append(given)
-        return torch.zeros(given["input_ids"].shape, dtype=torch.long)
+        return torch.zeros(given["attention_mask"].shape, dtype=torch.long)
 
     monkeypatch.setattr(without_values, "generate", caught)
-    assert FAMILY.generate(without_values, loaded.processor, examples, GREEDY) == [""] * 4
+    assert (
+        decoding.generate(FAMILY.code, without_values, loaded.processor, examples, GREEDY)
+        == [""] * 4
+    )
+    if "inputs_embeds" in seen[0]:
+        assert seen[0]["inputs_embeds"].device == META
+        return
     features = seen[0]["mm_encoder_outputs"]["image"].pooler_output
     assert [len(one) for one in features] == [
         grid[1] * grid[2] // 4 for example in examples for grid in example.extras["grid"]

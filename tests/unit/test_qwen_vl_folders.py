@@ -47,9 +47,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def chat() -> Any:
     """The preset of the published shape, without memory for it."""
-    config = FAMILY.model_config(ModelOptions(None, "qwen-vl-chat"))
+    config = FAMILY.code.model_config(ModelOptions(None, "qwen-vl-chat"))
     with torch.device("meta"):
-        return FAMILY.skeleton(config)
+        return FAMILY.code.skeleton(config)
 
 
 def published_names() -> list[str]:
@@ -83,8 +83,8 @@ def test_the_names_are_those_of_the_published_index() -> None:
 
 def test_the_preset_is_the_published_configuration(tmp_path: Path) -> None:
     shutil.copy(GOLDEN / "config.json", tmp_path)
-    stored = FAMILY.model_config(ModelOptions(str(tmp_path), None))
-    preset = FAMILY.model_config(ModelOptions(None, "qwen-vl-chat"))
+    stored = FAMILY.code.model_config(ModelOptions(str(tmp_path), None))
+    preset = FAMILY.code.model_config(ModelOptions(None, "qwen-vl-chat"))
     unlike = {"architectures", "bf16", "fp16", "fp32", "onnx_safe", "tokenizer_type"}
     unlike |= {"use_flash_attn", "_name_or_path", "transformers_version"}
     first, second = (
@@ -130,7 +130,7 @@ def test_full_training_of_the_connector_leaves_its_fixed_positions(folder: Path)
 
 
 def test_new_positions_are_sines_of_column_and_row() -> None:
-    model = FAMILY.load(ModelOptions(None, "tiny", dtype="fp32"), None).model
+    model = FAMILY.code.load(ModelOptions(None, "tiny", dtype="fp32"), None).model
     found = model.get_parameter("transformer.visual.attn_pool.pos_embed")
     assert torch.equal(found, sine_positions(16, 96))
     row, column, channel = 2, 3, 5
@@ -180,7 +180,7 @@ def test_bf16_loads_the_rounded_weights(folder: Path) -> None:
 def test_a_saved_folder_has_the_published_layout(folder: Path, tmp_path: Path) -> None:
     loaded = load(folder)
     state = {name: parameter.detach() for name, parameter in loaded.model.named_parameters()}
-    FAMILY.save(loaded.model, loaded.processor, state, tmp_path)
+    FAMILY.code.save(loaded.model, loaded.processor, state, tmp_path)
     assert_loads(tmp_path, stored_tensors(folder))
     saved, given = (json.loads((one / "config.json").read_text()) for one in (tmp_path, folder))
     assert saved["model_type"] == "qwen" and saved["visual"] == given["visual"]
@@ -218,7 +218,7 @@ def test_overrides_change_shapes_together(folder: Path) -> None:
 )
 def test_overrides_that_do_not_add_up(overrides: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
-        FAMILY.model_config(ModelOptions(None, "tiny", overrides=overrides))
+        FAMILY.code.model_config(ModelOptions(None, "tiny", overrides=overrides))
 
 
 def test_dropout_of_the_base(folder: Path, tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_dropout_of_the_base(folder: Path, tmp_path: Path) -> None:
     edit_json(tmp_path / "config.json", attn_dropout_prob=0.1, emb_dropout_prob=0.2)
     assert load(tmp_path).config.attn_dropout_prob == 0.0
     assert load(folder, base_dropout="checkpoint").config.attn_dropout_prob == 0.0
-    stored = FAMILY.model_config(ModelOptions(str(tmp_path), None, base_dropout="stored"))
+    stored = FAMILY.code.model_config(ModelOptions(str(tmp_path), None, base_dropout="stored"))
     assert (stored.attn_dropout_prob, stored.emb_dropout_prob) == (0.1, 0.2)
     with pytest.raises(CheckpointError, match="model.base_dropout"):
         load(tmp_path, base_dropout="checkpoint")

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as functional
 
+from mmtrain.models import decoding
 from mmtrain.models.interface import Example, LoadedModel
 from tests.unit import qwen_vl_plain as plain
 from tests.unit.folder_faults import stored_tensors
@@ -74,9 +75,9 @@ def test_lengths_beyond_training_change_the_logits(tiny_model: TinyModel) -> Non
 
 def test_loss_is_the_sum_over_answer_tokens(tiny_model: TinyModel) -> None:
     examples = mixed(tiny_model.loaded.processor)
-    batch = FAMILY.collate(examples, tiny_model.loaded.processor)
+    batch = FAMILY.code.collate(examples, tiny_model.loaded.processor)
     with torch.no_grad():
-        result = FAMILY.forward(tiny_model.loaded.model, batch)
+        result = decoding.forward(FAMILY.code, tiny_model.loaded.model, batch)
     wanted = []
     for one in examples:
         logits, labels = tiny_model.wanted(one)[:-1], torch.tensor(one.labels[1:])
@@ -84,15 +85,15 @@ def test_loss_is_the_sum_over_answer_tokens(tiny_model: TinyModel) -> None:
     assert torch.allclose(result.per_sample_loss, torch.stack(wanted), rtol=TOLERANCE)
     assert float(result.answer_loss_sum) == pytest.approx(float(sum(wanted)), rel=TOLERANCE)
     answers = sum(label != -100 for one in examples for label in one.labels)
-    assert result.num_answer_tokens == batch.num_answer_tokens == answers
+    assert int(result.per_sample_tokens.sum()) == batch.num_answer_tokens == answers
 
 
 def test_training_sees_what_evaluation_sees(tiny_model: TinyModel) -> None:
-    batch = FAMILY.collate(mixed(tiny_model.loaded.processor), tiny_model.loaded.processor)
+    batch = FAMILY.code.collate(mixed(tiny_model.loaded.processor), tiny_model.loaded.processor)
     model = tiny_model.loaded.model
     with torch.no_grad():
-        evaluated = FAMILY.forward(model.eval(), batch).per_sample_loss
-        trained = FAMILY.forward(model.train(), batch).per_sample_loss
+        evaluated = decoding.forward(FAMILY.code, model.eval(), batch).per_sample_loss
+        trained = decoding.forward(FAMILY.code, model.train(), batch).per_sample_loss
     model.eval()
     assert torch.equal(trained, evaluated)
 
@@ -104,9 +105,9 @@ def test_eager_attention_is_the_same(tiny_model: TinyModel) -> None:
         pairs = zip(logits_of(eager, examples, side), logits_of(tiny_model.loaded, examples, side))
         for found, wanted in pairs:
             assert (found - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
-    answers = FAMILY.generate(eager.model, eager.processor, examples, GREEDY)
+    answers = decoding.generate(FAMILY.code, eager.model, eager.processor, examples, GREEDY)
     usual = tiny_model.loaded
-    assert answers == FAMILY.generate(usual.model, usual.processor, examples, GREEDY)
+    assert answers == decoding.generate(FAMILY.code, usual.model, usual.processor, examples, GREEDY)
 
 
 def test_images_count_each_in_its_place(tiny_model: TinyModel) -> None:
@@ -115,7 +116,9 @@ def test_images_count_each_in_its_place(tiny_model: TinyModel) -> None:
     def loss(*numbers: int) -> float:
         one = example(processor, "a", "Which?", "5", [image(number) for number in numbers])
         with torch.no_grad():
-            result = FAMILY.forward(tiny_model.loaded.model, FAMILY.collate([one], processor))
+            result = decoding.forward(
+                FAMILY.code, tiny_model.loaded.model, FAMILY.code.collate([one], processor)
+            )
         return float(result.answer_loss_sum)
 
     losses = [loss(1, 2), loss(2, 1), loss(1, 3)]
@@ -126,23 +129,25 @@ def test_padding_samples_run_but_change_nothing(tiny_model: TinyModel) -> None:
     loaded = tiny_model.loaded
     examples = mixed(loaded.processor)
     padded = [*examples, replace(examples[0], weight=0.0)]
-    batch = FAMILY.collate(padded, loaded.processor)
+    batch = FAMILY.code.collate(padded, loaded.processor)
     with torch.no_grad():
-        found = FAMILY.forward(loaded.model, batch)
-        wanted = FAMILY.forward(loaded.model, FAMILY.collate(examples, loaded.processor))
+        found = decoding.forward(FAMILY.code, loaded.model, batch)
+        wanted = decoding.forward(
+            FAMILY.code, loaded.model, FAMILY.code.collate(examples, loaded.processor)
+        )
     assert float(found.per_sample_loss[-1]) == 0.0
     assert float(found.answer_loss_sum) == pytest.approx(float(wanted.answer_loss_sum), rel=1e-6)
 
 
 def test_recomputed_activations_give_the_same_gradients(tiny_model: TinyModel) -> None:
-    batch = FAMILY.collate(mixed(tiny_model.loaded.processor), tiny_model.loaded.processor)
+    batch = FAMILY.code.collate(mixed(tiny_model.loaded.processor), tiny_model.loaded.processor)
 
     def gradients(recompute: bool) -> dict[str, torch.Tensor]:
         model: Any = load(tiny_model.folder).model.train()
         if recompute:
             model.activation_checkpointing_enable({"use_reentrant": False})
             assert model.transformer.h[0].gradient_checkpointing
-        FAMILY.forward(model, batch).answer_loss_sum.backward()
+        decoding.forward(FAMILY.code, model, batch).answer_loss_sum.backward()
         return {name: parameter.grad for name, parameter in model.named_parameters()}
 
     plainly, recomputed = gradients(False), gradients(True)
@@ -185,11 +190,11 @@ def readable_only_while_called(model: torch.nn.Module) -> Iterator[None]:
 def test_parameters_are_read_only_while_their_module_runs(tiny_model: TinyModel) -> None:
     loaded = load(tiny_model.folder)
     examples = mixed(loaded.processor)
-    batch = FAMILY.collate(examples, loaded.processor)
+    batch = FAMILY.code.collate(examples, loaded.processor)
     usual = tiny_model.loaded
     with torch.no_grad(), readable_only_while_called(loaded.model):
-        found = FAMILY.forward(loaded.model, batch).per_sample_loss
-        answers = FAMILY.generate(loaded.model, loaded.processor, examples, GREEDY)
+        found = decoding.forward(FAMILY.code, loaded.model, batch).per_sample_loss
+        answers = decoding.generate(FAMILY.code, loaded.model, loaded.processor, examples, GREEDY)
     with torch.no_grad():
-        assert torch.equal(found, FAMILY.forward(usual.model, batch).per_sample_loss)
-    assert answers == FAMILY.generate(usual.model, usual.processor, examples, GREEDY)
+        assert torch.equal(found, decoding.forward(FAMILY.code, usual.model, batch).per_sample_loss)
+    assert answers == decoding.generate(FAMILY.code, usual.model, usual.processor, examples, GREEDY)

@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from mmtrain.models.families.qwen_vl.computing import embed
+from mmtrain.models import decoding
 from mmtrain.models.families.qwen_vl.lengths import logn_scale, ntk_alpha
-from mmtrain.models.interface import Example, LoadedModel
+from mmtrain.models.interface import Batch, Example, LoadedModel
 from mmtrain.models.text import prompt_ids
 from tests.unit import qwen_vl_plain as plain
 from tests.unit.folder_faults import stored_tensors
 from tests.unit.qwen_vl_material import (
     FAMILY,
     GREEDY,
+    embeds_of,
     example,
     image,
     load,
@@ -61,7 +62,9 @@ def test_cached_generation_equals_plain_recomputation(folder: Path, loaded: Load
         tokenizer.decode(plain_answer(folder, loaded, one), skip_special_tokens=True).strip()
         for one in examples
     ]
-    assert FAMILY.generate(loaded.model, loaded.processor, examples, GREEDY) == wanted
+    assert (
+        decoding.generate(FAMILY.code, loaded.model, loaded.processor, examples, GREEDY) == wanted
+    )
     assert len(set(wanted)) > 1 and any(wanted), wanted
 
 
@@ -69,9 +72,10 @@ def test_cached_generation_equals_plain_recomputation(folder: Path, loaded: Load
 def test_batched_generation_equals_one_by_one(loaded: LoadedModel, beams: int) -> None:
     settings = SimpleNamespace(**{**vars(GREEDY), "num_beams": beams})
     examples = mixed(loaded.processor)
-    together = FAMILY.generate(loaded.model, loaded.processor, examples, settings)
+    together = decoding.generate(FAMILY.code, loaded.model, loaded.processor, examples, settings)
     single = [
-        FAMILY.generate(loaded.model, loaded.processor, [one], settings)[0] for one in examples
+        decoding.generate(FAMILY.code, loaded.model, loaded.processor, [one], settings)[0]
+        for one in examples
     ]
     assert together == single
     assert len(set(together)) > 1 and any(together), together
@@ -117,7 +121,8 @@ def answer_ids(loaded: LoadedModel, prompt: list[int], pixels: torch.Tensor) -> 
     model: Any = loaded.model
     ids = torch.tensor([prompt])
     with torch.no_grad():
-        embeds = embed(model, ids, ids == loaded.processor.image_token_id, pixels[None])
+        batch = Batch({"pixel_values": pixels[None]}, [], 0, 0)
+        embeds = embeds_of(model, batch, ids, loaded.processor.image_token_id)
     out = model.generate(
         inputs_embeds=embeds,
         attention_mask=torch.ones_like(ids),

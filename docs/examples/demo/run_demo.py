@@ -70,7 +70,7 @@ def write_tiny_model() -> None:
     """Random weights in the real classes, a tokenizer trained on the task's own words."""
     from mmtrain import plugins
 
-    plugins.load("family", "llava").write_tiny(OUT / "tiny-llava", QUESTIONS, seed=0)
+    plugins.load("family", "llava").code.write_tiny(OUT / "tiny-llava", QUESTIONS, seed=0)
 
 
 def metrics(name: str) -> dict[str, float]:

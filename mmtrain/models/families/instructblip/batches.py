@@ -4,28 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from mmtrain.models import batching
-from mmtrain.models.answers import answer_targets
+from mmtrain.models.families.instructblip.processing import Processor
 from mmtrain.models.interface import Batch, BatchSize, Example
 
 
-def collate(examples: Sequence[Example], processor: Any) -> Batch:
-    """Right-pad; a batch without any image carries a blank one that nothing reads."""
-    tensors = batching.text_tensors(examples) | _images(examples, processor)
-    start = processor.decoder_start_token_id
+def collate(examples: Sequence[Example], processor: Processor, generating: bool = False) -> Batch:
+    """A batch without any image carries a blank one that nothing reads.
+
+    What T5's encoder reads holds no answer: it is the same when generating.
+    """
+    start, token_id = processor.decoder_start_token_id, processor.image_token_id
+    tensors = batching.text_tensors(examples, token_id, generating and start is None)
+    tensors |= _images(examples, processor)
+    if generating:
+        return batching.make_batch(examples, tensors)
     if start is None:
-        targets = answer_targets(examples, tensors["input_ids"].shape[1])
-        return batching.make_batch(examples, tensors, targets)
+        tensors |= batching.answer_targets(examples, tensors["input_ids"].shape[1])
+        return batching.make_batch(examples, tensors)
     shifted = [[start, *example.labels[:-1]] for example in examples]
     tensors["decoder_input_ids"], _ = batching.pad_ids(shifted, "right")
-    targets = answer_targets(examples, tensors["decoder_input_ids"].shape[1], shift=0)
+    tensors |= batching.answer_targets(examples, tensors["decoder_input_ids"].shape[1], shift=0)
     num_decoder_tokens = sum(len(example.labels) for example in examples if example.weight > 0)
-    return batching.make_batch(examples, tensors, targets, num_decoder_tokens)
+    return batching.make_batch(examples, tensors, num_decoder_tokens)
 
 
 def planned_batch(config: Any, size: BatchSize) -> Batch:
@@ -39,18 +44,18 @@ def planned_batch(config: Any, size: BatchSize) -> Batch:
     if start is not None:
         answer = [batching.TEXT_ID] * size.answer_tokens
         examples = [replace(one, labels=answer) for one in examples]
-    cutter = SimpleNamespace(size={"height": side, "width": side})
-    return collate(examples, SimpleNamespace(image_processor=cutter, decoder_start_token_id=start))
+    facts = Processor(None, config.image_token_id, side, len(image), 0, start, (), ())
+    return collate(examples, facts)
 
 
-def _images(examples: Sequence[Example], processor: Any) -> dict[str, torch.Tensor]:
+def _images(examples: Sequence[Example], processor: Processor) -> dict[str, torch.Tensor]:
     """An image's row carries its sample's instruction; the blank one's row that of the first."""
-    size = processor.image_processor.size
+    side = processor.image_size
     owners = [one for one in examples for _ in one.pixels] or examples[:1]
     instructions = [example.extras["instruction_ids"] for example in owners]
     instruction_ids, instruction_mask = batching.pad_ids(instructions, "right")
     return {
-        **batching.image_tensors(examples, size["height"], size["width"]),
+        **batching.image_tensors(examples, side, side),
         "instruction_ids": instruction_ids,
         "instruction_mask": instruction_mask,
     }

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from mmtrain.errors import DataError
 from mmtrain.models.dropout import stable_hash
-from mmtrain.models.interface import Example
+from mmtrain.models.interface import Example, Size
 from mmtrain.models.text import IGNORED, refuse_control_tokens
 from mmtrain.tasks.interface import Rendered, Turn
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
 
 IMAGE_TOKEN = "<image>"
@@ -24,19 +25,19 @@ def prompt_text(turns: Sequence[Turn]) -> str:
     return " ".join([*earlier, turns[-1].text])
 
 
-def encode(
+def encode_text(
     processor: Any,
     sample_id: str,
     rendered: Rendered,
-    images: Sequence[Image],
+    sizes: Sequence[Size],
     max_length: int,
     truncation_side: str,
 ) -> Example:
     """Tokenise one sample. `max_length` bounds images and prompt; answers are never cut."""
     tokenizer, image_id = processor.tokenizer, processor.image_token_id
-    _refuse_control_tokens(processor, sample_id, rendered, bool(images))
+    _refuse_control_tokens(processor, sample_id, rendered, bool(sizes))
     prompt = prompt_text(rendered.turns)
-    num_image_tokens = processor.num_query_tokens * len(images)
+    num_image_tokens = processor.num_query_tokens * len(sizes)
     room = max_length - num_image_tokens
     text = _within(tokenizer, prompt, room, truncation_side)
     if text is None:
@@ -53,10 +54,6 @@ def encode(
     if processor.decoder_start_token_id is None:
         labels = [IGNORED] * len(input_ids) + answer
         input_ids = input_ids + answer
-    pixels = [
-        processor.image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
-        for image in images
-    ]
     room = min(max_length - processor.num_query_tokens, processor.instruction_positions)
     instruction = rendered.instruction if rendered.instruction is not None else prompt
     instruction_ids = _within(processor.qformer_tokenizer, instruction, room, truncation_side)
@@ -65,10 +62,17 @@ def encode(
         stable_hash(sample_id),
         input_ids,
         labels,
-        pixels,
         # Without any room the Q-Former reads the bare frame of a text.
         extras={"instruction_ids": instruction_ids or _frame(processor.qformer_tokenizer)},
     )
+
+
+def pixels(processor: Any, images: Sequence[Image]) -> list[torch.Tensor]:
+    """The images as the tower reads them."""
+    return [
+        processor.image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+        for image in images
+    ]
 
 
 def _refuse_control_tokens(

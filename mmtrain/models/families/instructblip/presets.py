@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+MODEL_TYPES = ("instructblip",)
 _EVA_G = dict(
     hidden_size=1408,
     intermediate_size=6144,

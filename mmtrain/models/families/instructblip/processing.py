@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,59 @@ from mmtrain.models.families.instructblip.encoding import IMAGE_TOKEN
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.txt")
 
 
-def load_processor(folder: Path, config: Any) -> Any:
-    """The processor, and what encoding needs to know of the model."""
+@dataclass(frozen=True)
+class Processor:
+    """What encoding needs of a checkpoint folder."""
+
+    hf: Any  # transformers' processor; None where nothing is encoded
+    image_token_id: int
+    image_size: int
+    num_query_tokens: int
+    instruction_positions: int  # that the Q-Former has
+    decoder_start_token_id: int | None  # T5's answers begin behind it; None: decoder-only
+    control_tokens: tuple[str, ...]
+    qformer_control_tokens: tuple[str, ...]
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of what the language model reads."""
+        return self.hf.tokenizer
+
+    @property
+    def qformer_tokenizer(self) -> Any:
+        """Of instructions."""
+        return self.hf.qformer_tokenizer
+
+    @property
+    def image_processor(self) -> Any:
+        """Resizes and normalises."""
+        return self.hf.image_processor
+
+    def save_pretrained(self, folder: str) -> None:
+        """The files that transformers reads."""
+        self.hf.save_pretrained(folder)
+
+
+def load_processor(folder: Path, config: Any) -> Processor:
+    """The folder's processor, and what encoding needs to know of the model."""
     _refuse_missing_tokenizers(folder)
-    processor = building.load_processor(folder, IMAGE_TOKEN, config.image_token_id)
-    _refuse_other_sizes(folder, processor, config)
-    size, wanted = processor.image_processor.size, config.vision_config.image_size
-    building.refuse_other_image_size(folder, (size.get("height"), size.get("width")), wanted)
+    hf = building.load_processor(folder, IMAGE_TOKEN, config.image_token_id)
     # Older folders say nothing of image tokens: it is the first id behind the tokenizer's.
-    config.image_token_id = processor.image_token_id
-    processor.num_query_tokens = config.num_query_tokens
-    processor.instruction_positions = config.qformer_config.max_position_embeddings
-    processor.decoder_start_token_id = _decoder_start(folder, config.text_config)
-    processor.control_tokens = (IMAGE_TOKEN, *_control_tokens(processor.tokenizer))
-    processor.qformer_control_tokens = _control_tokens(processor.qformer_tokenizer)
-    return processor
+    config.image_token_id = hf.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    _refuse_other_sizes(folder, hf, config)
+    size, wanted = hf.image_processor.size, config.vision_config.image_size
+    building.refuse_other_image_size(folder, (size.get("height"), size.get("width")), wanted)
+    hf.num_query_tokens = config.num_query_tokens  # older folders leave it out
+    return Processor(
+        hf=hf,
+        image_token_id=config.image_token_id,
+        image_size=wanted,
+        num_query_tokens=config.num_query_tokens,
+        instruction_positions=config.qformer_config.max_position_embeddings,
+        decoder_start_token_id=_decoder_start(folder, config.text_config),
+        control_tokens=(IMAGE_TOKEN, *_control_tokens(hf.tokenizer)),
+        qformer_control_tokens=_control_tokens(hf.qformer_tokenizer),
+    )
 
 
 def _decoder_start(folder: Path, text: Any) -> int | None:
@@ -62,7 +101,7 @@ def _refuse_missing_tokenizers(folder: Path) -> None:
 
 def _refuse_other_sizes(folder: Path, processor: Any, config: Any) -> None:
     """Every token but the image's is looked up."""
-    words = set(processor.tokenizer.get_vocab().values()) - {processor.image_token_id}
+    words = set(processor.tokenizer.get_vocab().values()) - {config.image_token_id}
     building.refuse_larger_tokenizer(folder, max(words) + 1, config.text_config.vocab_size)
     instruction_words = processor.qformer_tokenizer.get_vocab().values()
     building.refuse_larger_tokenizer(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from transformers.initialization import no_init_weights
 from mmtrain.errors import CheckpointError
 from mmtrain.models import configuration
 from mmtrain.models.families.instructblip import dropping
+from mmtrain.models.families.instructblip.presets import MODEL_TYPES, PRESETS
 from mmtrain.models.interface import AttentionShape, ModelOptions
 from mmtrain.models.weights import weight_files
 
@@ -21,15 +21,13 @@ HEAD = "language_model.lm_head.weight"
 _LANGUAGE_MODELS = ("t5", "llama")
 
 
-def read_config(
-    options: ModelOptions, presets: Mapping[str, Mapping[str, Any]], model_types: tuple[str, ...]
-) -> Any:
+def read_config(options: ModelOptions) -> Any:
     """The configuration of a checkpoint folder or of a preset."""
     if options.checkpoint is None:
-        config: Any = InstructBlipConfig(**deepcopy(dict(presets[str(options.preset)])))
+        config: Any = InstructBlipConfig(**deepcopy(dict(PRESETS[str(options.preset)])))
     else:
         folder = Path(options.checkpoint)
-        stored = configuration.stored_config(folder, model_types)
+        stored = configuration.stored_config(folder, MODEL_TYPES)
         config = configuration.parsed(InstructBlipConfig, stored, folder)
         _refuse_other_language_model(folder, config)
     vision, qformer, text = config.vision_config, config.qformer_config, config.text_config

@@ -17,7 +17,9 @@ _ROUND_TO = 64  # published embeddings have more rows than the tokenizer has tok
 _CHARACTERS = sorted(set(printable) - set("\t\n\r\x0b\x0c"))
 
 
-def write(family: Any, config: Any, texts: Sequence[str], seed: int, folder: Path) -> None:
+def write(
+    skeleton: tiny.Skeleton, config: Any, texts: Sequence[str], seed: int, folder: Path
+) -> None:
     """Weights, configuration, tokenizers and image processor of a tiny model."""
     from transformers import InstructBlipProcessor
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
@@ -35,7 +37,7 @@ def write(family: Any, config: Any, texts: Sequence[str], seed: int, folder: Pat
     config.text_config.vocab_size = -(-len(tokenizer) // _ROUND_TO) * _ROUND_TO
     config.qformer_config.vocab_size = len(qformer_tokenizer)
     config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    tiny.write_model(family, config, folder, seed, tiny.NARROW_SPREAD)
+    tiny.write_model(skeleton, config, folder, seed, tiny.NARROW_SPREAD)
     processor.save_pretrained(str(folder))
 
 

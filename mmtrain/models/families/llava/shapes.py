@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+MODEL_TYPES = ("llava", "llava_llama", "share4v")
 CLIP_L_336: dict[str, Any] = dict(
     model_type="clip_vision_model",
     hidden_size=1024,
@@ -63,3 +64,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "sharegpt4v-7b": _preset(_vicuna(4096, 11008, 32, 32), CLIP_L_336),
     "tiny": _preset(_vicuna(96, 256, 4, 4, vocabulary=512), _TINY_VISION, image_token=4),
 }
+
+
+def tokens_per_image(config: Any) -> int:
+    """Features one image contributes to the sequence: patches, and the class token if kept."""
+    vision = config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    return patches + (config.vision_feature_select_strategy != "default")

@@ -4,40 +4,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from mmtrain.models import answers, batching
+from mmtrain.models import batching
 from mmtrain.models.families.qwen2_vl.encoding import num_tokens
+from mmtrain.models.families.qwen2_vl.processing import Processor
 from mmtrain.models.families.qwen2_vl.shapes import image_tokens
 from mmtrain.models.interface import Batch, BatchSize, Example
 
 COLOURS = 3
 
 
-def collate(examples: Sequence[Example], processor: Any) -> Batch:
-    """Right-padded texts; the patches of all images one after another."""
-    rows = [example.input_ids for example in examples]
-    tensors = batching.text_tensors(examples)
+def collate(examples: Sequence[Example], processor: Processor, generating: bool = False) -> Batch:
+    """Padded texts with their positions; the patches of all images one after another."""
+    tensors = batching.text_tensors(examples, processor.image_token_id, generating)
     mask = tensors["attention_mask"]
+    rows = [ids[kept.bool()].tolist() for ids, kept in zip(tensors["input_ids"], mask, strict=True)]
     tensors["position_ids"] = padded_positions(examples, rows, processor, mask)
     images, grid = image_tensors(examples, processor)
-    targets = answers.answer_targets(examples, mask.shape[1])
-    batch = batching.make_batch(examples, tensors | images, targets)
-    return replace(batch, host={"grid": grid})
+    if not generating:
+        tensors |= batching.answer_targets(examples, mask.shape[1])
+    return batching.make_batch(examples, tensors | images, grid=grid)
 
 
 def planned_batch(config: Any, size: BatchSize) -> Batch:
     """A batch of this size with square images of the usual size, to measure what it costs."""
     vision, image_id = config.vision_config, config.image_token_id
     patch, frames = vision.patch_size, vision.temporal_patch_size
-    cutter = SimpleNamespace(temporal_patch_size=frames, patch_size=patch)
-    processor = SimpleNamespace(
-        merge_size=vision.spatial_merge_size, image_token_id=image_id, image_processor=cutter
+    cutter = SimpleNamespace(
+        temporal_patch_size=frames, patch_size=patch, merge_size=vision.spatial_merge_size
     )
+    processor = Processor(None, cutter, image_id, frozenset(), 0, (), (), None)
     num_patches = image_tokens(config, "vision")
     side = math.isqrt(num_patches)
     pixels = torch.zeros(num_patches, COLOURS * frames * patch**2)
@@ -47,7 +47,7 @@ def planned_batch(config: Any, size: BatchSize) -> Batch:
 
 
 def image_tensors(
-    examples: Sequence[Example], processor: Any
+    examples: Sequence[Example], processor: Processor
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Patches with their dropout keys, and the grid [images, 3] that they lie in.
 
@@ -75,7 +75,7 @@ def image_tensors(
 def padded_positions(
     examples: Sequence[Example],
     rows: Sequence[Sequence[int]],
-    processor: Any,
+    processor: Processor,
     attention_mask: torch.Tensor,
 ) -> torch.Tensor:
     """Positions [3, rows, tokens] (time, height, width), zero where there is padding."""
@@ -86,7 +86,9 @@ def padded_positions(
     return padded
 
 
-def positions(ids: Sequence[int], grids: Sequence[Sequence[int]], processor: Any) -> torch.Tensor:
+def positions(
+    ids: Sequence[int], grids: Sequence[Sequence[int]], processor: Processor
+) -> torch.Tensor:
     """Positions [3, tokens] of one unpadded row.
 
     Text advances all three by one per token. An image's tokens share their time and count height

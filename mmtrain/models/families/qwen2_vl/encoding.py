@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from PIL.Image import Image
+import torch
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from mmtrain.errors import DataError
 from mmtrain.models import text
@@ -17,30 +19,31 @@ from mmtrain.models.families.qwen2_vl.processing import (
     VISION_START,
     Processor,
 )
-from mmtrain.models.interface import Example
+from mmtrain.models.interface import Example, Size
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from mmtrain.tasks.interface import Rendered
 
 MAX_ASPECT_RATIO = 200  # of the published resizing
 TEXT_REMEDY = "Raise data.max_length or leave the sample out."
 IMAGE_REMEDY = "Lower model.max_pixels, raise data.max_length or leave the sample out."
 
 
-def encode(
+def encode_text(
     processor: Processor,
     sample_id: str,
-    turns: text.Turns,
-    images: Sequence[Image],
+    rendered: Rendered,
+    sizes: Sequence[Size],
     max_length: int,
     truncation_side: str,
 ) -> Example:
     """One conversation whose last turn is the answer; images stand before the first question."""
+    turns = text.conversation(rendered)
     text.refuse_control_tokens(processor.control_tokens, sample_id, (said for _, said in turns))
-    ids, labels = text.tokenise(processor.tokenizer, pieces(processor, turns, len(images)))
-    pixels, grids = [], []
-    for image in images:
-        _refuse_aspect_ratio(sample_id, image)
-        cut = processor.image_processor(image, return_tensors="pt")
-        pixels.append(cut["pixel_values"])
-        grids.append(tuple(cut["image_grid_thw"][0].tolist()))
+    ids, labels = text.tokenise(processor.tokenizer, pieces(processor, turns, len(sizes)))
+    grids = [_grid(processor.image_processor, sample_id, size) for size in sizes]
     ids, labels = _expand(ids, labels, processor, grids)
     ids, labels = text.truncate(
         ids,
@@ -51,9 +54,15 @@ def encode(
         sample_id,
         processor.num_cue_tokens,
         also_kept=processor.kept_ids,
-        remedy=IMAGE_REMEDY if images else TEXT_REMEDY,
+        remedy=IMAGE_REMEDY if sizes else TEXT_REMEDY,
     )
-    return Example(sample_id, stable_hash(sample_id), ids, labels, pixels, extras={"grid": grids})
+    return Example(sample_id, stable_hash(sample_id), ids, labels, extras={"grid": grids})
+
+
+def pixels(processor: Processor, images: Sequence[Image]) -> list[torch.Tensor]:
+    """The patches of each image."""
+    cutter = processor.image_processor
+    return [cutter(image, return_tensors="pt")["pixel_values"] for image in images]
 
 
 def pieces(processor: Processor, turns: text.Turns, num_images: int) -> list[text.Piece]:
@@ -98,10 +107,21 @@ def _expand(
     return out_ids, out_labels
 
 
-def _refuse_aspect_ratio(sample_id: str, image: Image) -> None:
-    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+def _grid(cutter: Any, sample_id: str, size: Size) -> tuple[int, int, int]:
+    """Patches in time, height and width that an image of this size is cut into."""
+    width, height = size
+    if max(size) > MAX_ASPECT_RATIO * min(size):
         raise DataError(
-            f"sample {sample_id}: an image of {image.width} x {image.height} pixels is more than"
+            f"sample {sample_id}: an image of {width} x {height} pixels is more than"
             f" {MAX_ASPECT_RATIO} times as long as wide.",
             "Crop the image or leave the sample out.",
         )
+    budget = cutter.size
+    height, width = smart_resize(
+        height,
+        width,
+        factor=cutter.patch_size * cutter.merge_size,
+        min_pixels=budget.shortest_edge,
+        max_pixels=budget.longest_edge,
+    )
+    return 1, height // cutter.patch_size, width // cutter.patch_size

@@ -137,6 +137,11 @@ def _check_images(folder: Path, image_processor: Any, config: Any) -> None:
                 f"{folder}: its image processor has {name} {found}, config.json says {wanted}.",
                 "Use preprocessor files and config.json of the same checkpoint.",
             )
+    if not image_processor.do_resize:
+        raise CheckpointError(
+            f"{folder}: its image processor does not resize images (do_resize is false).",
+            "Use the preprocessor files of the published checkpoint.",
+        )
     least, most = image_processor.size.shortest_edge, image_processor.size.longest_edge
     if not least or not most or least > most:
         raise CheckpointError(

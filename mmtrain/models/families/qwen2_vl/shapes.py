@@ -10,11 +10,10 @@ from typing import Any
 
 from mmtrain.errors import CheckpointError, ConfigError
 from mmtrain.models import configuration
+from mmtrain.models.families.qwen2_vl.presets import CLASSES, PRESETS
 from mmtrain.models.interface import AttentionShape, ModelOptions
 
 log = logging.getLogger("mmtrain")
-# model_type -> how transformers' classes of that generation begin
-CLASSES = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
 # Lists of vision blocks by number, which a change of depth must respect.
 _BLOCK_LISTS = ("fullatt_block_indexes", "deepstack_visual_indexes")
 USUAL_IMAGE_SIDE = 448
@@ -27,11 +26,11 @@ def transformers_class(model_type: str, suffix: str) -> Any:
     return getattr(transformers, f"{CLASSES[model_type]}{suffix}")
 
 
-def read_config(options: ModelOptions, presets: Mapping[str, Mapping[str, Any]]) -> Any:
+def read_config(options: ModelOptions) -> Any:
     """The configuration of a checkpoint folder or of a preset, with all that `options` changes."""
     if options.checkpoint is None:
         # The classes write into the dictionaries that they are given.
-        preset = copy.deepcopy(dict(presets[str(options.preset)]))
+        preset = copy.deepcopy(dict(PRESETS[str(options.preset)]))
         config = transformers_class(preset["model_type"], "Config")(**preset)
     else:
         folder = Path(options.checkpoint)

@@ -87,7 +87,9 @@ def chat_template(system: str | None) -> str:
     )
 
 
-def write(family: Any, config: Any, texts: Sequence[str], seed: int, folder: Path) -> None:
+def write(
+    skeleton: tiny.Skeleton, config: Any, texts: Sequence[str], seed: int, folder: Path
+) -> None:
     """Weights, configuration, tokenizer and image processor of a tiny model."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
         Qwen2VLImageProcessorPil,
@@ -107,5 +109,5 @@ def write(family: Any, config: Any, texts: Sequence[str], seed: int, folder: Pat
         merge_size=vision.spatial_merge_size,
         temporal_patch_size=vision.temporal_patch_size,
     )
-    tiny.write_model(family, config, folder, seed, tiny.NARROW_SPREAD)
+    tiny.write_model(skeleton, config, folder, seed, tiny.NARROW_SPREAD)
     make_processor(tokenizer, image_processor, config.model_type).save_pretrained(str(folder))

@@ -5,7 +5,6 @@ Annotations are evaluated here, unlike elsewhere: transformers checks values by 
 
 import copy
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +14,9 @@ from transformers import PreTrainedConfig
 
 from mmtrain.errors import CheckpointError, ConfigError
 from mmtrain.models import configuration
+from mmtrain.models.families.qwen_vl.presets import MODEL_TYPES, PRESETS
 from mmtrain.models.interface import AttentionShape, ModelOptions
 
-MODEL_TYPES = ("qwen",)
 USUAL_QUERIES = 256  # of the resampler, where config.json does not say
 # What the published code could do and no published Qwen-VL does.
 _ONLY = {"rotary_pct": 1.0, "scale_attn_weights": True, "tie_word_embeddings": False}
@@ -56,10 +55,10 @@ class QWenConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
 
-def read_config(options: ModelOptions, presets: Mapping[str, Mapping[str, Any]]) -> QWenConfig:
+def read_config(options: ModelOptions) -> QWenConfig:
     """The configuration of a checkpoint folder or of a preset, with all that `options` changes."""
     if options.checkpoint is None:
-        config = QWenConfig(**copy.deepcopy(dict(presets[str(options.preset)])))
+        config = QWenConfig(**copy.deepcopy(dict(PRESETS[str(options.preset)])))
     else:
         config = _stored(Path(options.checkpoint))
     configuration.set_working_precision(config, {}, options)

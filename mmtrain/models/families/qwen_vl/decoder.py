@@ -115,21 +115,25 @@ class QWenModel(nn.Module):
     def forward(
         self,
         inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor,
+        attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
         row_lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Last hidden states. `attention_mask` covers the cached tokens, too.
+        """Last hidden states. `attention_mask` covers the cached tokens, too; none: no padding.
 
         `row_lengths` are the lengths that choose the rotary base, usually those of the mask; with
         a cache they must stay what they were when its keys were turned.
         """
-        num_new, num_tokens = inputs_embeds.shape[1], attention_mask.shape[1]
+        rows, num_new, _ = inputs_embeds.shape
+        seen = attention_mask
+        if seen is None:
+            seen = torch.ones(rows, num_new, dtype=torch.long, device=inputs_embeds.device)
+        num_tokens = seen.shape[1]
         if position_ids is None:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            position_ids = (seen.long().cumsum(-1) - 1).clamp(min=0)
         if row_lengths is None:
-            row_lengths = attention_mask.sum(-1)
+            row_lengths = seen.sum(-1)
         positions = tables(self.config, position_ids[:, -num_new:], num_tokens, row_lengths)
         mask = create_causal_mask(
             config=self.config,

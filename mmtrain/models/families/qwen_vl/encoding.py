@@ -16,12 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL.Image import Image
 
-from mmtrain.models import answers, batching, text
+from mmtrain.models import batching, text
 from mmtrain.models.dropout import stable_hash
 from mmtrain.models.families.qwen_vl.configuration import QWenConfig, num_queries
 from mmtrain.models.families.qwen_vl.processing import Processor, pixel_values
@@ -33,23 +32,28 @@ from mmtrain.models.families.qwen_vl.tokenizer import (
     TURN_START,
     QwenTokenizer,
 )
-from mmtrain.models.interface import Batch, BatchSize, Example
+from mmtrain.models.interface import Batch, BatchSize, Example, Size
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from mmtrain.tasks.interface import Rendered
 
 SYSTEM = "You are a helpful assistant."
 
 
-def encode(
+def encode_text(
     processor: Processor,
     sample_id: str,
-    turns: text.Turns,
-    images: Sequence[Image],
+    rendered: Rendered,
+    sizes: Sequence[Size],
     max_length: int,
     truncation_side: str,
 ) -> Example:
     """One conversation whose last turn is the answer."""
     ids: list[int] = []
     labels: list[int] = []
-    for part, is_answer in _parts(processor, turns, len(images)):
+    for part, is_answer in _parts(processor, text.conversation(rendered), len(sizes)):
         ids += part
         labels += part if is_answer else [text.IGNORED] * len(part)
     tokenizer = processor.tokenizer
@@ -64,8 +68,12 @@ def encode(
         len(cue),
         also_kept=processor.kept_ids,
     )
-    pixels = [pixel_values(image, processor.image_size) for image in images]
-    return Example(sample_id, stable_hash(sample_id), ids, labels, pixels)
+    return Example(sample_id, stable_hash(sample_id), ids, labels)
+
+
+def pixels(processor: Processor, images: Sequence[Image]) -> list[torch.Tensor]:
+    """The images as the tower reads them."""
+    return [pixel_values(image, processor.image_size) for image in images]
 
 
 def _parts(
@@ -101,14 +109,14 @@ def _images(processor: Processor, count: int) -> list[int]:
     return ids
 
 
-def collate(examples: Sequence[Example], processor: Any) -> Batch:
-    """Right-pad; a batch without any image carries a blank one that nothing reads."""
-    tensors = batching.text_tensors(examples)
-    tensors["is_image"] = tensors["input_ids"] == processor.image_token_id
+def collate(examples: Sequence[Example], processor: Any, generating: bool = False) -> Batch:
+    """A batch without any image carries a blank one that nothing reads."""
+    tensors = batching.text_tensors(examples, processor.image_token_id, generating)
     side = processor.image_size
     tensors |= batching.image_tensors(examples, side, side)
-    targets = answers.answer_targets(examples, tensors["input_ids"].shape[1])
-    return batching.make_batch(examples, tensors, targets)
+    if not generating:
+        tensors |= batching.answer_targets(examples, tensors["input_ids"].shape[1])
+    return batching.make_batch(examples, tensors)
 
 
 def planned_batch(config: QWenConfig, size: BatchSize) -> Batch:

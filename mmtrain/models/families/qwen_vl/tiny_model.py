@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,19 @@ NUM_ORDINARY_TOKENS = 448
 _ROUND_TO = 64  # published embeddings have more rows than the tokenizer has tokens
 
 
-def write(family: Any, config: QWenConfig, texts: Sequence[str], seed: int, folder: Path) -> None:
+def write(
+    skeleton: tiny.Skeleton,
+    finish: Callable[[Any], None],
+    config: QWenConfig,
+    texts: Sequence[str],
+    seed: int,
+    folder: Path,
+) -> None:
     """Weights, configuration and tokenizer of a tiny model."""
     words = ["system\nuser\nassistant\nPicture 1: \nPicture 2: ", SYSTEM]
     tokenizer = train([*texts, *words], NUM_ORDINARY_TOKENS)
     config.vocab_size = -(-len(tokenizer) // _ROUND_TO) * _ROUND_TO
     assert config.visual is not None
     config.visual["image_start_id"] = tokenizer.special[IMAGE_START]
-    tiny.write_model(family, config, folder, seed, tiny.NARROW_SPREAD, family.set_fixed_positions)
+    tiny.write_model(skeleton, config, folder, seed, tiny.NARROW_SPREAD, finish)
     make_processor(tokenizer, config).save_pretrained(str(folder))
