@@ -75,6 +75,8 @@ def private_environment(token: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(token),
         # Despite its name: without cluster mode Ray binds every port to the loopback interface.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # A head that is gone does not come back: helpers need not look for it for a minute.
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
     }
 
 

@@ -77,7 +77,7 @@ def test_study_survives_a_failing_trial_and_a_killed_driver(
     second = _start(study_file, "--resume")
     output, _ = second.communicate(timeout=_TIMEOUT_S)
     assert second.returncode == 0, output
-    # Two idle helpers of the killed Ray look for their dead head for about a minute.
+    # Two idle helpers of the killed Ray look for their dead head for some seconds.
     _wait(lambda: not _processes_of(tmp_path), None, "every process to be gone")
 
     records = _results(folder)
