@@ -122,7 +122,7 @@ def build_source(
 
     def encode(sample_id: str, rendered: Any, images: Any) -> Any:
         return encode_sample(
-            assembled.family.code,
+            assembled.family,
             assembled.processor,
             sample_id,
             rendered,

@@ -196,11 +196,11 @@ def _evidence(family: Family, model: Any, processor: Any) -> Evidence:
     batches = []
     for name, images in (("with an image", [_image()]), ("without", [])):
         example = encode(
-            family.code, processor, name, rendered, images, family.default_max_length, "left"
+            family, processor, name, rendered, images, family.default_max_length, "left"
         )
         batches.append(family.code.collate([example], processor))
         with torch.no_grad():
-            forward(family.code, model, batches[-1].to(device))
+            forward(family, model, batches[-1].to(device))
     handle.remove()
     return Evidence(batches, caught)
 

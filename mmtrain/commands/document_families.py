@@ -39,7 +39,7 @@ def families_markdown() -> str:
 
 
 def _section(name: str, family: Family) -> str:
-    about = (sys.modules[type(family).__module__].__doc__ or "").strip()
+    about = (sys.modules[family.module.rpartition(".")[0]].__doc__ or "").strip()
     kinds = ", ".join(f"`{kind}`" for kind in family.model_types)
     reports = {preset: _examined(name, preset) for preset in family.presets if not _is_tiny(preset)}
     parts = [

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     data = ready.config.data
     family = ready.assembled.family
     example = encode(
-        family.code,
+        family,
         ready.assembled.processor,
         "question",
         rendered,

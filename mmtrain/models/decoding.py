@@ -18,7 +18,7 @@ import torch.nn.functional as functional
 
 from mmtrain.distributed import gathered, spans_ranks
 from mmtrain.models.dropout import scope_of
-from mmtrain.models.interface import Batch, Example, FamilyCode, ForwardResult, ImageFeatures
+from mmtrain.models.interface import Batch, Example, Family, ForwardResult, ImageFeatures, Processor
 from mmtrain.models.taps import taps_of
 from mmtrain.models.text import IGNORED
 
@@ -26,28 +26,38 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def forward(
-    code: FamilyCode, model: Any, batch: Batch, features: ImageFeatures | None = None
+    family: Family, model: Any, batch: Batch, features: ImageFeatures | None = None
 ) -> ForwardResult:
     """The loss of one batch; `features` where its images went through the tower already."""
-    hidden_rtc, tensors = hidden_states(code, model, batch, features)
-    result = answer_loss(hidden_rtc, code.head(model), tensors)
+    hidden_rtc, tensors = hidden_states(family, model, batch, features)
+    result = answer_loss(hidden_rtc, family.code.decoder(model).get_output_embeddings(), tensors)
     return replace(result, auxiliary=taps_of(model).auxiliary_losses(tensors))
 
 
 def hidden_states(
-    code: FamilyCode, model: Any, batch: Batch, features: ImageFeatures | None = None
+    family: Family, model: Any, batch: Batch, features: ImageFeatures | None = None
 ) -> tuple[torch.Tensor, Tensors]:
     """What the head reads, and the batch's tensors as they are behind inserted prompts."""
-    code.key_dropout(scope_of(model), batch.tensors)
-    features = features or code.image_features(model, batch)
-    embeds_rtc, tensors = embed(code, model, batch.tensors, features)
-    return code.hidden_states(model, embeds_rtc, tensors, features), tensors
+    _key_rows(family, model, batch.tensors)
+    features = features or family.code.image_features(model, batch)
+    embeds_rtc, tensors = embed(family, model, batch.tensors, features)
+    return family.code.hidden_states(model, embeds_rtc, tensors, features), tensors
+
+
+def _key_rows(family: Family, model: Any, tensors: Tensors) -> None:
+    """Say which sample or image each row of a component's activations belongs to."""
+    scope = scope_of(model)
+    for component, (keys, *place) in family.row_keys.items():
+        if place:
+            scope.set_packed_rows(component, tensors[keys], tensors[place[0]])
+        else:
+            scope.set_rows(component, tensors[keys])
 
 
 def generate(
-    code: FamilyCode,
+    family: Family,
     model: Any,
-    processor: Any,
+    processor: Processor,
     examples: Sequence[Example],
     settings: Any,
     features: ImageFeatures | None = None,
@@ -57,29 +67,31 @@ def generate(
     Ranks stay in step while any is unfinished, if the model is spread over them.
     """
     device = next(model.parameters()).device
+    code, decoder = family.code, family.code.decoder(model)
     batch = code.collate(examples, processor, generating=True).to(device)
     # No forward of DeepSpeed's runs here that would gather what the model itself owns.
     with torch.no_grad(), gathered(model.parameters(recurse=False)):
         features = features or code.image_features(model, batch)
-        embeds_rtc, tensors = embed(code, model, batch.tensors, features)
-        decoder, inputs = code.generation_inputs(model, embeds_rtc, tensors, features)
+        embeds_rtc, tensors = embed(family, model, batch.tensors, features)
         out = decoder.generate(
-            **inputs,
-            generation_config=_generation_config(settings, **code.stop_tokens(processor)),
+            inputs_embeds=embeds_rtc,
+            attention_mask=tensors["attention_mask"],
+            **code.generation_inputs(model, tensors, features),
+            generation_config=_generation_config(settings, processor),
             synced_gpus=spans_ranks(next(model.parameters())),
         )
-    num_prompt = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
-    texts = processor.tokenizer.batch_decode(out[:, num_prompt:], skip_special_tokens=True)
+    texts = processor.tokenizer.batch_decode(out, skip_special_tokens=True)
     return [text.strip() for text in texts]
 
 
 def embed(
-    code: FamilyCode, model: Any, tensors: Tensors, features: ImageFeatures
+    family: Family, model: Any, tensors: Tensors, features: ImageFeatures
 ) -> tuple[torch.Tensor, Tensors]:
     """Token embeddings with image features in the places of image tokens, prompts before them."""
     is_image = tensors["is_image"]
     # The image token may lie outside an unpadded vocabulary: it is never looked up.
-    embeds_rtc = code.embedding(model)(tensors["input_ids"].masked_fill(is_image, 0))
+    table = family.code.decoder(model).get_input_embeddings()
+    embeds_rtc = table(tensors["input_ids"].masked_fill(is_image, 0))
     seen = features.tokens.to(embeds_rtc.dtype)
     embeds_rtc = embeds_rtc.masked_scatter(is_image.unsqueeze(-1), seen)
     prompts = taps_of(model).prompts()
@@ -129,7 +141,7 @@ def answer_loss(hidden_rtc: torch.Tensor, head: Any, tensors: Tensors) -> Forwar
     return ForwardResult(losses_a.sum(), per_sample, tensors["answer_counts"])
 
 
-def _generation_config(settings: Any, **token_ids: Any) -> Any:
+def _generation_config(settings: Any, processor: Processor) -> Any:
     """Greedy or beam search, as the run file says."""
     from transformers import GenerationConfig
 
@@ -140,5 +152,6 @@ def _generation_config(settings: Any, **token_ids: Any) -> Any:
         repetition_penalty=settings.repetition_penalty,
         do_sample=False,
         use_cache=True,
-        **token_ids,
+        eos_token_id=list(processor.stop_ids),
+        pad_token_id=processor.stop_ids[0],
     )

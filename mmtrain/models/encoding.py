@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from mmtrain.models.interface import Example, FamilyCode
+from mmtrain.models.interface import Example, Family
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def encode(
-    code: FamilyCode,
+    family: Family,
     processor: Any,
     sample_id: str,
     rendered: Rendered,
@@ -25,5 +25,7 @@ def encode(
 ) -> Example:
     """Tokenise, then cut the images as the tower reads them."""
     sizes = [image.size for image in images]
-    example = code.encode_text(processor, sample_id, rendered, sizes, max_length, truncation_side)
-    return replace(example, pixels=code.pixels(processor, images))
+    example = family.code.encode_text(
+        processor, sample_id, rendered, sizes, max_length, truncation_side
+    )
+    return replace(example, pixels=family.code.pixels(processor, images))

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-    from mmtrain.models.dropout import DropoutScope
     from mmtrain.tasks.interface import Rendered
 
 Size = tuple[int, int]  # width and height of an image in pixels
@@ -150,7 +149,6 @@ class ImageFeatures:
 
     tokens: torch.Tensor  # [features, channels], or with the images as a first dimension
     deep: tuple[torch.Tensor, ...] = ()  # of earlier vision blocks, for the LLM's first layers
-    lengths: tuple[int, ...] = ()  # features of each image, where they have lengths of their own
 
 
 class Processor(Protocol):
@@ -163,6 +161,10 @@ class Processor(Protocol):
     @property
     def image_token_id(self) -> int:
         """Of the token that holds a feature's place."""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Generation ends at any of these, and pads with the first."""
 
     def save_pretrained(self, folder: str) -> None:
         """Write its files."""
@@ -214,17 +216,11 @@ class FamilyCode(Protocol):
     def planned_batch(self, config: Any, size: BatchSize) -> Batch:
         """A batch of this size with images of the usual size, to measure what it costs."""
 
-    def key_dropout(self, scope: DropoutScope, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Say which sample or image each row of a component's activations belongs to."""
-
     def image_features(self, model: Any, batch: Batch) -> ImageFeatures:
         """Tower and connector once each, whatever the batch holds."""
 
-    def embedding(self, model: Any) -> torch.nn.Module:
-        """The table of token embeddings."""
-
-    def head(self, model: Any) -> torch.nn.Module:
-        """From hidden states to logits."""
+    def decoder(self, model: Any) -> Any:
+        """The part that has embeddings, a head and `generate`, as transformers names them."""
 
     def hidden_states(
         self,
@@ -236,16 +232,9 @@ class FamilyCode(Protocol):
         """What the head reads [rows, tokens, channels], from embeddings of the same shape."""
 
     def generation_inputs(
-        self,
-        model: Any,
-        embeds: torch.Tensor,
-        tensors: Mapping[str, torch.Tensor],
-        features: ImageFeatures,
-    ) -> tuple[Any, dict[str, Any]]:
-        """The module whose `generate` is called, and with what beside the settings."""
-
-    def stop_tokens(self, processor: Any) -> dict[str, Any]:
-        """Token ids that generation begins, ends and pads with, as transformers names them."""
+        self, model: Any, tensors: Mapping[str, torch.Tensor], features: ImageFeatures
+    ) -> dict[str, Any]:
+        """What `generate` is given beside embedded prompts and their mask."""
 
     def processor_code(self, options: ModelOptions) -> ProcessorCode | None:
         """For model cards; None where transformers does not have the model."""
@@ -276,6 +265,9 @@ class Family:
     default_max_length: int  # of data.max_length
     components: Mapping[str, tuple[str, ...]]  # regexes that partition every parameter
     sublayers: SublayerMap
+    # component -> the batch's keys of its rows' dropout; with a second, rows are packed, and it
+    # says each token's place in its row
+    row_keys: Mapping[str, tuple[str, ...]]
     default_roles: DefaultRoles = field(default_factory=dict)
     own_options: tuple[str, ...] = ()  # keys of `model` that this family reads and most do not
     taps: Mapping[str, Tap] = field(default_factory=dict)  # what its forward shows, by name

@@ -126,12 +126,3 @@ def prompt_ids(input_ids: Sequence[int], labels: Sequence[int]) -> list[int]:
     while start > 0 and labels[start - 1] != IGNORED:
         start -= 1
     return list(input_ids[: start if end else len(input_ids)])
-
-
-def stop_tokens(tokenizer: Any) -> dict[str, Any]:
-    """What generation begins, ends and pads with, as the tokenizer says."""
-    return {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id or 0,
-    }

@@ -36,7 +36,7 @@ def peak_bytes(family: Family, model: nn.Module, batch: Batch, flash_attention: 
     counted = LiveBytes([*parameters, *model.buffers(), *batch.tensors.values()])
     try:
         with _gpu_attention(flash_attention), _MasksAreMade(), counted:
-            loss = decoding.forward(family.code, model, batch).answer_loss_sum
+            loss = decoding.forward(family, model, batch).answer_loss_sum
             if loss.requires_grad:
                 loss.backward()
     finally:

@@ -32,7 +32,7 @@ class FamilyModule(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Any, ...]:
         """From images and ids to sums of losses."""
-        result = decoding.forward(self.family.code, self.model, batch)
+        result = decoding.forward(self.family, self.model, batch)
         return result.answer_loss_sum, result.per_sample_loss, result.auxiliary
 
 
@@ -154,9 +154,7 @@ class Engine:
     def generate(self, examples: Sequence[Example], settings: Any) -> list[str]:
         """Answers to the prompts of `examples`."""
         with nondeterminism_explained():
-            return decoding.generate(
-                self.family.code, self.model, self.processor, examples, settings
-            )
+            return decoding.generate(self.family, self.model, self.processor, examples, settings)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients. DeepSpeed divides by accumulation steps and averages ranks."""

@@ -5,110 +5,30 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mmtrain import plugins
 from mmtrain.__main__ import main
 from mmtrain.config.schema import ComponentConfig
 from mmtrain.errors import CheckpointError, DataError
-from mmtrain.models import decoding, encoding
+from mmtrain.models import encoding
 from mmtrain.models.dropout import scope_of
-from mmtrain.models.interface import Example, LoadedModel, ModelOptions
+from mmtrain.models.interface import ModelOptions
 from mmtrain.peft.trainable import make_trainable
 from mmtrain.tasks.interface import Rendered, Turn
 from tests import tiny
+from tests.contracts.tiny_models import SETTINGS, TinyModel, image
 
-TINY_MODELS = [
-    (name, preset)
-    for name in plugins.names("family")
-    for preset in plugins.load("family", name).presets
-    if preset.startswith("tiny")
-]
 TOLERANCE = 1e-5
-SETTINGS = SimpleNamespace(
-    max_new_tokens=4, num_beams=1, length_penalty=1.0, repetition_penalty=1.0, batch_size=8
-)
-
-
-class TinyModel:
-    """A tiny checkpoint of a family, loaded."""
-
-    def __init__(self, root: Path, name: str, preset: str) -> None:
-        self.name, self.preset = name, preset
-        self.family = plugins.load("family", name)
-        self.folder = root / f"{name}-{preset}"
-        self.family.code.write_tiny(self.folder, tiny.DIGITS_TEXTS, seed=0, preset=preset)
-
-    @cache
-    def loaded(self) -> LoadedModel:
-        """The model, shared by tests that leave it as it is."""
-        return self.load()
-
-    def load(self, folder: Path | None = None, **options: Any) -> LoadedModel:
-        """A model of its own."""
-        chosen = ModelOptions(str(folder or self.folder), None, dtype="fp32", **options)
-        return self.family.code.load(chosen, None)
-
-    def encode(
-        self,
-        name: str,
-        question: str,
-        target: str,
-        images: Sequence[Image.Image] = (),
-        max_length: int = 2000,
-        side: str = "left",
-    ) -> Example:
-        """One question, one answer."""
-        rendered = Rendered((Turn("user", question),), target)
-        processor = self.loaded().processor
-        return encoding.encode(
-            self.family.code, processor, name, rendered, images, max_length, side
-        )
-
-    def samples(self) -> list[Example]:
-        """With and without image, of different lengths."""
-        return [
-            self.encode("short", "Which?", "5", [image(1)]),
-            self.encode("text", "Which of these: 0, 1, 2, 3?", "7 and 8"),
-            self.encode("long", "Which digit is in the picture? " * 3, "2", [image(2)]),
-        ]
-
-    def losses(self, model: Any, examples: Sequence[Example]) -> torch.Tensor:
-        """Per sample."""
-        batch = self.family.code.collate(examples, self.loaded().processor)
-        with torch.no_grad():
-            return decoding.forward(self.family.code, model, batch).per_sample_loss
-
-
-def image(number: int) -> Image.Image:
-    """An image like no other."""
-    generator = torch.Generator().manual_seed(number)
-    pixels = torch.randint(0, 256, (32, 32, 3), generator=generator, dtype=torch.uint8)
-    return Image.fromarray(pixels.numpy())
-
-
-@pytest.fixture(scope="module")
-def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], TinyModel]:
-    root = tmp_path_factory.mktemp("tiny_models")
-    return {tiny_model: TinyModel(root, *tiny_model) for tiny_model in TINY_MODELS}
-
-
-@pytest.fixture(params=TINY_MODELS, ids=["-".join(tiny_model) for tiny_model in TINY_MODELS])
-def tiny_model(
-    tiny_models: dict[tuple[str, str], TinyModel], request: pytest.FixtureRequest
-) -> TinyModel:
-    return tiny_models[request.param]
 
 
 @contextmanager
@@ -163,9 +83,7 @@ def test_generation_calls_the_same_modules(tiny_model: TinyModel) -> None:
     for batch in (samples, samples[:1], samples[1:2]):
         with counting_calls(loaded.model) as calls:
             # Without an end in sight every call makes the same number of steps.
-            decoding.generate(
-                tiny_model.family.code, loaded.model, loaded.processor, batch, one_step()
-            )
+            tiny_model.answers(loaded.model, batch, one_step())
         counts.append(calls)
     assert counts[0] and all(calls == counts[0] for calls in counts[1:])
 
@@ -178,17 +96,10 @@ def test_generation_leaves_nothing_behind(tiny_model: TinyModel) -> None:
     """Neither in what the model answers next nor in what it learns from."""
     loaded, samples = tiny_model.loaded(), tiny_model.samples()
     before = tiny_model.losses(loaded.model, samples)
-    first = decoding.generate(
-        tiny_model.family.code, loaded.model, loaded.processor, samples, SETTINGS
-    )
-    decoding.generate(
-        tiny_model.family.code, loaded.model, loaded.processor, samples[1:2], SETTINGS
-    )
+    first = tiny_model.answers(loaded.model, samples)
+    tiny_model.answers(loaded.model, samples[1:2])
     assert torch.equal(tiny_model.losses(loaded.model, samples), before)
-    assert (
-        decoding.generate(tiny_model.family.code, loaded.model, loaded.processor, samples, SETTINGS)
-        == first
-    )
+    assert tiny_model.answers(loaded.model, samples) == first
 
 
 def test_the_image_is_seen(tiny_model: TinyModel) -> None:
@@ -274,9 +185,7 @@ def test_a_saved_folder_loads_again(tiny_model: TinyModel, tmp_path: Path) -> No
     assert set(found) == set(state) and all(torch.equal(found[name], state[name]) for name in state)
     rendered = Rendered((Turn("user", "Which digit?"),), "5")
     first, second = (
-        encoding.encode(
-            tiny_model.family.code, one.processor, "a", rendered, [image(1)], 2000, "left"
-        )
+        encoding.encode(tiny_model.family, one.processor, "a", rendered, [image(1)], 2000, "left")
         for one in (loaded, again)
     )
     assert (first.input_ids, first.labels) == (second.input_ids, second.labels)

@@ -315,7 +315,7 @@ def test_the_cards_snippet_rebuilds_the_trained_model(
         batch = family.code.collate([source.example(index) for index in range(3)], processor)
         with torch.no_grad():
             wanted, rebuilt = (
-                decoding.forward(family.code, model, batch).per_sample_loss
+                decoding.forward(family, model, batch).per_sample_loss
                 for model in (ready.assembled.model, found["model"])
             )
     assert torch.allclose(rebuilt, wanted, rtol=SPLIT_TOLERANCE)

@@ -76,7 +76,7 @@ def example(
     """One encoded conversation: earlier (question, answer) pairs, then question and target."""
     turns = [Turn(role, text) for pair in earlier for role, text in zip(ROLES, pair, strict=True)]
     rendered = Rendered((*turns, Turn("user", question)), target, instruction)
-    return encoding.encode(FAMILY.code, processor, name, rendered, images, max_length, side)
+    return encoding.encode(FAMILY, processor, name, rendered, images, max_length, side)
 
 
 def mixed(processor: Any) -> list[Example]:
@@ -139,6 +139,6 @@ def reference_logits(reference: Any, processor: Any, one: Example) -> torch.Tens
 
 def our_logits(model: Any, batch: Batch) -> torch.Tensor:
     """Our forward up to the logits of the answer positions, one sample after another."""
-    hidden, tensors = decoding.hidden_states(FAMILY.code, model, batch)
+    hidden, tensors = decoding.hidden_states(FAMILY, model, batch)
     picked = hidden.reshape(-1, hidden.shape[-1])[tensors["answer_positions"]]
     return model.language_model.lm_head(picked)

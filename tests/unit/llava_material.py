@@ -65,7 +65,7 @@ def example(
     """One encoded conversation: earlier (question, answer) pairs, then question and target."""
     turns = [Turn(role, text) for pair in earlier for role, text in zip(ROLES, pair, strict=True)]
     rendered = Rendered((*turns, Turn("user", question)), target)
-    return encoding.encode(FAMILY.code, processor, name, rendered, images, max_length, side)
+    return encoding.encode(FAMILY, processor, name, rendered, images, max_length, side)
 
 
 ROLES = ("user", "assistant")
@@ -101,7 +101,7 @@ def spaced(processor: Any) -> Example:
 
 def logits_of(model: Any, batch: Any) -> torch.Tensor:
     """Our forward up to the logits, at every position."""
-    return model.lm_head(decoding.hidden_states(FAMILY.code, model, batch)[0])
+    return model.lm_head(decoding.hidden_states(FAMILY, model, batch)[0])
 
 
 def decoded(processor: Any, ids: Sequence[int]) -> str:

@@ -83,7 +83,7 @@ def example(
     """One encoded conversation: earlier (question, answer) pairs, then question and target."""
     turns = [Turn(role, text) for pair in earlier for role, text in zip(ROLES, pair, strict=True)]
     rendered = Rendered((*turns, Turn("user", question)), target)
-    return encoding.encode(FAMILY.code, processor, name, rendered, images, max_length, side)
+    return encoding.encode(FAMILY, processor, name, rendered, images, max_length, side)
 
 
 def mixed(processor: Any) -> list[Example]:
@@ -123,7 +123,7 @@ def inputs_of(one: Example, processor: Any) -> Tensors:
 
 def logits_of(model: Any, batch: Any) -> torch.Tensor:
     """Ours, at every position."""
-    return model.lm_head(decoding.hidden_states(FAMILY.code, model, batch)[0])
+    return model.lm_head(decoding.hidden_states(FAMILY, model, batch)[0])
 
 
 def token_types(ids: Sequence[int], processor: Any) -> torch.Tensor:

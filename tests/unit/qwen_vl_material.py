@@ -74,7 +74,7 @@ def example(
     """One encoded conversation: earlier (question, answer) pairs, then question and target."""
     turns = [Turn(role, text) for pair in earlier for role, text in zip(ROLES, pair, strict=True)]
     rendered = Rendered((*turns, Turn("user", question)), target)
-    return encoding.encode(FAMILY.code, processor, name, rendered, images, max_length, side)
+    return encoding.encode(FAMILY, processor, name, rendered, images, max_length, side)
 
 
 def mixed(processor: Any) -> list[Example]:
@@ -105,7 +105,7 @@ def embeds_of(model: Any, batch: Any, ids: torch.Tensor, image_token_id: int) ->
     """What the decoder reads of these ids and the batch's images."""
     features = FAMILY.code.image_features(model, batch)
     tensors = {"input_ids": ids, "is_image": ids == image_token_id}
-    return decoding.embed(FAMILY.code, model, tensors, features)[0]
+    return decoding.embed(FAMILY, model, tensors, features)[0]
 
 
 def logits_of(loaded: LoadedModel, examples: Sequence[Example], side: str) -> list[torch.Tensor]:

@@ -20,7 +20,9 @@ def model_of(family: str, **options: Any) -> torch.nn.Module:
     found = plugins.load("family", family)
     preset = next(name for name in found.presets if name.startswith("tiny"))
     with META:
-        return found.code.skeleton(found.code.model_config(ModelOptions(None, preset=preset, **options)))
+        return found.code.skeleton(
+            found.code.model_config(ModelOptions(None, preset=preset, **options))
+        )
 
 
 def fault_of(asked: Asked, model: torch.nn.Module, device: torch.device = META) -> str:

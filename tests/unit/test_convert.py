@@ -200,7 +200,7 @@ def test_another_model_is_never_put_in_place(
             settings["image_processor"]["image_mean"] = [0.5, 0.5, 0.5]
             (folder / "processor_config.json").write_text(json.dumps(settings))
 
-    monkeypatch.setattr(FAMILY, "save", harmed, raising=False)
+    monkeypatch.setattr(FAMILY.code, "save", harmed)
     line = refused(capsys, tiny_model, tmp_path / "target", "--dtype", "fp32")
     named = {"weights": "computes other logits", "pixels": "makes other pixel_values"}
     assert named[what] in line

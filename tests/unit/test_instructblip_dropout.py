@@ -47,7 +47,7 @@ def losses(
     loaded.model.train(training)
     batch = FAMILY.code.collate(examples, loaded.processor)
     with torch.no_grad():
-        found = decoding.forward(FAMILY.code, loaded.model, batch).per_sample_loss
+        found = decoding.forward(FAMILY, loaded.model, batch).per_sample_loss
     loaded.model.eval()
     return dict(zip(batch.ids, found.tolist(), strict=True))
 
@@ -164,9 +164,7 @@ def test_the_ends_of_a_stack_drop_by_masks_of_their_own(tmp_path: Path) -> None:
     dropping = load(write_lively(tmp_path, "tiny"), base_dropout="checkpoint")
     masks = masks_at_the_ends(dropping, 1)
     # Neither generation nor an interrupted forward in between may shift what comes next.
-    decoding.generate(
-        FAMILY.code, dropping.model, dropping.processor, mixed(dropping.processor), GREEDY
-    )
+    decoding.generate(FAMILY, dropping.model, dropping.processor, mixed(dropping.processor), GREEDY)
     with interrupted(dropping.model.get_submodule("language_model.encoder.block.1")):
         losses(dropping, mixed(dropping.processor))
     again, later = masks_at_the_ends(dropping, 1), masks_at_the_ends(dropping, 2)
@@ -205,7 +203,7 @@ def test_where_nothing_trains_the_stored_values_stay(folder: Path, tmp_path: Pat
 def test_generation_is_that_of_the_base(dropping: LoadedModel, plain: LoadedModel) -> None:
     examples = mixed(plain.processor)
     answers = [
-        decoding.generate(FAMILY.code, one.model, one.processor, examples, GREEDY)
+        decoding.generate(FAMILY, one.model, one.processor, examples, GREEDY)
         for one in (dropping, plain)
     ]
     assert answers[0] == answers[1]

@@ -111,7 +111,7 @@ def test_a_tied_head_is_tied(folders: Folders, tmp_path: Path) -> None:
             logits = reference_logits(reference, loaded.processor, one)
             labels = torch.tensor(one.labels)
             wanted = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-            found = decoding.forward(FAMILY.code, loaded.model, batch).answer_loss_sum
+            found = decoding.forward(FAMILY, loaded.model, batch).answer_loss_sum
             assert float(found) == pytest.approx(float(wanted), rel=1e-5)
 
 
@@ -124,10 +124,10 @@ def test_bf16_loads_the_rounded_weights_everywhere(folder: Path) -> None:
     with torch.no_grad():
         examples = mixed(loaded.processor)
         result = decoding.forward(
-            FAMILY.code, loaded.model, FAMILY.code.collate(examples, loaded.processor)
+            FAMILY, loaded.model, FAMILY.code.collate(examples, loaded.processor)
         )
     assert torch.isfinite(result.answer_loss_sum)
-    assert decoding.generate(FAMILY.code, loaded.model, loaded.processor, examples, GREEDY)
+    assert decoding.generate(FAMILY, loaded.model, loaded.processor, examples, GREEDY)
 
 
 def test_saved_folders_load_here_and_in_transformers(folder: Path, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_older_folders_know_no_image_token(folder: Path, tmp_path: Path) -> None
     assert examples[0][0].input_ids == examples[1][0].input_ids
     with torch.no_grad():
         results = [
-            decoding.forward(FAMILY.code, one.model, FAMILY.code.collate(given, one.processor))
+            decoding.forward(FAMILY, one.model, FAMILY.code.collate(given, one.processor))
             for one, given in zip((then, now), examples, strict=True)
         ]
     assert torch.equal(results[0].per_sample_loss, results[1].per_sample_loss)
@@ -283,4 +283,4 @@ def test_overrides_take_what_fits(folders: Folders) -> None:
     assert all(torch.equal(found[name], wanted[name]) for name in found)
     one = example(loaded.processor, "a", "Which?", "5", [image(1)])
     with torch.no_grad():
-        decoding.forward(FAMILY.code, loaded.model, FAMILY.code.collate([one], loaded.processor))
+        decoding.forward(FAMILY, loaded.model, FAMILY.code.collate([one], loaded.processor))

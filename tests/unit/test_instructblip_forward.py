@@ -56,7 +56,7 @@ def reference(folder: Path) -> Any:
 def loss_of(loaded: LoadedModel, examples: list[Any]) -> Any:
     with torch.no_grad():
         return decoding.forward(
-            FAMILY.code, loaded.model, FAMILY.code.collate(examples, loaded.processor)
+            FAMILY, loaded.model, FAMILY.code.collate(examples, loaded.processor)
         )
 
 
@@ -185,7 +185,7 @@ def test_nothing_reads_the_blank_image(loaded: LoadedModel) -> None:
     for value in (0.0, 1.0):
         batch.tensors["pixel_values"].fill_(value)
         with torch.no_grad():
-            losses.append(float(decoding.forward(FAMILY.code, loaded.model, batch).answer_loss_sum))
+            losses.append(float(decoding.forward(FAMILY, loaded.model, batch).answer_loss_sum))
     assert losses[0] == losses[1]
 
 
@@ -218,12 +218,10 @@ def gathered_by_calls(model: Any) -> Iterator[None]:
 def test_weights_are_only_read_by_calling_their_modules(loaded: LoadedModel) -> None:
     examples = mixed(loaded.processor)
     wanted = float(loss_of(loaded, examples).answer_loss_sum)
-    texts = decoding.generate(FAMILY.code, loaded.model, loaded.processor, examples, GREEDY)
+    texts = decoding.generate(FAMILY, loaded.model, loaded.processor, examples, GREEDY)
     with gathered_by_calls(loaded.model):
         found = float(loss_of(loaded, examples).answer_loss_sum)
-        found_texts = decoding.generate(
-            FAMILY.code, loaded.model, loaded.processor, examples, GREEDY
-        )
+        found_texts = decoding.generate(FAMILY, loaded.model, loaded.processor, examples, GREEDY)
     assert (found, found_texts) == (wanted, texts)
 
 
@@ -262,7 +260,7 @@ def test_recomputed_activations_give_the_same_gradients(
             model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
         batch = FAMILY.code.collate(mixed(fresh.processor), fresh.processor)
-        decoding.forward(FAMILY.code, model, batch).answer_loss_sum.backward()
+        decoding.forward(FAMILY, model, batch).answer_loss_sum.backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     # To rounding: T5 adds up what its layers send to the shared position bias in another order.
     scale = max(float(gradient.abs().max()) for gradient in gradients[0].values())
@@ -277,9 +275,9 @@ def test_recomputed_activations_give_the_same_gradients(
 def test_batched_generation_equals_one_by_one(loaded: LoadedModel, beams: int) -> None:
     settings = SimpleNamespace(**{**vars(GREEDY), "num_beams": beams})
     examples = mixed(loaded.processor)
-    together = decoding.generate(FAMILY.code, loaded.model, loaded.processor, examples, settings)
+    together = decoding.generate(FAMILY, loaded.model, loaded.processor, examples, settings)
     single = [
-        decoding.generate(FAMILY.code, loaded.model, loaded.processor, [one], settings)[0]
+        decoding.generate(FAMILY, loaded.model, loaded.processor, [one], settings)[0]
         for one in examples
     ]
     assert together == single
@@ -297,9 +295,7 @@ def test_generation_equals_transformers_own(loaded: LoadedModel, reference: Any)
         prompt = inputs["input_ids"][0].tolist()
         new = out[len(prompt) :] if out[: len(prompt)] == prompt else out
         wanted = tokenizer.decode(new, skip_special_tokens=True).strip()
-        assert decoding.generate(FAMILY.code, loaded.model, loaded.processor, [one], GREEDY) == [
-            wanted
-        ]
+        assert decoding.generate(FAMILY, loaded.model, loaded.processor, [one], GREEDY) == [wanted]
 
 
 def test_unpadded_vocabulary(folder: Path, reference: Any, tmp_path: Path) -> None:
@@ -324,7 +320,7 @@ def test_unpadded_vocabulary(folder: Path, reference: Any, tmp_path: Path) -> No
         ours = our_logits(unpadded.model, batch)
     wanted = [reference_logits(reference, unpadded.processor, one)[:, :size] for one in examples]
     assert (ours - torch.cat(wanted)).abs().max() <= TOLERANCE
-    answers = decoding.generate(FAMILY.code, unpadded.model, unpadded.processor, examples, GREEDY)
+    answers = decoding.generate(FAMILY, unpadded.model, unpadded.processor, examples, GREEDY)
     assert len(answers) == len(examples)
 
 

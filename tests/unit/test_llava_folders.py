@@ -263,7 +263,7 @@ def test_a_folder_without_processor_details_counts_images_by_its_model(
     one = example(loaded.processor, "a", "Which?", "5", [image(1)])
     assert one.input_ids.count(loaded.processor.image_token_id) == 16
     with torch.no_grad():
-        decoding.forward(FAMILY.code, loaded.model, FAMILY.code.collate([one], loaded.processor))
+        decoding.forward(FAMILY, loaded.model, FAMILY.code.collate([one], loaded.processor))
 
 
 def test_tiny_checkpoints_repeat(tmp_path: Path) -> None:

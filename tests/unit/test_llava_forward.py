@@ -72,7 +72,7 @@ def test_loss_is_the_sum_over_answer_tokens(loaded: LoadedModel, reference: Any)
     examples = mixed(loaded.processor)
     batch = FAMILY.code.collate(examples, loaded.processor)
     with torch.no_grad():
-        result = decoding.forward(FAMILY.code, loaded.model, batch)
+        result = decoding.forward(FAMILY, loaded.model, batch)
     wanted = []
     for one in examples:
         logits, labels = alone(reference, one)[:-1], torch.tensor(one.labels[1:])
@@ -89,7 +89,7 @@ def test_images_count(loaded: LoadedModel) -> None:
         one = example(loaded.processor, "a", "Which?", "5", [image(number)])
         with torch.no_grad():
             result = decoding.forward(
-                FAMILY.code, loaded.model, FAMILY.code.collate([one], loaded.processor)
+                FAMILY, loaded.model, FAMILY.code.collate([one], loaded.processor)
             )
         losses.append(float(result.answer_loss_sum))
     assert abs(losses[0] - losses[1]) > 1e-3
@@ -105,8 +105,8 @@ def test_padding_samples_run_but_change_nothing(loaded: LoadedModel) -> None:
     assert batch.num_answer_tokens == plain.num_answer_tokens
     assert batch.num_tokens == plain.num_tokens
     with torch.no_grad():
-        found = decoding.forward(FAMILY.code, loaded.model, batch)
-        wanted = decoding.forward(FAMILY.code, loaded.model, plain)
+        found = decoding.forward(FAMILY, loaded.model, batch)
+        wanted = decoding.forward(FAMILY, loaded.model, plain)
     assert float(found.per_sample_loss[-1]) == 0.0
     assert float(found.answer_loss_sum) == pytest.approx(float(wanted.answer_loss_sum), rel=1e-6)
 
@@ -117,9 +117,9 @@ def test_batched_generation_equals_one_by_one(loaded: LoadedModel, beams: int) -
 
     settings = SimpleNamespace(**{**vars(GREEDY), "num_beams": beams})
     examples = mixed(loaded.processor)
-    together = decoding.generate(FAMILY.code, loaded.model, loaded.processor, examples, settings)
+    together = decoding.generate(FAMILY, loaded.model, loaded.processor, examples, settings)
     single = [
-        decoding.generate(FAMILY.code, loaded.model, loaded.processor, [one], settings)[0]
+        decoding.generate(FAMILY, loaded.model, loaded.processor, [one], settings)[0]
         for one in examples
     ]
     assert together == single
@@ -144,9 +144,7 @@ def test_generation_equals_transformers_own(loaded: LoadedModel, reference: Any)
             pad_token_id=tokenizer.pad_token_id,
         )
         wanted = tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True).strip()
-        assert decoding.generate(FAMILY.code, loaded.model, loaded.processor, [one], GREEDY) == [
-            wanted
-        ]
+        assert decoding.generate(FAMILY, loaded.model, loaded.processor, [one], GREEDY) == [wanted]
 
 
 def test_unpadded_vocabulary(folder: Path, reference: Any, tmp_path: Path) -> None:
@@ -172,7 +170,7 @@ def test_unpadded_vocabulary(folder: Path, reference: Any, tmp_path: Path) -> No
         wanted = alone(reference, one)[:, :size]
         difference = (ours[row, : len(one.input_ids)] - wanted).abs().max()
         assert difference <= TOLERANCE * wanted.abs().max()
-    answers = decoding.generate(FAMILY.code, unpadded.model, unpadded.processor, examples, GREEDY)
+    answers = decoding.generate(FAMILY, unpadded.model, unpadded.processor, examples, GREEDY)
     assert len(answers) == len(examples)
 
 

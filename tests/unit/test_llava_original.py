@@ -163,7 +163,7 @@ def test_forward_and_generation_equal_the_tiny_models(tiny_model: Path, original
         assert theirs.abs().max() > 0.5
         difference = (ours[row, : len(one.input_ids)] - theirs).abs().max()
         assert difference <= TOLERANCE * theirs.abs().max()
-    answers = decoding.generate(FAMILY.code, loaded.model, loaded.processor, examples, GREEDY)
+    answers = decoding.generate(FAMILY, loaded.model, loaded.processor, examples, GREEDY)
     assert len(answers) == len(examples) and any(answers)
 
 

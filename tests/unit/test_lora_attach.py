@@ -65,7 +65,7 @@ def test_initialisation_is_keyed_by_seed_and_module(folder: Path) -> None:
 
 def loss_of(model: Any, processor: Any) -> torch.Tensor:
     return decoding.forward(
-        FAMILY.code, model, FAMILY.code.collate(mixed(processor), processor)
+        FAMILY, model, FAMILY.code.collate(mixed(processor), processor)
     ).answer_loss_sum
 
 
@@ -115,7 +115,7 @@ def test_masks_follow_the_sample_not_its_place_in_the_batch(folder: Path) -> Non
     def losses(picked: list[int]) -> dict[str, float]:
         batch = FAMILY.code.collate([examples[index] for index in picked], processor)
         with torch.no_grad():
-            found = decoding.forward(FAMILY.code, model, batch).per_sample_loss
+            found = decoding.forward(FAMILY, model, batch).per_sample_loss
         return dict(zip(batch.ids, found.tolist(), strict=True))
 
     together = losses([0, 1, 2])

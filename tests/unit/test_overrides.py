@@ -67,7 +67,7 @@ def test_allowed_it_is_initialised_by_name_and_seed(
     assert len({float(first[name].detach().std()) for name in fresh}) == 12, "initialised alike"
     processor = loads[0].processor
     batch = FAMILY.code.collate([example(processor, "a", "Which?", "5", [image(1)])], processor)
-    assert torch.isfinite(decoding.forward(FAMILY.code, loads[0].model, batch).answer_loss_sum)
+    assert torch.isfinite(decoding.forward(FAMILY, loads[0].model, batch).answer_loss_sum)
 
 
 def test_random_weights_that_nothing_trains_are_named(

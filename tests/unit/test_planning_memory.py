@@ -57,14 +57,16 @@ def allocated_bytes(config: RunConfig) -> int:
     """The most that torch's CPU allocator gave out at once during one step."""
     family, model = plugins.load("family", config.model.family), build_model(config, None).model
     batch = family.code.planned_batch(model.config, SIZE)
-    batch.tensors["attention_mask"][0, -1] = 0  # rows of one length would need no mask
+    for name in ("attention_mask", "instruction_mask"):
+        if name in batch.tensors:
+            batch.tensors[name][0, -1] = 0  # rows of one length would need no mask
     model.train()
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda one: setattr(one, "grad", None))
     cpu = torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
-        decoding.forward(family.code, model, batch).answer_loss_sum.backward()
+        decoding.forward(family, model, batch).answer_loss_sum.backward()
     assert profile.profiler is not None
     found = profile.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in found if e.name() == "[memory]")

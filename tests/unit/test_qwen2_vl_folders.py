@@ -91,7 +91,7 @@ def test_overridden_shapes_still_compute(
     loaded = load(folders[preset], **options)
     batch = FAMILY.code.collate(mixed(loaded.processor), loaded.processor)
     with torch.no_grad():
-        assert torch.isfinite(decoding.forward(FAMILY.code, loaded.model, batch).answer_loss_sum)
+        assert torch.isfinite(decoding.forward(FAMILY, loaded.model, batch).answer_loss_sum)
 
 
 def test_new_shapes_need_leave_to_be_initialised(folders: dict[str, Path]) -> None:
@@ -201,7 +201,7 @@ def test_the_flat_configuration_as_published(folders: dict[str, Path], tmp_path:
     examples = mixed(flat.processor)
     losses = [
         decoding.forward(
-            FAMILY.code, one.model, FAMILY.code.collate(examples, one.processor)
+            FAMILY, one.model, FAMILY.code.collate(examples, one.processor)
         ).answer_loss_sum.item()
         for one in (flat, nested)
     ]
@@ -245,8 +245,8 @@ def test_a_saved_folder_loads_here_and_in_transformers(
     assert again.processor.image_processor.size.longest_edge == 32 * 32
     examples = mixed(loaded.processor)
     assert [one.input_ids for one in mixed(again.processor)] == [one.input_ids for one in examples]
-    answers = decoding.generate(FAMILY.code, loaded.model, loaded.processor, examples, GREEDY)
-    assert decoding.generate(FAMILY.code, again.model, again.processor, examples, GREEDY) == answers
+    answers = decoding.generate(FAMILY, loaded.model, loaded.processor, examples, GREEDY)
+    assert decoding.generate(FAMILY, again.model, again.processor, examples, GREEDY) == answers
     assert again.processor.tokenizer.chat_template == loaded.processor.tokenizer.chat_template
 
 

@@ -90,7 +90,7 @@ def test_loss_is_the_sum_over_answer_tokens(pair: Pair) -> None:
     examples = mixed(pair.processor)
     batch = FAMILY.code.collate(examples, pair.processor)
     with torch.no_grad():
-        result = decoding.forward(FAMILY.code, pair.model, batch)
+        result = decoding.forward(FAMILY, pair.model, batch)
     wanted = []
     for one in examples:
         found, labels = alone(pair, one)[:-1], torch.tensor(one.labels[1:])
@@ -121,7 +121,7 @@ def test_images_count(pair: Pair) -> None:
         one = example(pair.processor, "a", "Which?", "5", [image(number)])
         with torch.no_grad():
             result = decoding.forward(
-                FAMILY.code, pair.model, FAMILY.code.collate([one], pair.processor)
+                FAMILY, pair.model, FAMILY.code.collate([one], pair.processor)
             )
         losses.append(float(result.answer_loss_sum))
     assert abs(losses[0] - losses[1]) > 1e-3
@@ -135,8 +135,8 @@ def test_padding_samples_run_but_change_nothing(pair: Pair) -> None:
     assert batch.num_answer_tokens == plain.num_answer_tokens
     assert batch.num_tokens == plain.num_tokens
     with torch.no_grad():
-        found = decoding.forward(FAMILY.code, pair.model, batch)
-        wanted = decoding.forward(FAMILY.code, pair.model, plain)
+        found = decoding.forward(FAMILY, pair.model, batch)
+        wanted = decoding.forward(FAMILY, pair.model, plain)
     assert float(found.per_sample_loss[-1]) == 0.0
     assert float(found.answer_loss_sum) == pytest.approx(float(wanted.answer_loss_sum), rel=1e-6)
 
@@ -169,9 +169,7 @@ def test_every_batch_calls_the_same_modules(pair: Pair) -> None:
     found = {}
     for name, examples in contents(pair.processor).items():
         with calls(model) as entered:
-            result = decoding.forward(
-                FAMILY.code, model, FAMILY.code.collate(examples, pair.processor)
-            )
+            result = decoding.forward(FAMILY, model, FAMILY.code.collate(examples, pair.processor))
             result.answer_loss_sum.backward()
         found[name] = entered
         gradients = [parameter.grad for parameter in model.parameters()]
@@ -187,7 +185,7 @@ def test_every_generation_calls_the_same_modules(pair: Pair) -> None:
     found = {}
     for name, examples in contents(pair.processor).items():
         with calls(model) as entered:
-            decoding.generate(FAMILY.code, model, pair.processor, examples, settings)
+            decoding.generate(FAMILY, model, pair.processor, examples, settings)
         found[name] = entered
     assert found["images"] == found["text"] == found["mixed"]
     assert Counter(found["text"])["model.visual.patch_embed.proj"] == 1
@@ -197,14 +195,14 @@ def test_a_blank_image_has_no_effect(pair: Pair) -> None:
     text = mixed(pair.processor)[1]
     batch = FAMILY.code.collate([text], pair.processor)
     model = pair.model
-    result = decoding.forward(FAMILY.code, model, batch)
+    result = decoding.forward(FAMILY, model, batch)
     result.answer_loss_sum.backward()
     gradients = [p.grad for name, p in model.named_parameters() if name.startswith("model.visual")]
     assert all(not gradient.any() for gradient in gradients if gradient is not None)
     model.zero_grad()
     batch.tensors["pixel_values"] = torch.randn(batch.tensors["pixel_values"].shape)
     with torch.no_grad():
-        again = decoding.forward(FAMILY.code, model, batch)
+        again = decoding.forward(FAMILY, model, batch)
     assert again.answer_loss_sum.item() == result.answer_loss_sum.item()
 
 
@@ -216,7 +214,7 @@ def test_activation_checkpointing_changes_no_gradient(pair: Pair) -> None:
         if enabled:
             model.activation_checkpointing_enable({"use_reentrant": False})
         with calls(model) as entered:
-            decoding.forward(FAMILY.code, model, batch).answer_loss_sum.backward()
+            decoding.forward(FAMILY, model, batch).answer_loss_sum.backward()
         found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
         model.zero_grad()
     model.activation_checkpointing_disable()
@@ -236,10 +234,8 @@ def test_batched_generation_equals_one_by_one(pair: Pair, beams: int) -> None:
     settings = SimpleNamespace(**{**vars(GREEDY), "num_beams": beams})
     examples = mixed(pair.processor)
     model, processor = pair.model, pair.processor
-    together = decoding.generate(FAMILY.code, model, processor, examples, settings)
-    single = [
-        decoding.generate(FAMILY.code, model, processor, [one], settings)[0] for one in examples
-    ]
+    together = decoding.generate(FAMILY, model, processor, examples, settings)
+    single = [decoding.generate(FAMILY, model, processor, [one], settings)[0] for one in examples]
     assert together == single
     assert len(set(together)) > 1 and any(together), together
     assert model.model.rope_deltas is None, "positions of this call would leak into the next"
@@ -264,9 +260,7 @@ def test_generation_equals_transformers_own(pair: Pair, beams: int) -> None:
             pad_token_id=tokenizer.pad_token_id,
         )
         wanted = tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True).strip()
-        assert decoding.generate(FAMILY.code, pair.model, pair.processor, [one], settings) == [
-            wanted
-        ]
+        assert decoding.generate(FAMILY, pair.model, pair.processor, [one], settings) == [wanted]
 
 
 # --- dropout --------------------------------------------------------------------------------------
@@ -319,16 +313,16 @@ def test_dropout_masks_depend_on_no_batch_mate(adapted: LoadedModel) -> None:
     examples = mixed(adapted.processor)
     with torch.no_grad():
         together = decoding.forward(
-            FAMILY.code, adapted.model, FAMILY.code.collate(examples, adapted.processor)
+            FAMILY, adapted.model, FAMILY.code.collate(examples, adapted.processor)
         )
         for row, one in enumerate(examples):
             single = decoding.forward(
-                FAMILY.code, adapted.model, FAMILY.code.collate([one], adapted.processor)
+                FAMILY, adapted.model, FAMILY.code.collate([one], adapted.processor)
             )
             wanted = float(single.answer_loss_sum)
             assert float(together.per_sample_loss[row]) == pytest.approx(wanted, rel=1e-4), one.id
         scope_of(adapted.model).step += 1
         later = decoding.forward(
-            FAMILY.code, adapted.model, FAMILY.code.collate(examples, adapted.processor)
+            FAMILY, adapted.model, FAMILY.code.collate(examples, adapted.processor)
         )
     assert abs(float(later.answer_loss_sum - together.answer_loss_sum)) > 1e-2

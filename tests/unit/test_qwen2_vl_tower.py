@@ -57,7 +57,7 @@ def test_forward_reads_nothing_back_before_the_llm(
 
     monkeypatch.setattr(without_values.model.language_model, "forward", caught)
     with pytest.raises(StopIteration):
-        decoding.hidden_states(FAMILY.code, without_values, batch_of(loaded).to(META))
+        decoding.hidden_states(FAMILY, without_values, batch_of(loaded).to(META))
     assert seen[0]["inputs_embeds"].device == META
 
 
@@ -68,20 +68,11 @@ def test_generation_reads_nothing_back_before_the_llm(
 
     def caught(**given: Any) -> Any:
         seen.append(given)
-        return torch.zeros(given["attention_mask"].shape, dtype=torch.long)
+        return torch.zeros(len(given["attention_mask"]), 0, dtype=torch.long)
 
     monkeypatch.setattr(without_values, "generate", caught)
-    assert (
-        decoding.generate(FAMILY.code, without_values, loaded.processor, examples, GREEDY)
-        == [""] * 4
-    )
-    if "inputs_embeds" in seen[0]:
-        assert seen[0]["inputs_embeds"].device == META
-        return
-    features = seen[0]["mm_encoder_outputs"]["image"].pooler_output
-    assert [len(one) for one in features] == [
-        grid[1] * grid[2] // 4 for example in examples for grid in example.extras["grid"]
-    ]
+    assert decoding.generate(FAMILY, without_values, loaded.processor, examples, GREEDY) == [""] * 4
+    assert seen[0]["inputs_embeds"].device == META
 
 
 def test_flash_attention_has_its_lengths_on_the_device(

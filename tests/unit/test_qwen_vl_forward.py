@@ -77,7 +77,7 @@ def test_loss_is_the_sum_over_answer_tokens(tiny_model: TinyModel) -> None:
     examples = mixed(tiny_model.loaded.processor)
     batch = FAMILY.code.collate(examples, tiny_model.loaded.processor)
     with torch.no_grad():
-        result = decoding.forward(FAMILY.code, tiny_model.loaded.model, batch)
+        result = decoding.forward(FAMILY, tiny_model.loaded.model, batch)
     wanted = []
     for one in examples:
         logits, labels = tiny_model.wanted(one)[:-1], torch.tensor(one.labels[1:])
@@ -92,8 +92,8 @@ def test_training_sees_what_evaluation_sees(tiny_model: TinyModel) -> None:
     batch = FAMILY.code.collate(mixed(tiny_model.loaded.processor), tiny_model.loaded.processor)
     model = tiny_model.loaded.model
     with torch.no_grad():
-        evaluated = decoding.forward(FAMILY.code, model.eval(), batch).per_sample_loss
-        trained = decoding.forward(FAMILY.code, model.train(), batch).per_sample_loss
+        evaluated = decoding.forward(FAMILY, model.eval(), batch).per_sample_loss
+        trained = decoding.forward(FAMILY, model.train(), batch).per_sample_loss
     model.eval()
     assert torch.equal(trained, evaluated)
 
@@ -105,9 +105,9 @@ def test_eager_attention_is_the_same(tiny_model: TinyModel) -> None:
         pairs = zip(logits_of(eager, examples, side), logits_of(tiny_model.loaded, examples, side))
         for found, wanted in pairs:
             assert (found - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
-    answers = decoding.generate(FAMILY.code, eager.model, eager.processor, examples, GREEDY)
+    answers = decoding.generate(FAMILY, eager.model, eager.processor, examples, GREEDY)
     usual = tiny_model.loaded
-    assert answers == decoding.generate(FAMILY.code, usual.model, usual.processor, examples, GREEDY)
+    assert answers == decoding.generate(FAMILY, usual.model, usual.processor, examples, GREEDY)
 
 
 def test_images_count_each_in_its_place(tiny_model: TinyModel) -> None:
@@ -117,7 +117,7 @@ def test_images_count_each_in_its_place(tiny_model: TinyModel) -> None:
         one = example(processor, "a", "Which?", "5", [image(number) for number in numbers])
         with torch.no_grad():
             result = decoding.forward(
-                FAMILY.code, tiny_model.loaded.model, FAMILY.code.collate([one], processor)
+                FAMILY, tiny_model.loaded.model, FAMILY.code.collate([one], processor)
             )
         return float(result.answer_loss_sum)
 
@@ -131,9 +131,9 @@ def test_padding_samples_run_but_change_nothing(tiny_model: TinyModel) -> None:
     padded = [*examples, replace(examples[0], weight=0.0)]
     batch = FAMILY.code.collate(padded, loaded.processor)
     with torch.no_grad():
-        found = decoding.forward(FAMILY.code, loaded.model, batch)
+        found = decoding.forward(FAMILY, loaded.model, batch)
         wanted = decoding.forward(
-            FAMILY.code, loaded.model, FAMILY.code.collate(examples, loaded.processor)
+            FAMILY, loaded.model, FAMILY.code.collate(examples, loaded.processor)
         )
     assert float(found.per_sample_loss[-1]) == 0.0
     assert float(found.answer_loss_sum) == pytest.approx(float(wanted.answer_loss_sum), rel=1e-6)
@@ -147,7 +147,7 @@ def test_recomputed_activations_give_the_same_gradients(tiny_model: TinyModel) -
         if recompute:
             model.activation_checkpointing_enable({"use_reentrant": False})
             assert model.transformer.h[0].gradient_checkpointing
-        decoding.forward(FAMILY.code, model, batch).answer_loss_sum.backward()
+        decoding.forward(FAMILY, model, batch).answer_loss_sum.backward()
         return {name: parameter.grad for name, parameter in model.named_parameters()}
 
     plainly, recomputed = gradients(False), gradients(True)
@@ -193,8 +193,8 @@ def test_parameters_are_read_only_while_their_module_runs(tiny_model: TinyModel)
     batch = FAMILY.code.collate(examples, loaded.processor)
     usual = tiny_model.loaded
     with torch.no_grad(), readable_only_while_called(loaded.model):
-        found = decoding.forward(FAMILY.code, loaded.model, batch).per_sample_loss
-        answers = decoding.generate(FAMILY.code, loaded.model, loaded.processor, examples, GREEDY)
+        found = decoding.forward(FAMILY, loaded.model, batch).per_sample_loss
+        answers = decoding.generate(FAMILY, loaded.model, loaded.processor, examples, GREEDY)
     with torch.no_grad():
-        assert torch.equal(found, decoding.forward(FAMILY.code, usual.model, batch).per_sample_loss)
-    assert answers == decoding.generate(FAMILY.code, usual.model, usual.processor, examples, GREEDY)
+        assert torch.equal(found, decoding.forward(FAMILY, usual.model, batch).per_sample_loss)
+    assert answers == decoding.generate(FAMILY, usual.model, usual.processor, examples, GREEDY)

@@ -62,9 +62,7 @@ def test_cached_generation_equals_plain_recomputation(folder: Path, loaded: Load
         tokenizer.decode(plain_answer(folder, loaded, one), skip_special_tokens=True).strip()
         for one in examples
     ]
-    assert (
-        decoding.generate(FAMILY.code, loaded.model, loaded.processor, examples, GREEDY) == wanted
-    )
+    assert decoding.generate(FAMILY, loaded.model, loaded.processor, examples, GREEDY) == wanted
     assert len(set(wanted)) > 1 and any(wanted), wanted
 
 
@@ -72,9 +70,9 @@ def test_cached_generation_equals_plain_recomputation(folder: Path, loaded: Load
 def test_batched_generation_equals_one_by_one(loaded: LoadedModel, beams: int) -> None:
     settings = SimpleNamespace(**{**vars(GREEDY), "num_beams": beams})
     examples = mixed(loaded.processor)
-    together = decoding.generate(FAMILY.code, loaded.model, loaded.processor, examples, settings)
+    together = decoding.generate(FAMILY, loaded.model, loaded.processor, examples, settings)
     single = [
-        decoding.generate(FAMILY.code, loaded.model, loaded.processor, [one], settings)[0]
+        decoding.generate(FAMILY, loaded.model, loaded.processor, [one], settings)[0]
         for one in examples
     ]
     assert together == single

@@ -17,6 +17,7 @@ FAMILY = Family(
     components=names.COMPONENTS,
     sublayers=names.SUBLAYERS,
     default_roles=names.DEFAULT_ROLES,
+    row_keys=names.ROW_KEYS,
     taps={
         "vision_tokens": Tap("vision_model.post_layernorm", "output"),
         # Queries and instruction, as the Q-Former's first layer reads them.

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from mmtrain.models import building, text
+from mmtrain.models import building
 from mmtrain.models.decoding import training_mask
-from mmtrain.models.dropout import DropoutScope
 from mmtrain.models.families.instructblip import names, processing, tiny_model
 from mmtrain.models.families.instructblip.batches import collate, planned_batch
 from mmtrain.models.families.instructblip.encoding import encode_text, pixels
@@ -39,7 +37,6 @@ __all__ = [
     "skeleton",
 ]
 Tensors = Mapping[str, torch.Tensor]
-_IMAGE_COMPONENTS = ("vision", "vision_norm", "qformer", "projection")
 
 
 def load(options: ModelOptions, zero3_config: Mapping[str, Any] | None) -> LoadedModel:
@@ -53,13 +50,6 @@ def load(options: ModelOptions, zero3_config: Mapping[str, Any] | None) -> Loade
     model = building.build_empty(make, config, options.dtype, zero3_config)
     files = building.fill(model, sources, options)
     return LoadedModel(model, processor, config, files)
-
-
-def key_dropout(scope: DropoutScope, tensors: Tensors) -> None:
-    """Rows before the language model are images."""
-    for component in _IMAGE_COMPONENTS:
-        scope.set_rows(component, tensors["image_keys"])
-    scope.set_rows("llm", tensors["row_keys"])
 
 
 def image_features(model: Any, batch: Batch) -> ImageFeatures:
@@ -80,14 +70,9 @@ def image_features(model: Any, batch: Batch) -> ImageFeatures:
     return ImageFeatures(model.language_projection(out[:, : queries.shape[1]]))
 
 
-def embedding(model: Any) -> nn.Module:
-    """The table of token embeddings; T5's stacks share it."""
-    return model.language_model.get_input_embeddings()
-
-
-def head(model: Any) -> nn.Module:
-    """From hidden states to logits."""
-    return model.language_model.lm_head
+def decoder(model: Any) -> Any:
+    """The language model."""
+    return model.language_model
 
 
 def hidden_states(
@@ -110,17 +95,9 @@ def hidden_states(
     return hidden * llm.model_dim**-0.5 if llm.config.scale_decoder_outputs else hidden
 
 
-def generation_inputs(
-    model: Any, embeds: torch.Tensor, tensors: Tensors, features: ImageFeatures
-) -> tuple[Any, dict[str, Any]]:
-    """Embedded prompts; T5's encoder reads them."""
-    given = {"inputs_embeds": embeds, "attention_mask": tensors["attention_mask"]}
-    return model.language_model, given
-
-
-def stop_tokens(processor: processing.Processor) -> dict[str, Any]:
-    """The tokenizer's."""
-    return text.stop_tokens(processor.tokenizer)
+def generation_inputs(model: Any, tensors: Tensors, features: ImageFeatures) -> dict[str, Any]:
+    """Nothing more."""
+    return {}
 
 
 def processor_code(options: ModelOptions) -> ProcessorCode | None:

@@ -16,6 +16,10 @@ COMPONENTS: Mapping[str, tuple[str, ...]] = {
     "llm": (r"language_model\..*",),
 }
 
+# What comes before the language model has a row for every image.
+_IMAGES = ("vision", "vision_norm", "qformer", "projection")
+ROW_KEYS = dict.fromkeys(_IMAGES, ("image_keys",)) | {"llm": ("row_keys",)}
+
 _VISION_LAYER = r"vision_model\.encoder\.layers\.(?P<layer>\d+)"
 _QFORMER_LAYER = r"qformer\.encoder\.layer\.(?P<layer>\d+)"
 _T5_BLOCK = r"language_model\.{stack}\.block\.(?P<layer>\d+)\.layer\.\d+"

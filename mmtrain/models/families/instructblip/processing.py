@@ -41,6 +41,11 @@ class Processor:
         """Resizes and normalises."""
         return self.hf.image_processor
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The end of an answer."""
+        return (self.tokenizer.eos_token_id,)
+
     def save_pretrained(self, folder: str) -> None:
         """The files that transformers reads."""
         self.hf.save_pretrained(folder)

@@ -42,6 +42,7 @@ FAMILY = Family(
             "mlp": {"up": rf"{_CLIP_LAYER}\.mlp\.fc1", "down": rf"{_CLIP_LAYER}\.mlp\.fc2"},
         },
     },
+    row_keys={"vision": ("image_keys",), "connector": ("image_keys",), "llm": ("row_keys",)},
     taps={
         "vision_tokens": Tap(_PROJECTOR, "input"),
         "connector_output": Tap(_PROJECTOR, "output"),

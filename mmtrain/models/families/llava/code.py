@@ -15,7 +15,7 @@ from transformers.initialization import no_init_weights
 from mmtrain.errors import CheckpointError
 from mmtrain.models import batching, building, configuration, text, tiny
 from mmtrain.models.decoding import training_mask
-from mmtrain.models.dropout import DropoutScope, stable_hash
+from mmtrain.models.dropout import stable_hash
 from mmtrain.models.families.llava import images as llava_images
 from mmtrain.models.families.llava import original, prompts
 from mmtrain.models.families.llava.layouts import rename
@@ -172,13 +172,6 @@ def planned_batch(config: Any, size: BatchSize) -> Batch:
     return collate(examples, Processor(None, image_id, len(image), 0, "", side))
 
 
-def key_dropout(scope: DropoutScope, tensors: Tensors) -> None:
-    """Rows of tower and projector are images."""
-    scope.set_rows("vision", tensors["image_keys"])
-    scope.set_rows("connector", tensors["image_keys"])
-    scope.set_rows("llm", tensors["row_keys"])
-
-
 def image_features(model: Any, batch: Batch) -> ImageFeatures:
     """Of every image [images, tokens, channels]."""
     seen = vision_features(model, batch.tensors["pixel_values"])
@@ -199,14 +192,9 @@ def vision_features(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
     return hidden[:, 1:] if config.vision_feature_select_strategy == "default" else hidden
 
 
-def embedding(model: Any) -> nn.Module:
-    """The table of token embeddings."""
-    return model.model.language_model.embed_tokens
-
-
-def head(model: Any) -> nn.Module:
-    """From hidden states to logits."""
-    return model.lm_head
+def decoder(model: Any) -> Any:
+    """The whole model: it takes embeddings, too."""
+    return model
 
 
 def hidden_states(
@@ -218,16 +206,9 @@ def hidden_states(
     ).last_hidden_state
 
 
-def generation_inputs(
-    model: Any, embeds: torch.Tensor, tensors: Tensors, features: ImageFeatures
-) -> tuple[Any, dict[str, Any]]:
-    """Embedded prompts."""
-    return model, {"inputs_embeds": embeds, "attention_mask": tensors["attention_mask"]}
-
-
-def stop_tokens(processor: Processor) -> dict[str, Any]:
-    """The tokenizer's."""
-    return text.stop_tokens(processor.tokenizer)
+def generation_inputs(model: Any, tensors: Tensors, features: ImageFeatures) -> dict[str, Any]:
+    """Nothing more."""
+    return {}
 
 
 def processor_code(options: ModelOptions) -> ProcessorCode | None:

@@ -39,5 +39,6 @@ FAMILY = Family(
             },
         },
     },
+    row_keys={"vision": ("patch_keys", "patch_index"), "llm": ("row_keys",)},
     taps={"vision_tokens": Tap(_MERGER, "input"), "connector_output": Tap(_MERGER, "output")},
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +12,6 @@ from transformers.initialization import no_init_weights
 
 from mmtrain.models import building
 from mmtrain.models.decoding import training_mask
-from mmtrain.models.dropout import DropoutScope
 from mmtrain.models.families.qwen2_vl import names, processing, shapes, tiny_model
 from mmtrain.models.families.qwen2_vl.batches import collate, planned_batch
 from mmtrain.models.families.qwen2_vl.encoding import encode_text, pixels
@@ -70,12 +68,6 @@ def load(options: ModelOptions, zero3_config: Mapping[str, Any] | None) -> Loade
     return LoadedModel(model, processor, config, files)
 
 
-def key_dropout(scope: DropoutScope, tensors: Tensors) -> None:
-    """The tower's rows are patches, one image behind the other."""
-    scope.set_packed_rows("vision", tensors["patch_keys"], tensors["patch_index"])
-    scope.set_rows("llm", tensors["row_keys"])
-
-
 def image_features(model: Any, batch: Batch) -> ImageFeatures:
     """Merged patches [features, channels], and those of earlier blocks for Qwen3's LLM."""
     tower, tensors, grid = model.model.visual, batch.tensors, batch.host["grid"]
@@ -84,38 +76,40 @@ def image_features(model: Any, batch: Batch) -> ImageFeatures:
     # A blank image's features are computed and dropped, so that gradients run everywhere.
     read = tensors["feature_index"]
     deep = (one.index_select(0, read) for one in seen.get("deepstack_features") or ())
-    lengths = grid.prod(-1) // tower.spatial_merge_size**2 if len(read) else grid[:0]
-    features = seen.pooler_output.index_select(0, read)
-    return ImageFeatures(features, tuple(deep), tuple(lengths.tolist()))
+    return ImageFeatures(seen.pooler_output.index_select(0, read), tuple(deep))
 
 
-def embedding(model: Any) -> nn.Module:
-    """The table of token embeddings."""
-    return model.model.language_model.embed_tokens
-
-
-def head(model: Any) -> nn.Module:
-    """From hidden states to logits."""
-    return model.lm_head
+def decoder(model: Any) -> Any:
+    """The whole model: it takes embeddings, too."""
+    return model
 
 
 def hidden_states(
     model: Any, embeds: torch.Tensor, tensors: Tensors, features: ImageFeatures
 ) -> torch.Tensor:
     """The LLM's last hidden states; Qwen3's adds deep features in its first layers."""
-    more = {}
-    if features.deep:
-        more = {
-            "visual_pos_masks": tensors["is_image"],
-            "deepstack_visual_embeds": list(features.deep),
-        }
     return model.model.language_model(
         inputs_embeds=embeds,
         attention_mask=training_mask(tensors),
         position_ids=tensors["position_ids"],
         use_cache=False,
-        **more,
+        **_deep_arguments(features, tensors["is_image"], num_beams=1),
     ).last_hidden_state
+
+
+def _deep_arguments(
+    features: ImageFeatures, is_image: torch.Tensor, num_beams: int
+) -> dict[str, Any]:
+    """Deep features and the places they are added at; a row of a prompt may be several beams."""
+    if not features.deep:
+        return {}
+    counts = is_image.sum(-1).tolist() if num_beams > 1 else []
+    deep = [
+        torch.cat([row.repeat(num_beams, 1) for row in one.split(counts)]) if counts else one
+        for one in features.deep
+    ]
+    places = is_image.repeat_interleave(num_beams, dim=0)
+    return {"visual_pos_masks": places, "deepstack_visual_embeds": deep}
 
 
 def add_deep_features(
@@ -126,34 +120,20 @@ def add_deep_features(
     return hidden + torch.zeros_like(hidden).masked_scatter(is_image.unsqueeze(-1), source)
 
 
-def generation_inputs(
-    model: Any, embeds: torch.Tensor, tensors: Tensors, features: ImageFeatures
-) -> tuple[Any, dict[str, Any]]:
-    """Prompts with their features beside them: only so does Qwen3's LLM get deep ones.
-
-    Positions are given, so the model neither computes them nor keeps any from call to call; each
-    new token follows the last position of its row.
-    """
-    mask = tensors["attention_mask"]
+def generation_inputs(model: Any, tensors: Tensors, features: ImageFeatures) -> dict[str, Any]:
+    """Positions; each new token follows the last one of its row."""
+    mask, is_image = tensors["attention_mask"], tensors["is_image"]
     in_text = (mask.cumsum(-1) - 1).clamp(min=0)
-    given = {
-        "attention_mask": mask,
-        "position_ids": torch.cat([in_text[None], tensors["position_ids"]]),
-    }
-    if not features.deep:
-        return model, {"inputs_embeds": embeds, **given}
-    tokens, *deep = (one.split(features.lengths) for one in (features.tokens, *features.deep))
-    seen = SimpleNamespace(pooler_output=tokens, deepstack_features=deep)
-    return model, {
-        "input_ids": tensors["input_ids"],
-        "mm_encoder_outputs": {"image": seen} if features.lengths else {},
-        **given,
-    }
 
+    def with_deep_features(_: Any, positional: Any, given: dict[str, Any]) -> tuple[Any, Any]:
+        """At the first call only: generation has no argument for them."""
+        handle.remove()
+        beams = len(given["inputs_embeds"]) // len(is_image)
+        return positional, given | _deep_arguments(features, is_image, beams)
 
-def stop_tokens(processor: Processor) -> dict[str, Any]:
-    """The end of a turn or of a text; only masked positions hold the padding."""
-    return {"eos_token_id": list(processor.stop_ids), "pad_token_id": processor.stop_ids[0]}
+    llm = model.model.language_model
+    handle = llm.register_forward_pre_hook(with_deep_features, with_kwargs=True)
+    return {"position_ids": torch.cat([in_text[None], tensors["position_ids"]])}
 
 
 def processor_code(options: ModelOptions) -> ProcessorCode | None:

@@ -61,6 +61,7 @@ FAMILY = Family(
     default_roles={
         "lora": {"llm": {"attn": ("qkv", "o"), "mlp": ("gate", "up")}},
     },
+    row_keys={"vision": ("image_keys",), "llm": ("row_keys",)},
     taps={
         "vision_tokens": Tap(_RESAMPLER, "input"),
         "connector_output": Tap("transformer.visual", "output"),

@@ -11,9 +11,8 @@ from torch import nn
 from transformers.initialization import no_init_weights
 
 from mmtrain.distributed import full_shape, write_parameter
-from mmtrain.models import building, text
+from mmtrain.models import building
 from mmtrain.models.decoding import training_mask
-from mmtrain.models.dropout import DropoutScope
 from mmtrain.models.families.qwen_vl import processing, tiny_model
 from mmtrain.models.families.qwen_vl.configuration import attention_shape as attention
 from mmtrain.models.families.qwen_vl.configuration import image_tokens
@@ -68,25 +67,14 @@ def set_fixed_positions(model: Any) -> None:
     write_parameter(parameter, sine_positions(*full_shape(parameter)))
 
 
-def key_dropout(scope: DropoutScope, tensors: Tensors) -> None:
-    """The tower's rows are images."""
-    scope.set_rows("vision", tensors["image_keys"])
-    scope.set_rows("llm", tensors["row_keys"])
-
-
 def image_features(model: Any, batch: Batch) -> ImageFeatures:
     """[images, queries, channels] behind the resampler."""
     return ImageFeatures(model.transformer.visual(batch.tensors["pixel_values"]))
 
 
-def embedding(model: Any) -> nn.Module:
-    """The table of token embeddings."""
-    return model.transformer.wte
-
-
-def head(model: Any) -> nn.Module:
-    """From hidden states to logits."""
-    return model.lm_head
+def decoder(model: Any) -> Any:
+    """The whole model: it takes embeddings, too."""
+    return model
 
 
 def hidden_states(
@@ -97,18 +85,9 @@ def hidden_states(
     return model.transformer(embeds, training_mask(tensors), row_lengths=lengths)
 
 
-def generation_inputs(
-    model: Any, embeds: torch.Tensor, tensors: Tensors, features: ImageFeatures
-) -> tuple[Any, dict[str, Any]]:
-    """Embedded prompts; as published, they choose the rotary base for all that is cached."""
-    mask = tensors["attention_mask"]
-    given = {"inputs_embeds": embeds, "attention_mask": mask, "row_lengths": mask.sum(-1)}
-    return model, given
-
-
-def stop_tokens(processor: Processor) -> dict[str, Any]:
-    """The tokenizer's."""
-    return text.stop_tokens(processor.tokenizer)
+def generation_inputs(model: Any, tensors: Tensors, features: ImageFeatures) -> dict[str, Any]:
+    """As published, prompts choose the rotary base for all that is cached."""
+    return {"row_lengths": tensors["attention_mask"].sum(-1)}
 
 
 def processor_code(options: ModelOptions) -> ProcessorCode | None:

@@ -42,6 +42,11 @@ class Processor:
         return self.tokenizer.special[IMAGE_PAD]
 
     @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The end of a turn or of a text."""
+        return tuple(self.tokenizer.eos_token_id)
+
+    @property
     def kept_ids(self) -> frozenset[int]:
         """Tokens of the form, which truncation never cuts."""
         return frozenset(self.tokenizer.special[token] for token in FORM_TOKENS)
