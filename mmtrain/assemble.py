@@ -16,10 +16,9 @@ from torch import nn
 from mmtrain import plugins
 from mmtrain.config.schema import DataConfig, RunConfig
 from mmtrain.data.shards import ShardFolder
-from mmtrain.data.source import Source
+from mmtrain.data.source import Encoder, Source
 from mmtrain.errors import CheckpointError, ConfigError
 from mmtrain.models.built import Asked
-from mmtrain.models.encoding import encode as encode_sample
 from mmtrain.models.interface import Family
 from mmtrain.peft.trainable import Trainable, make_trainable
 from mmtrain.resolve import model_options
@@ -119,20 +118,9 @@ def build_source(
     template = task.templates[data.template or next(iter(task.templates))]
 
     max_length = data.max_length or assembled.family.default_max_length
-
-    def encode(sample_id: str, rendered: Any, images: Any) -> Any:
-        return encode_sample(
-            assembled.family,
-            assembled.processor,
-            sample_id,
-            rendered,
-            images,
-            max_length,
-            data.truncation_side,
-        )
-
+    encoder = Encoder(assembled.family, assembled.processor, max_length, data.truncation_side)
     shards = ShardFolder.open(Path(folder), data.task)
-    return Source(shards, template, encode, limit, blank_images)
+    return Source(shards, template, encoder, limit, blank_images)
 
 
 def base_digests(weights: Sequence[Path], afresh: bool = False) -> dict[str, str]:

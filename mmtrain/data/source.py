@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image
@@ -11,10 +11,44 @@ from PIL import Image
 from mmtrain.data.codec import decode_image
 from mmtrain.data.shards import ShardFolder
 from mmtrain.errors import DataError
-from mmtrain.models.interface import Example
+from mmtrain.models.encoding import encode
+from mmtrain.models.interface import Example, Family
 from mmtrain.tasks.interface import Rendered, Sample, Template
 
-Encode = Callable[[str, Rendered, Sequence[Any]], Example]
+
+@dataclass(frozen=True)
+class Encoder:
+    """A family's side of a run: how a rendered sample becomes an example."""
+
+    family: Family
+    processor: Any
+    max_length: int
+    truncation_side: str
+
+    def example(
+        self, sample_id: str, rendered: Rendered, images: Sequence[Image.Image]
+    ) -> Example:
+        """Tokens and pixels."""
+        limits = (self.max_length, self.truncation_side)
+        return encode(self.family, self.processor, sample_id, rendered, images, *limits)
+
+    def text(
+        self, sample_id: str, rendered: Rendered, sizes: Sequence[tuple[int, int]]
+    ) -> Example:
+        """Tokens alone, of a sample with images of these sizes."""
+        limits = (self.max_length, self.truncation_side)
+        code = self.family.code
+        return code.encode_text(self.processor, sample_id, rendered, sizes, *limits)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A sample as it is asked: read, decoded and encoded once. Its images' bytes are gone."""
+
+    sample: Sample
+    rendered: Rendered
+    example: Example
+    sizes: tuple[tuple[int, int], ...]  # of its images
 
 
 def open_images(sample: Sample) -> list[Image.Image]:
@@ -28,7 +62,7 @@ def render(template: Template, sample: Sample) -> Rendered:
         return template(sample)
     except (LookupError, TypeError, ValueError, AttributeError) as fault:
         raise DataError(
-            f"sample {sample.id!r} does not fit the task's template '{template.__name__}'"
+            f"sample {sample.id!r} does not fit the task's template '{template.name}'"
             f" ({type(fault).__name__}: {fault});",
             "give its JSON the fields that the task's own samples have.",
         ) from fault
@@ -40,25 +74,30 @@ class Source:
 
     shards: ShardFolder
     template: Template
-    encode: Encode
+    encoder: Encoder
     limit: int | None = None
     blank_images: bool = False  # for the proof that answers come from the images
 
     def __len__(self) -> int:
         return min(len(self.shards), self.limit or len(self.shards))
 
-    def sample(self, index: int) -> Sample:
-        """The raw sample."""
-        return self.shards.read(index)
-
-    def rendered(self, sample: Sample) -> Rendered:
-        """A sample as the run's template asks it."""
-        return render(self.template, sample)
-
-    def example(self, index: int) -> Example:
-        """The tokenised sample with its processed images."""
-        sample = self.sample(index)
+    def question(self, index: int) -> Question:
+        """A sample with all that asking and scoring it needs."""
+        sample = self.shards.read(index)
+        rendered = render(self.template, sample)
         images = open_images(sample)
         if self.blank_images:
             images = [Image.new("RGB", image.size, (127, 127, 127)) for image in images]
-        return self.encode(sample.id, self.rendered(sample), images)
+        example = self.encoder.example(sample.id, rendered, images)
+        emptied = replace(sample, images=tuple(replace(one, data=b"") for one in sample.images))
+        return Question(emptied, rendered, example, tuple(image.size for image in images))
+
+    def example(self, index: int) -> Example:
+        """The tokenised sample with its processed images."""
+        return self.question(index).example
+
+    def with_answer(self, question: Question, answer: str) -> Example:
+        """The question's example with another answer; its images are not cut again."""
+        rendered = replace(question.rendered, target=answer)
+        text = self.encoder.text(question.sample.id, rendered, question.sizes)
+        return replace(text, pixels=question.example.pixels, weight=question.example.weight)

@@ -1,4 +1,4 @@
-"""Loss and generated answers over a set, every rank making the same number of calls."""
+"""Loss and scored answers over a set, every rank making the same number of calls."""
 
 from __future__ import annotations
 
@@ -6,29 +6,15 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
+from typing import Any
 
 from mmtrain import distributed
-from mmtrain.data.source import Source
+from mmtrain.data.source import Question, Source
 from mmtrain.data.stream import PADDING, equal_chunks
-from mmtrain.models.interface import Batch, Example, ForwardResult
-from mmtrain.tasks.interface import Task
-
-
-class Executor(Protocol):
-    """What evaluation needs of an engine."""
-
-    family: Any
-    processor: Any
-    world: Any
-
-    def forward(self, batch: Batch) -> ForwardResult:
-        """One forward."""
-
-    def generate(self, examples: Sequence[Example], settings: Any) -> list[str]:
-        """Answers."""
+from mmtrain.evaluation.answer import Executor, answer
+from mmtrain.files import replace_file
+from mmtrain.main_rank import on_main
+from mmtrain.tasks.interface import Sample, Task
 
 
 @dataclass(frozen=True)
@@ -50,72 +36,79 @@ class Evaluation:
     predictions: list[Prediction]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What scoring needs of one sample: who reads it also sends it to rank 0."""
+
+    index: int
+    sample: Sample
+    prompt: str
+    target: str
+    text: str
+
+
 def evaluate(
     executor: Executor,
     source: Source,
     task: Task,
-    template_name: str,
     settings: Any,
     on_chunk: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Loss per answer token and the task's scores. Chunks are of one size on all ranks."""
     world = executor.world
     chunks = equal_chunks(len(source), world.rank, world.size, settings.batch_size)
-    answers: list[tuple[int, str]] = []
+    asked: list[Asked] = []
     loss_sum, num_tokens = 0.0, 0
     for number, chunk in enumerate(chunks):
-        examples = [_example(source, index) for index in chunk]
-        with torch.no_grad():
-            batch = executor.family.code.collate(examples, executor.processor)
-            loss_sum += float(executor.forward(batch).answer_loss_sum)
-            num_tokens += batch.num_answer_tokens
-            texts = executor.generate(examples, settings)
-        answers += [(i, text) for i, text in zip(chunk, texts, strict=True) if i != PADDING]
+        questions = [_question(source, index) for index in chunk]
+        found = answer(executor, source, questions, settings)
+        loss_sum, num_tokens = loss_sum + found.loss_sum, num_tokens + found.num_tokens
+        asked += [
+            _asked(index, question, text)
+            for index, question, text in zip(chunk, questions, found.texts, strict=True)
+            if index != PADDING
+        ]
         if on_chunk is not None:
             on_chunk(number + 1, len(chunks))
     total_loss, total_tokens = distributed.sum_over_ranks([loss_sum, num_tokens])
-    by_index = dict(pair for part in distributed.gather_objects(answers) for pair in part)
-    metrics: dict[str, float] = {}
-    predictions: list[Prediction] = []
-    if distributed.is_main():
-        texts = [by_index[index] for index in range(len(source))]
-        metrics, predictions = _scored(source, task, template_name, texts)
-    metrics = distributed.from_main(metrics)
-    return Evaluation({"loss": total_loss / max(1, total_tokens), **metrics}, predictions)
+    everything = [one for part in distributed.gather_objects(asked) for one in part]
+    scores: list[float] = []
+
+    def score() -> dict[str, float]:
+        everything.sort(key=lambda one: one.index)
+        samples, texts = [one.sample for one in everything], [one.text for one in everything]
+        metrics, each = task.score(samples, texts, source.template.name)
+        scores.extend(each)
+        return metrics
+
+    metrics = {"loss": total_loss / max(1, total_tokens), **on_main(score)}
+    return Evaluation(metrics, _predictions(everything, scores))
 
 
-def _scored(
-    source: Source, task: Task, template_name: str, texts: list[str]
-) -> tuple[dict[str, float], list[Prediction]]:
-    """Score the answers; images are dropped as samples are read, only that they exist stays."""
-    samples = []
-    for index in range(len(source)):
-        sample = source.sample(index)
-        emptied = tuple(replace(image, data=b"") for image in sample.images)
-        samples.append(replace(sample, images=emptied))
-    metrics, scores = task.score(samples, texts, template_name)
-    predictions = []
-    for sample, text, score in zip(samples, texts, scores, strict=True):
-        rendered = source.rendered(sample)
-        prompt = "\n".join(turn.text for turn in rendered.turns)
-        predictions.append(Prediction(sample.id, prompt, text, rendered.target, score))
-    return metrics, predictions
+def _question(source: Source, index: int) -> Question:
+    if index != PADDING:
+        return source.question(index)
+    question = source.question(0)
+    return replace(question, example=replace(question.example, weight=0.0))
 
 
-def _example(source: Source, index: int) -> Example:
-    if index == PADDING:
-        return replace(source.example(0), weight=0.0)
-    return source.example(index)
+def _asked(index: int, question: Question, text: str) -> Asked:
+    rendered = question.rendered
+    prompt = "\n".join(turn.text for turn in rendered.turns)
+    return Asked(index, question.sample, prompt, rendered.target, text)
+
+
+def _predictions(asked: Sequence[Asked], scores: Sequence[float]) -> list[Prediction]:
+    """On rank 0, which alone has scores."""
+    return [
+        Prediction(one.sample.id, one.prompt, one.text, one.target, score)
+        for one, score in zip(asked, scores)
+    ]
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
     """predictions.jsonl and metrics.json, replaced together."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(asdict(item), ensure_ascii=False) for item in evaluation.predictions)
-    for name, text in (
-        ("predictions.jsonl", "".join(f"{line}\n" for line in lines)),
-        ("metrics.json", json.dumps(evaluation.metrics, indent=1)),
-    ):
-        temporary = folder / f".{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(folder / name)
+    replace_file(folder / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
+    replace_file(folder / "metrics.json", json.dumps(evaluation.metrics, indent=1))

@@ -61,7 +61,24 @@ class Rendered:
     candidates: tuple[str, ...] = ()
 
 
-Template = Callable[[Sample], Rendered]
+@dataclass(frozen=True)
+class Template:
+    """One paper's way to ask: the words, and how an answer is found.
+
+    `generate` lets the model speak; `rank` takes the candidate with the lowest loss, summed over
+    its tokens.
+    """
+
+    render: Callable[[Sample], Rendered]
+    mode: Literal["generate", "rank"] = "generate"
+
+    @property
+    def name(self) -> str:
+        """As its function is called."""
+        return self.render.__name__
+
+    def __call__(self, sample: Sample) -> Rendered:
+        return self.render(sample)
 
 
 @dataclass(frozen=True)

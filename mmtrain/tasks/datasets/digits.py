@@ -48,7 +48,7 @@ class Digits:
     splits: tuple[str, ...] = tuple(SPLIT_SIZES)
     build_options: type[BaseModel] = DigitsOptions
     needs_raw = False
-    templates: Mapping[str, Template] = {"multiple_choice": multiple_choice}
+    templates: Mapping[str, Template] = {"multiple_choice": Template(multiple_choice)}
     metrics: tuple[Metric, ...] = (ACCURACY,)
     primary_metric = ACCURACY
 

@@ -112,8 +112,9 @@ class ScienceQA:
     build_options: type[BaseModel] = ScienceQAOptions
     needs_raw = True
     templates: Mapping[str, Template] = {
-        "zhou2024": zhou2024,
-        "instructblip_peft": instructblip_peft,
+        "zhou2024": Template(zhou2024),
+        # Its papers rank the choices by their loss.
+        "instructblip_peft": Template(instructblip_peft, mode="rank"),
     }
     metrics: tuple[Metric, ...] = (ACCURACY, ACCURACY_IMAGE)
     primary_metric = ACCURACY
