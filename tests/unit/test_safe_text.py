@@ -15,8 +15,8 @@ from mmtrain.errors import ConfigError, MmtrainError
 from mmtrain.resolve import resolve
 from mmtrain.safe_text import MAX_LINE_CHARS, presentable, redact_user_text, redacted
 from mmtrain.tracking.fields import flatten
-from mmtrain.training.progress import set_up_logging
 from mmtrain.training.run_folder import make_folder, store_run
+from mmtrain.training.session import set_up_logging
 
 CANARY = "hunter2"
 URL = f"http://user:{CANARY}@host"
