@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel
 
-from data_shards.publish import published, write_synced
+from data_shards.publish import published
 from data_shards.writer import DEFAULT_SAMPLES_PER_SHARD, ShardWriter
 from mmtrain import plugins
 from mmtrain.data.manifest import MANIFEST_NAME, Manifest
 from mmtrain.data.order import epoch_order
 from mmtrain.data.shards import ShardFolder
 from mmtrain.errors import DataError
+from mmtrain.files import replace_file
 from mmtrain.tasks.interface import Sample, Task
 
 # Beside the manifest, not in it: the manifest is the same wherever the raw files lie.
@@ -76,7 +77,7 @@ def build_split(
             recipe.limit,
             recipe.options.model_dump(mode="json"),
         )
-        write_synced(partial / SOURCE_NAME, json.dumps(source, indent=2).encode())
+        replace_file(partial / SOURCE_NAME, json.dumps(source, indent=2), sync=True)
     return Built(folder, manifest, reused=False)
 
 

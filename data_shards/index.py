@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from data_shards.publish import write_synced
 from mmtrain import plugins
 from mmtrain.data.examine import examine_records
 from mmtrain.data.manifest import (
@@ -26,7 +25,7 @@ from mmtrain.data.manifest import (
 )
 from mmtrain.data.tar import MemberPlace, Run, list_members, runs
 from mmtrain.errors import DataError
-from mmtrain.files import open_regular
+from mmtrain.files import open_regular, replace_file
 from mmtrain.tasks.interface import Task
 
 OnBytes = Callable[[int, int], None]  # bytes done, bytes in all
@@ -127,7 +126,7 @@ def write_manifest(
     buffer = BytesIO()
     index = np.frombuffer(b"".join(inventory.rows), dtype=INDEX_DTYPE)
     np.save(buffer, index, allow_pickle=False)
-    write_synced(folder / INDEX_NAME, buffer.getvalue())
+    replace_file(folder / INDEX_NAME, buffer.getvalue(), sync=True)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         task=task,
@@ -139,5 +138,5 @@ def write_manifest(
         shards=tuple(inventory.shards),
         index_sha256=sha256(buffer.getvalue()).hexdigest(),
     )
-    write_synced(folder / MANIFEST_NAME, manifest.to_json().encode())
+    replace_file(folder / MANIFEST_NAME, manifest.to_json(), sync=True)
     return manifest

@@ -1,8 +1,7 @@
-"""Files and folders that appear whole or not at all."""
+"""Folders that appear whole or not at all."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,25 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mmtrain.errors import DataError
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a file beside its place, wait until it is on the disk, and give it its name."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until a folder's entries (new names, renames) are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+from mmtrain.files import lock, sync_folder
 
 
 @contextmanager
@@ -80,16 +61,11 @@ def exclusive(folder: Path) -> Iterator[None]:
             f"cannot use '{folder}': {fault.strerror};", "choose another --out."
         ) from fault
     try:
-        _lock(descriptor, folder)
+        if not lock(descriptor):
+            raise DataError(
+                f"another build is writing into '{folder}';",
+                "wait for it, or choose another --out.",
+            )
         yield
     finally:
         os.close(descriptor)
-
-
-def _lock(descriptor: int, folder: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as fault:
-        raise DataError(
-            f"another build is writing into '{folder}';", "wait for it, or choose another --out."
-        ) from fault

@@ -7,12 +7,14 @@ its lock goes with it: the next agent of the same user here removes what nobody 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from mmtrain.files import lock
 
 _PREFIX = "mmtrain-launch-"
 
@@ -21,12 +23,12 @@ _PREFIX = "mmtrain-launch-"
 def run_file_folder() -> Iterator[Path]:
     """A private folder, gone afterwards."""
     remove_abandoned()
-    folder, lock = _held_folder()
+    folder, handle = _held_folder()
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        os.close(handle)
 
 
 def remove_abandoned() -> None:
@@ -42,7 +44,8 @@ def _remove_unless_held(path: str) -> None:
     try:
         if os.fstat(handle).st_uid != os.geteuid():
             return
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not lock(handle):
+            return
         # By the handle, not by the path: nobody can put another folder in its place.
         for name in os.listdir(handle):
             os.unlink(name, dir_fd=handle)
@@ -55,10 +58,10 @@ def _held_folder() -> tuple[Path, int]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
         with contextlib.suppress(FileNotFoundError):  # before it was locked, another removed it
-            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             # Where folders cannot be locked, no other agent can lock and remove this one either.
             with contextlib.suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                lock(handle, math.inf)
             if folder.exists():
-                return folder, lock
-            os.close(lock)
+                return folder, handle
+            os.close(handle)

@@ -18,6 +18,7 @@ from mmtrain.config.schema import DataConfig, RunConfig
 from mmtrain.data.shards import ShardFolder
 from mmtrain.data.source import Encoder, Source
 from mmtrain.errors import CheckpointError, ConfigError
+from mmtrain.files import file_sha256, replace_file
 from mmtrain.models.built import Asked
 from mmtrain.models.interface import Family
 from mmtrain.peft.trainable import Trainable, make_trainable
@@ -138,9 +139,7 @@ def base_digests(weights: Sequence[Path], afresh: bool = False) -> dict[str, str
     listed = [f"{path.name}:{_file_digest(path, cache, afresh)}" for path in weights]
     try:
         cache_file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cache_file.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(cache))
-        temporary.replace(cache_file)
+        replace_file(cache_file, json.dumps(cache))
     except OSError:
         pass  # without a cache the digests are only computed again next time
     return {"weights": _joined(listed)} | {name: _joined(found) for name, found in small.items()}
@@ -175,8 +174,7 @@ def _file_digest(path: Path, cache: dict[str, str], afresh: bool) -> str:
     marks = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
     key = ":".join(map(str, (path.resolve(), *marks)))
     if afresh or key not in cache:
-        with open(path, "rb") as file:
-            cache[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        cache[key] = file_sha256(path)
     return cache[key]
 
 

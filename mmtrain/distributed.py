@@ -112,11 +112,6 @@ def is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def barrier() -> None:
-    """Wait for every rank."""
-    dist.barrier()
-
-
 def _group_device() -> torch.device:
     if dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
@@ -268,11 +263,12 @@ def prepare_moments(engine: Any, step: int) -> None:
             "step": torch.tensor(float(step), dtype=torch.float32),
             **{moment: torch.zeros_like(tensor) for moment in MOMENTS},
         }
-    _link_moments(optimizer)
+    link_moments(engine)
 
 
-def _link_moments(optimizer: Any) -> None:
-    """Stages 1-2: DeepSpeed links names to moments once, too early when groups are several."""
+def link_moments(engine: Any) -> None:
+    """Before moments are read. Stages 1-2 link names to them once, too early for several groups."""
+    optimizer = engine.optimizer
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
@@ -292,11 +288,6 @@ def read_state(engine: Any, parameter: torch.nn.Parameter, moment: str | None) -
     value = safe_get_full_optimizer_state(parameter, moment)
     assert value is not None, "a sharded optimizer gave no state"
     return value
-
-
-def link_moments(engine: Any) -> None:
-    """To be called before `read_state` of moments."""
-    _link_moments(engine.optimizer)
 
 
 def write_state(

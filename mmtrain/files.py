@@ -1,10 +1,20 @@
-"""Reading files that may be anything: a pipe would block for ever, a device would never end."""
+"""Files: read although they may be anything, replaced whole or not at all, held by one process.
+
+Of what is opened here to be read, a pipe would block for ever and a device would never end.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import json
 import os
 import stat
+import time
 from pathlib import Path
+from typing import IO, Any
+
+_LOCK_RETRY_S = 0.1
 
 
 def open_regular(path: Path) -> int:
@@ -37,3 +47,50 @@ def read_at(descriptor: int, offset: int, size: int) -> bytes:
         parts.append(part)
         offset, size = offset + len(part), size - len(part)
     return b"".join(parts)
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def replace_file(path: Path, content: bytes | str, sync: bool = False) -> None:
+    """Write a file beside its place and give it its name: readers find the old or the new one.
+
+    Processes may do so side by side. With `sync`, the content is on the disk before the name is.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a small JSON file."""
+    replace_file(path, json.dumps(value, indent=1))
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until a folder's entries (new names, renames) are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock(file: IO[Any] | int, wait_s: float = 0.0) -> bool:
+    """Hold an open file or folder until it is closed; False if another process keeps it so long."""
+    deadline_s = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline_s:
+                return False
+            time.sleep(_LOCK_RETRY_S)

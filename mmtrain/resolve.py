@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def resolve(
     problems += _validation_problems(_section(data, "validate"), _section(data, "data"))
     problems += _tracking_problems(_section(data, "tracking"))
     problems += _layout_problems(data, world_size)
+    problems += _initial_problems(data.get("init_from"), config)
     if config is None or problems:
         raise ConfigError(dict.fromkeys(problems), name)
     return _with_defaults(config)
@@ -171,6 +173,35 @@ def _tracking_problems(tracking: Mapping[str, Any]) -> list[str]:
     uri = tracking.get("uri")
     problem = uri_problem(uri) if isinstance(uri, str) and uri != DISABLED else None
     return [f"tracking.uri: {problem}; use {URI_EXAMPLES}"] if problem else []
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Whether a run was trained there."""
+    return (folder / "run.yaml").is_file()
+
+
+def adapter_files(folder: Path) -> list[Path]:
+    """The weights of an exported adapter: one file, or one in a folder for each component."""
+    name = "adapter_model.safetensors"
+    return sorted([*folder.glob(name), *folder.glob(f"*/{name}")])
+
+
+def _initial_problems(given: Any, config: RunConfig | None) -> list[str]:
+    """What is wrong with the folder that training is to start from, without reading a tensor."""
+    if not isinstance(given, str):
+        return []
+    remedy = "give the folder of a trained run, or the adapter/ in it"
+    if not os.path.isdir(given):
+        return [f"init_from: there is no folder {shown(given)}; {remedy}"]
+    if not is_run_folder(Path(given)) and not adapter_files(Path(given)):
+        return [
+            f"init_from: {shown(given)} has no run.yaml and no adapter_model.safetensors; {remedy}"
+        ]
+    if config and Path(given).resolve().is_relative_to(Path(config.run_dir).resolve()):
+        return [
+            f"init_from: {shown(given)} is this run's own folder; choose another name or output_dir"
+        ]
+    return []
 
 
 def _layout_problems(data: Mapping[str, Any], world_size: int | None) -> list[str]:

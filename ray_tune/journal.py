@@ -7,10 +7,8 @@ because it does not bring back the scheduler.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from typing import IO, Any
 
 from mmtrain.config.problems import shown
 from mmtrain.errors import ConfigError, MmtrainError
+from mmtrain.files import lock, replace_file
 from mmtrain.safe_text import redacted
 from mmtrain.tasks.interface import Metric
 from ray_tune.study import Study
@@ -161,13 +160,11 @@ def study_lock(folder: Path) -> Iterator[IO[str]]:
     """Hold the study: one driver at a time. Yields the lock's file, which outlives a crash."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock(file):
             raise MmtrainError(
                 f"another `mmtrain tune` is running in {folder}.",
                 "Wait for it, end it, or choose another name or output_dir.",
-            ) from None
+            )
         yield file
 
 
@@ -214,10 +211,4 @@ def _result_path(folder: Path, name: str) -> Path:
 
 def _write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    replace_file(path, json.dumps(value, indent=1) + "\n", sync=True)

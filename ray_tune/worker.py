@@ -7,7 +7,6 @@ the driver and the controller as well: 4 of 11 seconds of a trial's overhead.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import IO, Any
 from ray.train.backend import Backend, BackendConfig
 
 from mmtrain.errors import MmtrainError
+from mmtrain.files import lock
 from mmtrain.safe_text import redact
 from ray_tune.cluster import TRAIN_ENVIRONMENT
 from ray_tune.failures import RankFailure, failure_in_words
@@ -174,14 +174,6 @@ def _rank_lock(path: Path) -> IO[str]:
     """Hold the rank's place: two ranks of a killed and a resumed study must never overlap."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("w", encoding="utf-8")
-    deadline_s = time.monotonic() + _LOCK_WAIT_S
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            if time.monotonic() > deadline_s:
-                raise RankFailure(
-                    f"another process still trains this trial (it holds {path})"
-                ) from None
-            time.sleep(0.2)
+    if not lock(file, _LOCK_WAIT_S):
+        raise RankFailure(f"another process still trains this trial (it holds {path})")
+    return file

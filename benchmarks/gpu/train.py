@@ -30,6 +30,7 @@ from mmtrain.resolve import model_options, resolve
 from mmtrain.training import loop
 from mmtrain.training.run import run_training
 from mmtrain.training.step import StepResult, train_step
+from mmtrain.training.trainee import Trainee
 
 WARM_UP_STEPS = 3
 GEMM_SIDE = {"cuda": 8192, "cpu": 512}
@@ -115,23 +116,17 @@ def measure(job: Mapping[str, Any]) -> dict[str, Any]:
         with clock.timing("validation"):
             validate(self, *rest)
 
-    def timed_save(self: Any, total: int, per_epoch: int) -> None:
-        save = self.save
+    save = Trainee.save
 
-        def timed() -> None:
-            with clock.timing("save"):
-                save()
+    def timed_save(self: Trainee, engine: Any) -> None:
+        with clock.timing("save"):
+            save(self, engine)
 
-        self.save = timed
-        after_step(self, total, per_epoch)
-        self.save = save
-
-    after_step = loop.Loop._after_step
     with (
         random_weights(),
         patch.object(loop, "train_step", clock.step),
         patch.object(loop.Loop, "_validate", timed_validate),
-        patch.object(loop.Loop, "_after_step", timed_save),
+        patch.object(Trainee, "save", timed_save),
     ):
         try:
             run_training(config)

@@ -31,13 +31,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate and print the metrics."""
-    from mmtrain import distributed, plugins
+    from mmtrain import distributed
     from mmtrain.assemble import build_source, data_section
     from mmtrain.data.shards import ShardFolder
     from mmtrain.errors import ConfigError
-    from mmtrain.evaluation.evaluate import evaluate, write_evaluation
-    from mmtrain.training.inference import ready_from_argument
-    from mmtrain.training.progress import Progress
+    from mmtrain.evaluation.evaluate import write_evaluation
+    from mmtrain.training.inference import evaluate_with_progress, ready_from_argument
 
     if args.data:
         ShardFolder.open(Path(args.data))  # a missing folder is known before minutes of loading
@@ -49,15 +48,8 @@ def run(args: argparse.Namespace) -> int:
     source = build_source(
         ready.config, ready.assembled, folder, args.limit, blank_images=args.blank_images
     )
-    task = plugins.load("task", data.task)
-    template = data.template or next(iter(task.templates))
-    settings, world = ready.config.generation, ready.engine.world
-    chunks = -(-len(source) // (world.size * settings.batch_size))
-    with Progress("evaluate", chunks, world.is_main) as progress:
-        evaluation = evaluate(
-            ready.engine, source, task, template, settings, lambda done, _: progress.update(done)
-        )
-    if world.is_main:
+    evaluation = evaluate_with_progress("evaluate", ready.engine, source, ready.config)
+    if ready.engine.world.is_main:
         label = Path(folder).name + ("-base" if args.base else "")
         label += "-blank" if args.blank_images else ""
         run_dir = ready.run_dir or Path(ready.config.run_dir)

@@ -19,16 +19,9 @@ def load_run_file(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     data, problems = read_data(path, overrides)
     config, more = checked(RunConfig, data)
-    return _or_raise(config, [*problems, *more], str(path))
-
-
-def parse_run(
-    data: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "configuration"
-) -> RunConfig:
-    """The same for data that is already in memory."""
-    merged, problems = with_overrides(data, overrides)
-    config, more = checked(RunConfig, merged)
-    return _or_raise(config, [*problems, *more], source)
+    if config is None or problems or more:
+        raise ConfigError([*problems, *more], str(path))
+    return config
 
 
 def read_data(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], list[str]]:
@@ -84,12 +77,6 @@ def _set(data: dict[str, Any], keys: Sequence[str], value: Any) -> list[str]:
             ]
     here[keys[-1]] = value
     return []
-
-
-def _or_raise(config: RunConfig | None, problems: Sequence[str], source: str) -> RunConfig:
-    if config is None or problems:
-        raise ConfigError(problems, source)
-    return config
 
 
 def dump_run(config: RunConfig) -> str:

@@ -237,6 +237,10 @@ class RunConfig(Section):
     seed: int = Field(42, ge=0, lt=2**31, description="keys initialisation, order and dropout")
     deterministic: bool = Field(True, description="deterministic kernels: bit-exact repeats")
     output_dir: AnyPath | None = Field(None, description="run folder; default runs/<name>")
+    init_from: AnyPath | None = Field(
+        None,
+        description="start from trained weights: a run folder (its best), or an adapter/ of one",
+    )
     model: ModelConfig
     components: dict[str, ComponentConfig] = Field(
         default_factory=dict, description="per component; what is not named is frozen"

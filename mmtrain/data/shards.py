@@ -109,10 +109,6 @@ class ShardFolder:
             raise DataError(f"{where} has the id {sample.id!r}, the index another;", self._remedy)
         return sample
 
-    def image_digest(self, i: int) -> bytes:
-        """Identity of the images of sample `i`; all zero bytes if it has none."""
-        return bytes(self.index[i]["image_digest"].tobytes())
-
     @property
     def _remedy(self) -> str:
         return f"run `mmtrain shards verify {self.path}`, then copy or build it again."

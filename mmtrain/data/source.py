@@ -25,16 +25,12 @@ class Encoder:
     max_length: int
     truncation_side: str
 
-    def example(
-        self, sample_id: str, rendered: Rendered, images: Sequence[Image.Image]
-    ) -> Example:
+    def example(self, sample_id: str, rendered: Rendered, images: Sequence[Image.Image]) -> Example:
         """Tokens and pixels."""
         limits = (self.max_length, self.truncation_side)
         return encode(self.family, self.processor, sample_id, rendered, images, *limits)
 
-    def text(
-        self, sample_id: str, rendered: Rendered, sizes: Sequence[tuple[int, int]]
-    ) -> Example:
+    def text(self, sample_id: str, rendered: Rendered, sizes: Sequence[tuple[int, int]]) -> Example:
         """Tokens alone, of a sample with images of these sizes."""
         limits = (self.max_length, self.truncation_side)
         code = self.family.code

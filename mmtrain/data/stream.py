@@ -65,7 +65,6 @@ class StepBatches:
     """One optimizer step on this rank."""
 
     position: int
-    epoch: int
     micro_batches: list[Batch]
     num_samples: int  # over all ranks, padding left out
 
@@ -109,12 +108,12 @@ class StepStream:
 
     def step(self, position: int) -> StepBatches:
         """One optimizer step, made here and now."""
-        epoch, indices = plan_step(position, self.num_samples, self.layout.global_batch, self._seed)
+        _, indices = plan_step(position, self.num_samples, self.layout.global_batch, self._seed)
         batches = [
             self._collate([self._weighted(index) for index in share])
             for share in self.layout.micro_batches(indices.tolist())
         ]
-        return StepBatches(position, epoch, batches, int((indices != PADDING).sum()))
+        return StepBatches(position, batches, int((indices != PADDING).sum()))
 
     def _weighted(self, index: int) -> Example:
         if index == PADDING:

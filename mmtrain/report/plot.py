@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmtrain.errors import MmtrainError
+from mmtrain.files import replace_file
 from mmtrain.report.comparison import Statistics, label
 from mmtrain.report.units import PERCENT, direction_text, unit_of, value_text, with_arrow
 from mmtrain.tasks.interface import Metric
@@ -55,9 +56,7 @@ def plot_run(run_dir: Path) -> Path:
             f"{run_dir / JOURNAL_NAME} has no complete line.", "Train at least one step first."
         )
     path = run_dir / "plot.png"
-    temporary = run_dir / ".plot.png.tmp"
-    temporary.write_bytes(run_png(entries, read_declared(run_dir)))
-    temporary.replace(path)
+    replace_file(path, run_png(entries, read_declared(run_dir)))
     return path
 
 

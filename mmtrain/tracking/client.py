@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
 import re
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from mmtrain.errors import MmtrainError
+from mmtrain.files import lock
 from mmtrain.safe_text import redact, redact_uri, redacted
 from mmtrain.tracking.fields import MAX_TAG_CHARS, cut, valid_key
 from mmtrain.tracking.uri import URI_EXAMPLES, resolve_uri, sqlite_path, uri_problem
@@ -26,7 +25,6 @@ KIND_TAG = "mmtrain.kind"
 STUDY_KIND = "study"
 # The holder creates a database or an experiment: MLflow's migrations take some ten seconds.
 FIRST_USE_LIMIT_S = 120.0
-_LOCK_RETRY_S = 0.1
 # MLflow's own defaults are 7 retries of up to 120 s each: minutes per call to a dead server.
 _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -163,24 +161,13 @@ def _first_use_lock(uri: str) -> Iterator[None]:
         yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f"{path.name}.lock").open("a") as lock:
-        _take(lock, FIRST_USE_LIMIT_S)
+    with path.with_name(f"{path.name}.lock").open("a") as file:
+        if not lock(file, FIRST_USE_LIMIT_S):  # a stopped process keeps its locks for ever
+            raise TrackingError(
+                f"{file.name} has been held by another process for {FIRST_USE_LIMIT_S:g} s.",
+                f"Find it (fuser {file.name}) and end it, then try again.",
+            )
         yield
-
-
-def _take(lock: IO[str], limit_s: float) -> None:
-    """Lock a file, or say who may hold it: a stopped process keeps its locks for ever."""
-    deadline_s = time.monotonic() + limit_s
-    while True:
-        try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if time.monotonic() >= deadline_s:
-                raise TrackingError(
-                    f"{lock.name} has been held by another process for {limit_s:g} s.",
-                    f"Find it (fuser {lock.name}) and end it, then try again.",
-                ) from error
-            time.sleep(_LOCK_RETRY_S)
 
 
 def _artifact_location(uri: str, experiment: str) -> str | None:

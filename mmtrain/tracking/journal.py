@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from mmtrain.errors import DataError
+from mmtrain.files import replace_file
 
 JOURNAL_NAME = "metrics.jsonl"
 
@@ -59,12 +60,7 @@ class RunJournal:
         if len(kept) == len(lines):
             return 0
         self._file.close()
-        temporary = self.path.with_name(f"{self.path.name}.tmp")
-        with temporary.open("wb") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        replace_file(self.path, b"".join(kept), sync=True)
         self._file = self.path.open("a", encoding="utf-8")
         return len(lines) - len(kept)
 

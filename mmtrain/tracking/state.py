@@ -7,12 +7,13 @@ between sending a batch and writing down that it was sent.
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from mmtrain.files import replace_file
 
 STATE_NAME = "tracking.json"
 
@@ -41,9 +42,7 @@ class TrackingState:
     def save(self, run_dir: Path) -> None:
         """Write tracking.json beside and rename it."""
         with self._lock:
-            temporary = run_dir / f"{STATE_NAME}.tmp"
-            temporary.write_text(json.dumps(asdict(self), indent=1) + "\n", "utf-8")
-            os.replace(temporary, run_dir / STATE_NAME)
+            replace_file(run_dir / STATE_NAME, json.dumps(asdict(self), indent=1) + "\n")
 
     def end_as(self, status: str) -> None:
         """The MLflow run is to be ended, now."""

@@ -109,11 +109,6 @@ class Tracker:
         self._ending.set()
         self._new_lines.set()
 
-    def finish(self, status: Status = "FINISHED", timeout_s: float = 30.0) -> bool:
-        """End the MLflow run; False when not everything was sent within the time."""
-        self.end(status)
-        return self.wait_until_sent(timeout_s)
-
     def wait_until_sent(self, timeout_s: float) -> bool:
         """After `end`: False when not everything was sent within the time."""
         if self._state is None:

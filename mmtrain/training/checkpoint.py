@@ -6,13 +6,11 @@ renamed; one that does not match its checksums is passed over for the one before
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 
 from mmtrain import distributed
 from mmtrain.errors import CheckpointError, TrainingError
-from mmtrain.training.engine import Engine
-from mmtrain.training.tensor_file import TensorFileWriter
+from mmtrain.files import file_sha256, replace_file, sync_folder
+from mmtrain.training.engine import Engine, Parameters
+from mmtrain.training.tensor_file import Place, Places, Shapes, TensorFileWriter, read_shapes
 
 log = logging.getLogger("mmtrain")
 WEIGHTS, MOMENTS, STATE, SUMS = (
@@ -32,27 +31,6 @@ WEIGHTS, MOMENTS, STATE, SUMS = (
     "sha256.json",
 )
 _STEP_NAME = re.compile(r"step-(0|[1-9][0-9]*)", re.ASCII)
-
-
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 class CheckpointFolder:
@@ -74,7 +52,7 @@ class CheckpointFolder:
     def save(
         self,
         engine: Engine,
-        parameters: Mapping[str, torch.nn.Parameter],
+        parameters: Parameters,
         state: Mapping[str, Any],
         best_step: int,
     ) -> Path:
@@ -105,16 +83,16 @@ class CheckpointFolder:
         temporary.mkdir(parents=True)
 
     def _finish(self, temporary: Path, target: Path, state: Mapping[str, Any]) -> None:
-        _write_text(temporary / STATE, json.dumps(state, indent=1))
+        replace_file(temporary / STATE, json.dumps(state, indent=1), sync=True)
         sums = {name: file_sha256(temporary / name) for name in (WEIGHTS, MOMENTS, STATE)}
-        _write_text(temporary / SUMS, json.dumps(sums, indent=1))
-        _sync_folder(temporary)
+        replace_file(temporary / SUMS, json.dumps(sums, indent=1), sync=True)
+        sync_folder(temporary)
         problem = find_damage(temporary)
         if problem:
             raise OSError(f"what was read back differs: {problem}")
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
 
     def _prune(self, best_step: int) -> None:
         for step in self.steps()[self.keep :]:
@@ -171,7 +149,7 @@ def _unusable(state: Mapping[str, Any]) -> list[str]:
     return [key for key, good in usable.items() if not good]
 
 
-def _guarded(action: Any) -> str:
+def _guarded(action: Callable[[], None]) -> str:
     """Run a file action; its failure as text, so that other ranks can be told."""
     try:
         action()
@@ -180,34 +158,31 @@ def _guarded(action: Any) -> str:
     return ""
 
 
-def _write_tensors(
-    engine: Engine, parameters: Mapping[str, torch.nn.Parameter], folder: Path, fault: str
-) -> str:
+def _write_tensors(engine: Engine, parameters: Parameters, folder: Path, fault: str) -> str:
     """Gather and write tensor by tensor. Gathering goes on after a failed write: others wait."""
-    distributed.link_moments(engine.deepspeed)
-    shapes = {name: tuple(distributed.full_shape(p)) for name, p in parameters.items()}
-    files: list[tuple[str, dict[str, Any], list[tuple[str, str | None]]]] = [
-        (WEIGHTS, shapes, [(name, None) for name in shapes]),
-        (
-            MOMENTS,
-            {f"{name}.{key}": shapes[name] for name in shapes for key in distributed.MOMENTS},
-            [(name, key) for name in shapes for key in distributed.MOMENTS],
-        ),
-    ]
-    for file_name, file_shapes, entries in files:
+    weights, moments = tensor_shapes(parameters)
+    for file_name, shapes, tensors in (
+        (WEIGHTS, weights, engine.masters(parameters)),
+        (MOMENTS, moments, engine.moments(parameters)),
+    ):
         writer: TensorFileWriter | None = None
-        for number, (name, moment) in enumerate(entries):
-            value = distributed.read_state(engine.deepspeed, parameters[name], moment)
+        for number, (name, value) in enumerate(tensors, start=1):
             if not distributed.is_main() or fault:
                 continue
             try:
-                writer = writer or TensorFileWriter(folder / file_name, file_shapes)
-                writer.write(name if moment is None else f"{name}.{moment}", value)
-                if number == len(entries) - 1:
+                writer = writer or TensorFileWriter(folder / file_name, shapes)
+                writer.write(name, value)
+                if number == len(shapes):
                     writer.close()
             except OSError as error:
                 fault = f"{error.strerror or error}"
     return fault
+
+
+def tensor_shapes(parameters: Parameters) -> tuple[Shapes, Shapes]:
+    """Names and shapes of the weights' file, and of the moments'."""
+    weights = {name: distributed.full_shape(p) for name, p in parameters.items()}
+    return weights, {f"{n}.{key}": s for n, s in weights.items() for key in distributed.MOMENTS}
 
 
 def read_state_file(folder: Path) -> dict[str, Any]:
@@ -215,60 +190,28 @@ def read_state_file(folder: Path) -> dict[str, Any]:
     return json.loads((folder / STATE).read_text())
 
 
-def load_weights_into_model(
-    folder: Path | None, parameters: Mapping[str, torch.nn.Parameter]
-) -> None:
-    """Set working weights from the masters, before the engine exists. Rank 0 alone reads."""
-    _for_each_tensor(
-        folder,
-        WEIGHTS,
-        {name: distributed.full_shape(p) for name, p in parameters.items()},
-        next(iter(parameters.values())).device,
-        lambda name, value: distributed.write_parameter(parameters[name], value),
-    )
-
-
-def load_optimizer_state(
-    folder: Path | None, engine: Engine, parameters: Mapping[str, torch.nn.Parameter], step: int
-) -> None:
-    """Set masters and moments by name, on any layout, after the engine exists."""
-    distributed.prepare_moments(engine.deepspeed, step)
-    shapes = {name: distributed.full_shape(p) for name, p in parameters.items()}
-    device = engine.world.device
-
-    def set_master(name: str, value: torch.Tensor) -> None:
-        distributed.write_state(engine.deepspeed, parameters[name], None, value)
-
-    def set_moment(key: str, value: torch.Tensor) -> None:
-        name, _, moment = key.rpartition(".")
-        distributed.write_state(engine.deepspeed, parameters[name], moment, value)
-
-    _for_each_tensor(folder, WEIGHTS, shapes, device, set_master)
-    moment_shapes = {f"{n}.{key}": s for n, s in shapes.items() for key in distributed.MOMENTS}
-    _for_each_tensor(folder, MOMENTS, moment_shapes, device, set_moment)
-
-
-def _for_each_tensor(
-    folder: Path | None,
-    file_name: str,
-    shapes: Mapping[str, torch.Size],
-    device: torch.device,
-    use: Any,
-) -> None:
-    reader, other = None, []
-    if distributed.is_main():
-        assert folder is not None
-        reader = safe_open(str(folder / file_name), framework="pt", device="cpu")
-        stored = {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}
-        wanted = {name: tuple(shape) for name, shape in shapes.items()}
-        other = sorted(name for name, _ in stored.items() ^ wanted.items())
-    other = distributed.from_main(other)
+def places_in(path: Path, shapes: Shapes) -> Places:
+    """Where a checkpoint's file has these tensors; an error where it holds others. Rank 0 only."""
+    other = sorted(name for name, _ in read_shapes(path).items() ^ shapes.items())
     if other:
         raise CheckpointError(
-            f"checkpoint {folder or ''}: holds other parameters than this run trains, e.g."
+            f"checkpoint {path.parent}: holds other parameters than this run trains, e.g."
             f" {other[0]}.",
             "Keep the components as they were trained, or give the run another output_dir.",
         )
-    for name, shape in shapes.items():
-        value = reader.get_tensor(name) if reader is not None else None
-        use(name, distributed.broadcast_tensor(value, shape, device))
+    return {name: Place(path, name, shape) for name, shape in shapes.items()}
+
+
+def each_tensor(places: Places, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors on every rank, one at a time; rank 0 alone reads."""
+    files = {place.path for place in places.values()} if distributed.is_main() else ()
+    readers = {path: safe_open(str(path), framework="pt", device="cpu") for path in files}
+    for name, (path, key, shape) in places.items():
+        value = readers[path].get_tensor(key) if readers else None
+        yield name, distributed.broadcast_tensor(value, shape, device)
+
+
+def load_weights(places: Places, parameters: Parameters) -> None:
+    """Set working weights, before the engine exists."""
+    for name, value in each_tensor(places, next(iter(parameters.values())).device):
+        distributed.write_parameter(parameters[name], value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from mmtrain.config.schema import ValidateConfig
@@ -58,11 +58,7 @@ class EarlyStopping:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {
-            key: value
-            for key, value in asdict(self).items()
-            if key in ("best_value", "best_step", "since_best")
-        }
+        return {name: getattr(self, name) for name in ("best_value", "best_step", "since_best")}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint."""

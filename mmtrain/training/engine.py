@@ -1,22 +1,82 @@
-"""DeepSpeed behind one small object. The only caller of `deepspeed.initialize`."""
+"""What trains and answers: the protocol, and its DeepSpeed form.
+
+The only caller of `deepspeed.initialize`.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from mmtrain import distributed
+from mmtrain.assemble import Assembled
+from mmtrain.config.deepspeed import zero_stage
 from mmtrain.distributed import World
 from mmtrain.models import built, decoding
-from mmtrain.models.dropout import scope_of
-from mmtrain.models.interface import Batch, Example, Family, ForwardResult
+from mmtrain.models.interface import Batch, Example, Family, ForwardResult, ImageFeatures
 from mmtrain.training.numerics import nondeterminism_explained
 
 log = logging.getLogger("mmtrain")
+Parameters = Mapping[str, nn.Parameter]
+
+
+class Engine(Protocol):
+    """Forward, backward, step and generation of a model that is spread over ranks.
+
+    Every rank calls the same methods in the same order.
+    """
+
+    family: Any
+    processor: Any
+    world: Any
+
+    def train_mode(self) -> None:
+        """Dropout on."""
+
+    def evaluation_mode(self) -> None:
+        """Dropout off."""
+
+    def image_features(self, batch: Batch) -> ImageFeatures:
+        """What evaluation asks of a batch's images, once: without gradients or dropout."""
+
+    def forward(self, batch: Batch, features: ImageFeatures | None = None) -> ForwardResult:
+        """One forward of a batch that may still be on the host."""
+
+    def generate(
+        self, examples: Sequence[Example], settings: Any, features: ImageFeatures | None = None
+    ) -> list[str]:
+        """Answers to the prompts of `examples`."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate gradients, divided by accumulation steps and averaged over ranks."""
+
+    def step(self) -> None:
+        """End a micro-step; the optimizer runs at the accumulation boundary."""
+
+    def set_learning_rates(self, rate_of_peak: Callable[[float], float]) -> float:
+        """Set every group's rate from its peak; the largest is returned, for the log."""
+
+    def own_gradient_norm(self) -> torch.Tensor:
+        """Norm of what this rank's optimizer is about to use, on the device: no wait."""
+
+    def gradient_norm(self) -> float:
+        """The global norm before clipping, of the step just taken."""
+
+    def masters(self, parameters: Parameters) -> Iterator[tuple[str, torch.Tensor]]:
+        """Whole fp32 weights by name, one at a time."""
+
+    def moments(self, parameters: Parameters) -> Iterator[tuple[str, torch.Tensor]]:
+        """AdamW's moments, as `<name>.<moment>`, one at a time."""
+
+    def prepare_moments(self, step: int) -> None:
+        """The optimizer as after `step` steps, with zero moments to be set."""
+
+    def set_state(self, parameter: nn.Parameter, moment: str | None, value: torch.Tensor) -> None:
+        """Set an fp32 weight (its rounding is in the model already), or a moment."""
 
 
 class FamilyModule(nn.Module):
@@ -30,15 +90,15 @@ class FamilyModule(nn.Module):
         self.family = family
         self.model = model
 
-    def forward(self, batch: Batch) -> tuple[Any, ...]:
+    def forward(self, batch: Batch, features: ImageFeatures | None) -> tuple[Any, ...]:
         """From images and ids to sums of losses."""
-        result = decoding.forward(self.family, self.model, batch)
+        result = decoding.forward(self.family, self.model, batch, features)
         return result.answer_loss_sum, result.per_sample_loss, result.auxiliary
 
 
 def resolve_stage(deepspeed_config: Mapping[str, Any], dtype: str) -> int:
     """The ZeRO stage in effect: bf16 at stage 0 would silently use another optimizer."""
-    stage = int(deepspeed_config.get("zero_optimization", {}).get("stage", 0))
+    stage = zero_stage(deepspeed_config)
     if stage == 0 and dtype == "bf16":
         log.info("zero0 with bf16: using ZeRO stage 1, where master weights are fp32 shards")
         return 1
@@ -101,88 +161,94 @@ def _offloads_parameters(config: Mapping[str, Any]) -> bool:
     return offload.get("device", "none") != "none"
 
 
-class Engine:
-    """Forward, backward, step and generation of one run under one ZeRO stage."""
+class DeepSpeedEngine:
+    """An `Engine` under one ZeRO stage; without an optimizer it only answers."""
 
     def __init__(
         self,
-        family: Family,
-        model: nn.Module,
-        processor: Any,
+        assembled: Assembled,
         world: World,
         config: Mapping[str, Any],
         asked: built.Asked,
-        groups: list[dict[str, Any]] | None,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
+        optimizer: torch.optim.Optimizer | None,
     ) -> None:
-        self.family, self.model, self.processor, self.world = family, model, processor, world
-        self.stage = int(config["zero_optimization"]["stage"])
+        self.family, self.processor, self.world = assembled.family, assembled.processor, world
+        self.model = assembled.model
+        self.stage = zero_stage(config)
         self._stage0_norm = 0.0
-        module = FamilyModule(family, model)
+        module = FamilyModule(self.family, self.model)
         self.deepspeed: Any = None
-        if groups is None and self.stage < 3:
+        if optimizer is None and self.stage < 3:
             self._module: Any = module.to(world.device)
         else:
-            optimizer = None
-            if groups is not None:
-                optimizer = torch.optim.AdamW(groups, betas=betas, eps=eps)
             self._module = self.deepspeed = _initialise(module, optimizer, config, world.device)
-            distributed.restart_trace_at_each_forward(self.deepspeed, model)
+            distributed.restart_trace_at_each_forward(self.deepspeed, self.model)
         shards = torch.device("cpu") if _offloads_parameters(config) else world.device
-        built.refuse_other_than(asked, model, world.device, shards)
+        built.refuse_other_than(asked, self.model, world.device, shards)
 
     def train_mode(self) -> None:
-        """Dropout on."""
         self._module.train()
 
     def evaluation_mode(self) -> None:
-        """Dropout off."""
         self._module.eval()
 
-    def set_step(self, seed: int, step: int) -> None:
-        """Key the dropout masks of this optimizer step."""
-        scope = scope_of(self.model)
-        scope.seed, scope.step = seed, step
+    def image_features(self, batch: Batch) -> ImageFeatures:
+        # No forward of DeepSpeed's runs here that would gather what the model itself owns.
+        own = self.model.parameters(recurse=False)
+        with nondeterminism_explained(), torch.no_grad(), distributed.gathered(own):
+            return self.family.code.image_features(self.model, batch.to(self.world.device))
 
-    def forward(self, batch: Batch) -> ForwardResult:
-        """One forward of a batch that may still be on the host."""
+    def forward(self, batch: Batch, features: ImageFeatures | None = None) -> ForwardResult:
         with nondeterminism_explained():
-            loss_sum, per_sample, auxiliary = self._module(batch.to(self.world.device))
+            loss_sum, per_sample, auxiliary = self._module(batch.to(self.world.device), features)
         return ForwardResult(loss_sum, per_sample, batch.tensors["answer_counts"], auxiliary)
 
-    def generate(self, examples: Sequence[Example], settings: Any) -> list[str]:
-        """Answers to the prompts of `examples`."""
+    def generate(
+        self, examples: Sequence[Example], settings: Any, features: ImageFeatures | None = None
+    ) -> list[str]:
+        answering = (self.model, self.processor, examples, settings, features)
         with nondeterminism_explained():
-            return decoding.generate(self.family, self.model, self.processor, examples, settings)
+            return decoding.generate(self.family, *answering)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate gradients. DeepSpeed divides by accumulation steps and averages ranks."""
-        assert self.deepspeed is not None
         with nondeterminism_explained():
             self.deepspeed.backward(loss)
 
     def step(self) -> None:
-        """End a micro-step; the optimizer runs at the accumulation boundary."""
-        assert self.deepspeed is not None
         if self.stage == 0 and self.deepspeed.is_gradient_accumulation_boundary():
             # DeepSpeed keeps no norm at stage 0.
             found = [p.grad.norm() for p in self.model.parameters() if p.grad is not None]
             self._stage0_norm = float(torch.stack(found).norm())
         self.deepspeed.step()
 
-    def set_learning_rates(self, rate_of_peak: Any) -> float:
-        """Set every group's rate from its peak; the largest is returned, for the log."""
-        assert self.deepspeed is not None
+    def set_learning_rates(self, rate_of_peak: Callable[[float], float]) -> float:
         rates = []
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = rate_of_peak(group["peak_lr"])
             rates.append(group["lr"])
         return max(rates)
 
+    def own_gradient_norm(self) -> torch.Tensor:
+        return distributed.own_gradient_norm(self.deepspeed)
+
     def gradient_norm(self) -> float:
-        """The global norm before clipping, of the step just taken."""
-        assert self.deepspeed is not None
         return (
             self._stage0_norm if self.stage == 0 else float(self.deepspeed.get_global_grad_norm())
         )
+
+    def masters(self, parameters: Parameters) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in parameters.items():
+            yield name, distributed.read_state(self.deepspeed, parameter, None)
+
+    def moments(self, parameters: Parameters) -> Iterator[tuple[str, torch.Tensor]]:
+        distributed.link_moments(self.deepspeed)
+        for name, parameter in parameters.items():
+            for moment in distributed.MOMENTS:
+                value = distributed.read_state(self.deepspeed, parameter, moment)
+                yield f"{name}.{moment}", value
+
+    def prepare_moments(self, step: int) -> None:
+        distributed.prepare_moments(self.deepspeed, step)
+
+    def set_state(self, parameter: nn.Parameter, moment: str | None, value: torch.Tensor) -> None:
+        distributed.write_state(self.deepspeed, parameter, moment, value)

@@ -6,17 +6,21 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmtrain import distributed
-from mmtrain.assemble import Assembled, asked_of, build_model, refuse_preset
-from mmtrain.config.deepspeed import find_deepspeed_config
+from mmtrain import distributed, plugins
+from mmtrain.assemble import Assembled, asked_of, build_model, data_section, refuse_preset
+from mmtrain.config.deepspeed import find_deepspeed_config, zero_stage
 from mmtrain.config.load import load_run_file
 from mmtrain.config.schema import RunConfig
+from mmtrain.data.source import Source
 from mmtrain.distributed import World
 from mmtrain.errors import CheckpointError, MmtrainError
+from mmtrain.evaluation.evaluate import Evaluation, evaluate
+from mmtrain.main_rank import on_main
 from mmtrain.training import checkpoint as checkpoints
-from mmtrain.training.checkpoint import CheckpointFolder
-from mmtrain.training.engine import Engine, complete_config
+from mmtrain.training.checkpoint import WEIGHTS, CheckpointFolder
+from mmtrain.training.engine import DeepSpeedEngine, Engine, complete_config
 from mmtrain.training.numerics import pin_numerics
+from mmtrain.training.progress import Progress
 from mmtrain.training.run_folder import read_status
 
 log = logging.getLogger("mmtrain")
@@ -70,23 +74,18 @@ def build_ready(config: RunConfig, checkpoint: Path | None, run_dir: Path | None
     settings = complete_config(
         find_deepspeed_config(config.parallel.deepspeed), config.model.dtype, 1, 1, world.size, 0.0
     )
-    zero3 = settings if settings["zero_optimization"]["stage"] == 3 else None
+    zero3 = settings if zero_stage(settings) == 3 else None
     if checkpoint is None:
         config = config.model_copy(update={"components": {}})
     assembled = build_model(config, zero3, trains=False)
     if checkpoint is not None:
-        checkpoints.load_weights_into_model(checkpoint, assembled.trained_parameters())
+        parameters = assembled.trained_parameters()
+        shapes = checkpoints.tensor_shapes(parameters)[0]
+        places = on_main(lambda: checkpoints.places_in(checkpoint / WEIGHTS, shapes))
+        checkpoints.load_weights(places, parameters)
     for parameter in assembled.model.parameters():
         parameter.requires_grad_(False)
-    engine = Engine(
-        assembled.family,
-        assembled.model,
-        assembled.processor,
-        world,
-        settings,
-        asked_of(config),
-        groups=None,
-    )
+    engine = DeepSpeedEngine(assembled, world, settings, asked_of(config), None)
     engine.evaluation_mode()
     return Ready(config, engine, assembled, run_dir)
 
@@ -97,3 +96,15 @@ def ready_from_argument(path: str, overrides: list[str], base: bool) -> Ready:
     config = load_run_file(run_file, overrides)
     checkpoint = None if base else chosen_checkpoint(run_dir or Path(config.run_dir))
     return build_ready(config, checkpoint, run_dir)
+
+
+def evaluate_with_progress(
+    label: str, engine: Engine, source: Source, config: RunConfig
+) -> Evaluation:
+    """Loss and answers on a source as the run file asks for them, under a bar."""
+    task = plugins.load("task", data_section(config).task)
+    chunks = -(-len(source) // (engine.world.size * config.generation.batch_size))
+    with Progress(label, chunks, engine.world.is_main) as progress:
+        return evaluate(
+            engine, source, task, config.generation, lambda done, _: progress.update(done)
+        )

@@ -5,40 +5,10 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from pathlib import Path
 from types import TracebackType
-
-from mmtrain.safe_text import presentable
 
 log = logging.getLogger("mmtrain")
 _SECONDS_BETWEEN_LINES = 15.0
-
-
-def set_up_logging(run_dir: Path, rank: int) -> None:
-    """One file per rank; rank 0 also speaks on the terminal."""
-    folder = run_dir / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
-    log.handlers.clear()
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    # A log on a full disk must not bury the error itself under tracebacks of its own.
-    logging.raiseExceptions = False
-    file = logging.FileHandler(folder / f"rank-{rank}.log")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    file.addFilter(_presentable)
-    log.addHandler(file)
-    if rank == 0:
-        terminal = logging.StreamHandler(sys.stderr)
-        terminal.setFormatter(logging.Formatter("%(message)s"))
-        terminal.addFilter(_presentable)
-        log.addHandler(terminal)
-
-
-def _presentable(record: logging.LogRecord) -> bool:
-    """Messages repeat settings and errors of libraries: no secret goes into a log."""
-    lines = record.getMessage().split("\n")
-    record.msg, record.args = "\n".join(map(presentable, lines)), None
-    return True
 
 
 class Progress:

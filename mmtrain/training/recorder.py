@@ -4,24 +4,50 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from mmtrain import plugins
 from mmtrain.assemble import data_section
+from mmtrain.config.load import flatten_run
 from mmtrain.config.schema import RunConfig
-from mmtrain.tasks.interface import validation_metrics
+from mmtrain.files import write_json
+from mmtrain.tasks.interface import LOSS, Metric, validation_metrics
 from mmtrain.tracking.declared import DECLARED_NAME, as_fields, as_tags
 from mmtrain.tracking.fields import environment_tags, flatten
 from mmtrain.tracking.journal import JOURNAL_NAME, RunJournal
 from mmtrain.tracking.tracker import Status, Tracker
-from mmtrain.training.loop import TRAINING_METRICS
-from mmtrain.training.run_folder import write_json
 
 log = logging.getLogger("mmtrain")
+# Of what the loop records, that which is better one way: a learning rate is not.
+TRAINING_METRICS = (
+    replace(LOSS, name="train/loss"),
+    Metric("train/samples_per_s", larger_is_better=True, unit="samples/s"),
+    Metric("train/tokens_per_s", larger_is_better=True, unit="tokens/s"),
+    Metric("memory/peak_gib", larger_is_better=False, unit="GiB"),
+)
 
 
 class Recorder:
+    """What a run writes down as it goes on: this one nothing, as on every rank but the first."""
+
+    def start(self, inputs: Mapping[str, str], step: int) -> None:
+        """Forget what was written after the step that training goes on from; begin to track."""
+
+    def record(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
+        """One line of the journal."""
+
+    def end(self, status: Status, artifacts: Sequence[Path] = ()) -> None:
+        """Write down how the run ended, and which files and folders the tracker should also have.
+
+        From here on `mmtrain report --sync` can send what this process does not.
+        """
+
+    def wait_until_sent(self, timeout_s: float) -> None:
+        """Give the tracker time to send what is written down."""
+
+
+class RunRecorder(Recorder):
     """The journal of a run and its tracker. Tracking never blocks or fails training."""
 
     def __init__(self, run_dir: Path, config: RunConfig) -> None:
@@ -29,8 +55,7 @@ class Recorder:
         self._journal = RunJournal(run_dir / JOURNAL_NAME)
         self._tracker: Tracker | None = None
 
-    def start(self, params: Mapping[str, Any], inputs: Mapping[str, str], step: int) -> None:
-        """Forget what was written after the step that training goes on from; begin to track."""
+    def start(self, inputs: Mapping[str, str], step: int) -> None:
         self._journal.truncate_after(step if step > 0 else -1)
         missing = self._journal.missing_steps(step)
         if missing:
@@ -50,21 +75,16 @@ class Recorder:
             self._run_dir,
             self._config.tracking,
             self._config.name,
-            flatten(params),
+            flatten(flatten_run(self._config)),
             {**environment_tags(), **digests, **as_tags(metrics)},
         )
 
-    def record(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
-        """One line of the journal."""
+    def record(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
         self._journal.append(step, epoch, metrics)
         if self._tracker is not None:
             self._tracker.wake()
 
     def end(self, status: Status, artifacts: Sequence[Path] = ()) -> None:
-        """Write down how the run ended, and which files and folders the tracker should also have.
-
-        From here on `mmtrain report --sync` can send what this process does not.
-        """
         if self._tracker is not None:
             for path in filter(Path.exists, artifacts):
                 folder = path if path.is_dir() else path.parent
@@ -75,6 +95,5 @@ class Recorder:
         self._journal.close()
 
     def wait_until_sent(self, timeout_s: float) -> None:
-        """Give the tracker time to send what is written down."""
         if self._tracker is not None:
             self._tracker.wait_until_sent(timeout_s)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -14,6 +13,7 @@ from typing import Any, Literal
 from mmtrain.config.load import difference, dump_run, flatten_run, load_run_file
 from mmtrain.config.schema import RunConfig
 from mmtrain.errors import ConfigError, MmtrainError, Terminated
+from mmtrain.files import lock, replace_file, write_json
 from mmtrain.safe_text import redacted
 
 # What may change between a run and its resume: how it is computed, not what is computed.
@@ -32,13 +32,6 @@ BASE_FILE = "base/"  # before the name of a small file of the base, among a run'
 
 class InUse(MmtrainError):
     """Another process trains in this folder."""
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a small JSON file at once; ranks that fail together may do so side by side."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    temporary.replace(path)
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
@@ -118,9 +111,7 @@ def store_run(config: RunConfig, run_dir: Path) -> None:
     if stored.exists():
         refuse_other_run(config, stored)
     with _writing(run_dir):
-        temporary = run_dir / ".run.yaml.tmp"
-        temporary.write_text(dump_run(_without_secrets(config)))
-        temporary.replace(stored)
+        replace_file(stored, dump_run(_without_secrets(config)))
 
 
 @contextmanager
@@ -144,13 +135,11 @@ def _without_secrets(config: RunConfig) -> RunConfig:
 def exclusive(run_dir: Path) -> Iterator[None]:
     """Hold the folder: two trainings of one run would overwrite each other's files."""
     with open(run_dir / ".lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not lock(file):
             raise InUse(
                 f"{run_dir} is being trained by another process.",
                 "Wait for it, end it, or choose another name or output_dir.",
-            ) from error
+            )
         yield
 
 

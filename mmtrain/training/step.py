@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -14,6 +14,7 @@ from mmtrain.data.stream import StepBatches
 from mmtrain.models.interface import Batch
 from mmtrain.training.audit import refuse_bad_gradients, refuse_bad_loss
 from mmtrain.training.engine import Engine
+from mmtrain.training.trainee import Trainee
 
 
 @dataclass(frozen=True)
@@ -25,18 +26,10 @@ class StepResult:
     num_tokens: int
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What trains: parameters by name, and the component each belongs to."""
-
-    parameters: Mapping[str, torch.nn.Parameter]
-    owner: Mapping[str, str]
-
-
 def train_step(
     engine: Engine,
     step: StepBatches,
-    trained: Trained,
+    trainee: Trainee,
     before_optimizer: Callable[[], None] | None = None,
 ) -> StepResult:
     """Forward and backward over the micro-batches, then one optimizer update.
@@ -60,7 +53,7 @@ def train_step(
         sample_losses.append(result.per_sample_loss.detach())
         if number == len(batches) - 1:
             loss_sum = _checked(
-                engine, reduce(torch.add, loss_sums), sample_losses, batches, trained
+                engine, reduce(torch.add, loss_sums), sample_losses, batches, trainee
             )
             if before_optimizer is not None:
                 before_optimizer()
@@ -73,14 +66,14 @@ def _checked(
     own_loss_sum: torch.Tensor,
     sample_losses: Sequence[torch.Tensor],
     batches: Sequence[Batch],
-    trained: Trained,
+    trainee: Trainee,
 ) -> float:
     """The loss over all ranks, or an error on each: nothing non-finite meets the optimizer.
 
     One message and one wait for the device in a step, whatever the number of micro-batches.
     """
     losses = torch.cat(list(sample_losses))
-    norm = distributed.own_gradient_norm(engine.deepspeed).to(losses.device)
+    norm = engine.own_gradient_norm().to(losses.device)
     faults = [(~torch.isfinite(losses)).sum(), ~torch.isfinite(norm)]
     loss_sum, bad_losses, bad_gradients = distributed.sum_over_ranks(
         torch.stack([own_loss_sum.double(), *(fault.double() for fault in faults)])
@@ -91,6 +84,6 @@ def _checked(
         bad_ids = [sample_id for sample_id, loss in pairs if not math.isfinite(loss)]
         refuse_bad_loss(distributed.gather_objects(bad_ids))
     if bad_gradients:
-        squared = distributed.squared_gradient_norms(trained.parameters)
-        refuse_bad_gradients(squared, trained.owner, distributed.gather_objects(ids))
+        squared = distributed.squared_gradient_norms(trainee.parameters)
+        refuse_bad_gradients(squared, trainee.owner, distributed.gather_objects(ids))
     return loss_sum

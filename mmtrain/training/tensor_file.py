@@ -1,4 +1,4 @@
-"""Writing safetensors one tensor at a time: the memory of one tensor, whatever the file holds."""
+"""safetensors one tensor at a time: the memory of one tensor, whatever a file holds."""
 
 from __future__ import annotations
 
@@ -6,9 +6,25 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 
+from mmtrain.errors import CheckpointError
+
+Shapes = Mapping[str, torch.Size]
+
+
+class Place(NamedTuple):
+    """Where a tensor is stored: its file, its name there, its shape."""
+
+    path: Path
+    key: str
+    shape: torch.Size
+
+
+Places = Mapping[str, Place]
 _NAMES = {torch.float32: ("F32", 4), torch.bfloat16: ("BF16", 2)}
 
 
@@ -20,13 +36,12 @@ class TensorFileWriter:
         path: Path,
         shapes: Mapping[str, Sequence[int]],
         dtype: torch.dtype = torch.float32,
-        metadata: Mapping[str, str] | None = None,
     ) -> None:
         type_name, item_bytes = _NAMES[dtype]
         self._dtype = dtype
         self._expected = list(shapes)
         self._written = 0
-        header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, shape in shapes.items():
             size = item_bytes * int(torch.Size(shape).numel())
@@ -54,3 +69,14 @@ class TensorFileWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+
+
+def read_shapes(path: Path) -> dict[str, torch.Size]:
+    """The shapes of a file's tensors; no tensor is read."""
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as reader:
+            return {name: torch.Size(reader.get_slice(name).get_shape()) for name in reader.keys()}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}).", "Copy or export it again."
+        ) from error

@@ -116,6 +116,9 @@ def test_targets_score_best_and_nonsense_worst(name: str, template: str) -> None
     for metric in task.metrics:
         better, than = best[metric.name], worst[metric.name]
         assert metric.cost(better) <= metric.cost(than), "declared upside down"
+    assert task.templates[template].name == template
+    if task.templates[template].mode == "rank":
+        assert all(each.candidates for each in rendered)
     primary = task.primary_metric
     assert primary.cost(best[primary.name]) < primary.cost(worst[primary.name])
     for each in rendered:

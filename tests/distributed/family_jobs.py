@@ -36,7 +36,7 @@ def one_pass(ready: Ready, asked: dict[str, Any]) -> dict[str, Any]:
     source = build_source(ready.config, ready.assembled, asked["folder"], data.val_limit)
     settings = ready.config.generation.model_copy(update={"batch_size": asked["batch_size"]})
     task = plugins.load("task", data.task)
-    evaluation = evaluate(ready.engine, source, task, data.template, settings)
+    evaluation = evaluate(ready.engine, source, task, settings)
     answers = [prediction.prediction for prediction in evaluation.predictions]
     return {"answers": answers, **evaluation.metrics}
 

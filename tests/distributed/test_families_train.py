@@ -136,14 +136,16 @@ class FamilyRuns:
         scienceqa = str(material / "scienceqa" / "train")
         looks = {name: {"folder": str(material / name), "batch_size": 8} for name in LOOKS}
         jobs = [self.memorised(material), self._evaluation([], looks)]
-        # Prompts of many lengths.
-        template = next(iter(plugins.load("task", "scienceqa").templates))
-        asked = ["data.task=scienceqa", f"data.template={template}", f"data.val_limit={NUM_ASKED}"]
-        for stage in ("zero0", "zero3"):
-            batches = {
-                f"{stage}-by-{size}": {"folder": scienceqa, "batch_size": size} for size in (1, 3)
-            }
-            jobs.append(self._evaluation([f"parallel.deepspeed={FILES[stage]}", *asked], batches))
+        # Prompts of many lengths; one template lets the model speak, the other ranks the choices.
+        for mode, template in (("spoken", "zhou2024"), ("ranked", "instructblip_peft")):
+            asked = [f"data.template={template}", f"data.val_limit={NUM_ASKED}"]
+            for stage in ("zero0", "zero3"):
+                batches = {
+                    f"{stage}-{mode}-by-{size}": {"folder": scienceqa, "batch_size": size}
+                    for size in (1, 3)
+                }
+                asked += ["data.task=scienceqa", f"parallel.deepspeed={FILES[stage]}"]
+                jobs.append(self._evaluation(asked, batches))
         return jobs
 
     def other_jobs(self, material: Path) -> list[dict[str, Any]]:
@@ -280,11 +282,12 @@ def assert_resumed(runs: FamilyRuns, stage: str) -> None:
 
 
 @pytest.mark.parametrize("runs", cases(FIRST_IDS, IDS), indirect=True)
-def test_same_answers_batched_or_not_sharded_or_not(runs: FamilyRuns) -> None:
-    answers = runs.found("zero0-by-1")["answers"]
+@pytest.mark.parametrize("mode", ["spoken", "ranked"])
+def test_same_answers_batched_or_not_sharded_or_not(runs: FamilyRuns, mode: str) -> None:
+    answers = runs.found(f"zero0-{mode}-by-1")["answers"]
     assert len(answers) == NUM_ASKED and len(set(answers)) > 1, answers
-    for name in ("zero0-by-3", "zero3-by-1", "zero3-by-3"):
-        assert runs.found(name)["answers"] == answers, name
+    for name in ("zero0-spoken-by-3", "zero3-spoken-by-1", "zero3-spoken-by-3"):
+        assert runs.found(name.replace("spoken", mode))["answers"] == answers, name
 
 
 @pytest.mark.parametrize("runs", cases(FIRST_IDS, IDS), indirect=True)

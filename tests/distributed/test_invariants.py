@@ -114,6 +114,17 @@ def recomputed(runs: Runs, stage: str) -> dict[str, Any]:
     return runs.job(f"recomputed-{stage}", parallel=parallel)
 
 
+def started(runs: Runs) -> dict[str, Any]:
+    """One step, too small to change a weight, from the trained weights of another run."""
+    sections = _resumable(runs, "bf16", "zero3") | {
+        "init_from": str(runs.root / "whole-bf16-zero3")
+    }
+    job = runs.job("started-bf16-zero3", **sections)
+    job["run"]["optim"] |= {"lr": 1e-30, "max_steps": 1}
+    job["run"]["components"]["connector"]["lr"] = 1e-30
+    return job
+
+
 def _quick_jobs(runs: Runs) -> list[dict[str, Any]]:
     jobs = [whole(runs, *one) for one in WHOLE]
     for stage in ("zero3_packaged", "zero3_offload"):
@@ -121,6 +132,7 @@ def _quick_jobs(runs: Runs) -> list[dict[str, Any]]:
     jobs += [split(runs, *one) for one in SPLIT]
     jobs += [job for one in RESUMED for job in cut(runs, *one)]
     jobs.append(recomputed(runs, "zero3"))
+    jobs.append(started(runs))
     jobs.append(runs.job("moving", stop=3, **validated(runs.digits)))
     for present in (True, False):
         job = runs.job(f"fp16-kernels-{present}", parallel={"deepspeed": FILES["zero3"]})
@@ -215,6 +227,14 @@ def test_resume_is_bit_equal_on_the_same_layout(runs: Runs, dtype: str, stage: s
     broken, unbroken = f"cut-{dtype}-{stage}", f"whole-{dtype}-{stage}"
     assert runs.losses(broken) == runs.losses(unbroken)
     assert runs.digest(broken) == runs.digest(unbroken)
+
+
+def test_trained_weights_are_where_a_run_starts(runs: Runs) -> None:
+    """Under ZeRO-3, in the model as in the fp32 weights that it rounds."""
+    trained, found = "whole-bf16-zero3", "started-bf16-zero3"
+    status = json.loads((runs.root / trained / "status.json").read_text())
+    assert tiny.read_metrics(runs.root / found, "val/loss") == [status["metrics"]["val/loss"]]
+    assert runs.digest(found) == runs.digest(trained)
 
 
 def errors_of(folder: Path) -> list[str]:

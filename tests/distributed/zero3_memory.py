@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from mmtrain import distributed
 from mmtrain.models import building, weights
@@ -74,10 +75,10 @@ def main(folder: Path, how: str) -> None:
     world = distributed.initialise()
     settings = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
     zero3 = complete_config(settings, "bf16", 1, 1, world.size, 0.0)
-    distributed.barrier()
+    dist.barrier()
     with PeakMemory() as memory:
         model = load(folder, how, zero3)
-        distributed.barrier()
+        dist.barrier()
     shard = sum(parameter.ds_tensor.numel() * 2 for parameter in model.parameters())
     checks = {}
     for name, parameter in model.named_parameters():

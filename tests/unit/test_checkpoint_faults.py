@@ -15,19 +15,18 @@ from typing import Any
 import pytest
 
 from mmtrain.errors import ConfigError, DataError, MmtrainError, Terminated, TrainingError
+from mmtrain.files import file_sha256
 from mmtrain.tracking.state import TrackingState, load_state
-from mmtrain.training import ending
 from mmtrain.training import run as training_run
-from mmtrain.training import run_folder
+from mmtrain.training import run_folder, session
 from mmtrain.training.checkpoint import (
     MOMENTS,
     STATE,
     SUMS,
     WEIGHTS,
     CheckpointFolder,
-    file_sha256,
 )
-from mmtrain.training.opening import find_resume
+from mmtrain.training.starting import find_resume
 from tests import tiny
 from tests.distributed.jobs import Interrupted
 from tests.in_process import one_rank, train, trained_digest
@@ -146,7 +145,7 @@ def test_pruning_keeps_what_was_written_after_a_fallback(cut: Path, tmp_path: Pa
     folder = CheckpointFolder(tmp_path / "run", keep=1)
     (folder.path(4) / WEIGHTS).unlink()
     resume = find_resume(folder, json.loads((folder.path(2) / STATE).read_text())["inputs"])
-    assert resume is not None and resume.state["step"] == 2
+    assert resume is not None and resume["step"] == 2
     shutil.copytree(folder.path(2), folder.path(3))  # the next one written
     folder._prune(best_step=-1)
     assert folder.steps() == [3]
@@ -240,11 +239,12 @@ def test_what_the_tracker_owes_is_known_before_the_run_counts_as_finished(
     owed: list[TrackingState | None] = []
 
     def write_status(run_dir: Path, state: str, **facts: Any) -> None:
-        owed.append(load_state(run_dir))
+        if state == "finished":
+            owed.append(load_state(run_dir))
         run_folder.write_status(run_dir, state, **facts)
 
-    monkeypatch.setattr(ending, "write_status", write_status)
-    monkeypatch.setattr(ending, "SENT_WITHIN_S", 0.0)
+    monkeypatch.setattr(session, "write_status", write_status)
+    monkeypatch.setattr(session, "SENT_WITHIN_S", 0.0)
     nobody_listens = {"uri": f"http://127.0.0.1:{tiny.free_port()}"}
     train(make(tmp_path / "run", tracking=nobody_listens))
     (state,) = owed

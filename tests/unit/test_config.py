@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,27 @@ import pytest
 import yaml
 
 from mmtrain.config import yaml_text
-from mmtrain.config.load import difference, dump_run, flatten_run, load_run_file, parse_run
+from mmtrain.config.load import (
+    difference,
+    dump_run,
+    flatten_run,
+    load_run_file,
+    with_overrides,
+)
+from mmtrain.config.problems import checked
 from mmtrain.config.schema import RunConfig
 from mmtrain.errors import ConfigError
 
 SMALLEST: dict[str, Any] = {"model": {"family": "llava", "preset": "tiny"}}
+
+
+def parse_run(data: Any, overrides: Sequence[str] = ()) -> RunConfig:
+    """The core schema's view of data in memory; no plug-in is asked."""
+    merged, problems = with_overrides(data, overrides)
+    config, more = checked(RunConfig, merged)
+    if config is None or problems or more:
+        raise ConfigError([*problems, *more])
+    return config
 
 
 def problems(data: Any, *overrides: str) -> list[str]:

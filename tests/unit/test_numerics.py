@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from mmtrain.errors import LaunchError, TrainingError
 from mmtrain.models.built import Asked
 from mmtrain.models.interface import Batch
 from mmtrain.resolve import resolve
-from mmtrain.training.engine import Engine
+from mmtrain.training.engine import DeepSpeedEngine
 from mmtrain.training.numerics import pin_numerics
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
@@ -85,12 +86,13 @@ def test_what_torch_cannot_repeat_is_named_with_the_remedy() -> None:
     pin()
     world = World(0, 1, torch.device("cpu"))
     settings = {"zero_optimization": {"stage": 0}}
-    family: Any = Unrepeatable()
-    model = torch.nn.Linear(1, 1)
-    engine = Engine(family, model, None, world, settings, Asked("fp32", "sdpa"), None)
+    assembled: Any = SimpleNamespace(
+        family=Unrepeatable(), model=torch.nn.Linear(1, 1), processor=None
+    )
+    engine = DeepSpeedEngine(assembled, world, settings, Asked("fp32", "sdpa"), None)
     for compute in (lambda: engine.forward(Batch({}, [], 0, 0)), lambda: engine.generate([], None)):
         with pytest.raises(TrainingError, match="torch computes put_ differently") as caught:
             compute()
         assert "deterministic: false" in caught.value.remedy
     with pytest.raises(TrainingError, match="model.dtype bf16 was asked for"):
-        Engine(family, model, None, world, settings, Asked("bf16", "sdpa"), None)
+        DeepSpeedEngine(assembled, world, settings, Asked("bf16", "sdpa"), None)

@@ -131,7 +131,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
             journal.append(step, 0.0, metrics)
         tags = as_tags([ACCURACY, RATE])
         tracker = Tracker.start(folder / name, settings, name, params, tags)
-        assert tracker.finish(status, 60)
+        tracker.end(status)
+        assert tracker.wait_until_sent(60)
     return folder, uri
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mmtrain.config.schema import RunConfig
+from mmtrain.distributed import World
 from mmtrain.errors import ConfigError, LaunchError, MmtrainError, Terminated
 from mmtrain.resolve import resolve
-from mmtrain.training.ending import fail
-from mmtrain.training.opening import open_folder
 from mmtrain.training.run_folder import (
     InUse,
     check_inputs,
@@ -25,6 +25,7 @@ from mmtrain.training.run_folder import (
     write_failure,
     write_status,
 )
+from mmtrain.training.session import Session, open_folder
 from tests import tiny
 
 RUN: dict[str, Any] = {
@@ -38,6 +39,11 @@ RUN: dict[str, Any] = {
 
 def config_in(folder: Path, **changed: Any) -> RunConfig:
     return resolve({**RUN, "output_dir": str(folder), **changed})
+
+
+def fail(run_dir: Path, rank: int, error: BaseException) -> None:
+    """What a rank writes down as it ends."""
+    Session(config_in(run_dir), World(rank, 2, torch.device("cpu")), run_dir).fail(error)
 
 
 def test_a_refused_second_start_changes_nothing(tmp_path: Path) -> None:
@@ -78,11 +84,11 @@ def test_a_status_of_another_shape_is_one_error(tmp_path: Path, text: str) -> No
 
 def test_the_first_failure_is_the_cause(tmp_path: Path) -> None:
     write_status(tmp_path, "running")
-    fail(tmp_path, 1, None, ValueError("no such sample"))
-    fail(tmp_path, 0, None, RuntimeError("Connection closed by peer"))
+    fail(tmp_path, 1, ValueError("no such sample"))
+    fail(tmp_path, 0, RuntimeError("Connection closed by peer"))
     assert read_status(tmp_path)["reason"] == "rank 1: ValueError: no such sample"
     write_status(tmp_path, "finished", metrics={}, best_step=2)
-    fail(tmp_path, 1, None, RuntimeError("Connection closed by peer"))
+    fail(tmp_path, 1, RuntimeError("Connection closed by peer"))
     assert read_status(tmp_path)["state"] == "finished"
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
 
@@ -99,7 +105,7 @@ def test_the_launcher_names_the_cause_of_a_stop(tmp_path: Path) -> None:
         note_failure(tmp_path, "a second start was refused")
         assert read_status(tmp_path)["state"] == "running" and ended_as(tmp_path) is None
     assert ended_as(tmp_path) == "KILLED"
-    fail(tmp_path, 0, None, Terminated())
+    fail(tmp_path, 0, Terminated())
     assert read_status(tmp_path)["reason"] == "stopped by SIGTERM"
     note_failure(tmp_path, "rank 1 was killed")
     note_failure(tmp_path, "the connection was lost")

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from mmtrain.__main__ import main
-from mmtrain.config.load import load_run_file, parse_run
+from mmtrain.config.load import load_run_file
 from mmtrain.errors import ConfigError, MmtrainError
 from mmtrain.resolve import resolve
 from mmtrain.safe_text import MAX_LINE_CHARS, presentable, redact_user_text, redacted
 from mmtrain.tracking.fields import flatten
-from mmtrain.training.progress import set_up_logging
 from mmtrain.training.run_folder import make_folder, store_run
+from mmtrain.training.session import set_up_logging
 
 CANARY = "hunter2"
 URL = f"http://user:{CANARY}@host"
@@ -99,7 +99,7 @@ def test_no_problem_tells_a_secret(override: str) -> None:
 
 def test_problems_are_one_printable_line_each_and_not_too_many() -> None:
     with pytest.raises(ConfigError) as caught:
-        parse_run({**RUN, **{f"k\n\x1b{number}": 1 for number in range(200)}})
+        resolve({**RUN, **{f"k\n\x1b{number}": 1 for number in range(200)}})
     lines = str(caught.value).splitlines()
     assert (
         len(lines) == 102 and lines[0].endswith("200 problems") and lines[-1].endswith("100 more")
@@ -123,7 +123,7 @@ def test_wrong_arguments_are_repeated_safely(capsys: pytest.CaptureFixture[str])
 
 def test_logs_stored_run_files_and_parameters_keep_no_secret(tmp_path: Path) -> None:
     tags = {"password": CANARY, "note": URL, "plain": "stays"}
-    run = parse_run({**RUN, "output_dir": str(tmp_path), "tracking": {"uri": URL, "tags": tags}})
+    run = resolve({**RUN, "output_dir": str(tmp_path), "tracking": {"uri": URL, "tags": tags}})
     store_run(run, make_folder(run))
     stored = load_run_file(tmp_path / "run.yaml").tracking
     assert stored.tags == {"password": "***", "note": "http://***@host", "plain": "stays"}

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -107,11 +108,12 @@ def _replace(folder: Path, numbers: Sequence[int], members: Callable[[int], list
 def _train(folder: Path, template: str = "zhou2024") -> None:
     """Every sample as a run reads it, up to the family."""
 
-    def encode(sample_id: str, rendered: object, images: Sequence[Any]) -> Example:
+    def example(sample_id: str, rendered: object, images: Sequence[Any]) -> Example:
         return Example(sample_id, 0, [1], [1])
 
+    encoder: Any = SimpleNamespace(example=example)
     found = plugins.load("task", "scienceqa").templates[template]
-    source = Source(ShardFolder.open(folder, "scienceqa"), found, encode)
+    source = Source(ShardFolder.open(folder, "scienceqa"), found, encoder)
     for number in range(len(source)):
         source.example(number)
 

@@ -13,9 +13,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow import MlflowClient
 
 from mmtrain.config.schema import RunConfig, TrackingConfig
+from mmtrain.distributed import World
 from mmtrain.errors import Terminated
 from mmtrain.resolve import resolve
 from mmtrain.tracking import client as client_module
@@ -24,11 +26,10 @@ from mmtrain.tracking.client import TrackingError, end_parent_run, parent_run
 from mmtrain.tracking.journal import RunJournal
 from mmtrain.tracking.reading import RunStore
 from mmtrain.tracking.state import load_state
-from mmtrain.tracking.tracker import Tracker, sync
-from mmtrain.training.ending import fail
-from mmtrain.training.opening import open_folder
-from mmtrain.training.recorder import Recorder
+from mmtrain.tracking.tracker import Status, Tracker, sync
+from mmtrain.training.recorder import Recorder, RunRecorder
 from mmtrain.training.run_folder import ended_as, write_status
+from mmtrain.training.session import Session, open_folder
 
 CANARY = "canary-5ecret"
 # A step of training is tens of milliseconds; a line may cost a small part of one.
@@ -65,6 +66,12 @@ def _log(journal: RunJournal, tracker: Tracker, steps: range) -> float:
     return spent_s / max(1, len(steps))
 
 
+def _finish(tracker: Tracker, status: Status = "FINISHED", timeout_s: float = 30.0) -> bool:
+    """End the MLflow run; whether everything was sent within the time."""
+    tracker.end(status)
+    return tracker.wait_until_sent(timeout_s)
+
+
 def _steps(uri: str, run_id: str, metric: str = "train/loss") -> list[int]:
     return [step for step, _ in RunStore(uri).points(run_id, metric)]
 
@@ -84,7 +91,7 @@ def test_points_params_artifacts_and_status_arrive(tmp_path: Path, database: str
     (run_dir / "predictions.jsonl").write_text("{}")
     tracker.artifact(run_dir / "adapter", "adapter")
     tracker.artifact(run_dir / "predictions.jsonl", "evaluation")
-    assert tracker.finish("FINISHED", 60)
+    assert _finish(tracker, "FINISHED", 60)
     run = RunStore(database).runs("plain")[0]
     assert _steps(database, run.run_id) == list(range(1, 701))
     assert run.status == "FINISHED" and run.params == {"optim.lr": "0.1"}
@@ -115,7 +122,7 @@ def test_resume_continues_the_run_without_duplicate_steps(tmp_path: Path, databa
     changed = {"optim.lr": "0.2", "new": "1"}
     tracker = Tracker.start(run_dir, settings, "resumed", changed, {})
     _log(journal, tracker, range(13, 31))
-    assert tracker.finish("FINISHED", 60)
+    assert _finish(tracker, "FINISHED", 60)
     run_id = _only_run(database, "resumed")
     assert run_id == state.run_id
     for metric in ("train/loss", "train/lr"):
@@ -128,11 +135,11 @@ def test_deleted_run_is_logged_anew(tmp_path: Path, database: str) -> None:
     run_dir = tmp_path / "deleted"
     journal, tracker = _start(run_dir, database, "deleted")
     _log(journal, tracker, range(1, 4))
-    assert tracker.finish("FINISHED", 60)
+    assert _finish(tracker, "FINISHED", 60)
     MlflowClient(tracking_uri=database).delete_run(_only_run(database, "deleted"))
     journal, tracker = _start(run_dir, database, "deleted")
     _log(journal, tracker, range(4, 6))
-    assert tracker.finish("FAILED", 60)
+    assert _finish(tracker, "FAILED", 60)
     assert _steps(database, _only_run(database, "deleted")) == [1, 2, 3, 4, 5]
     assert RunStore(database).runs("deleted")[0].status == "FAILED"
 
@@ -142,7 +149,7 @@ def test_trials_hang_under_their_study(tmp_path: Path, database: str) -> None:
     for name, tags in (("trial-1", {"mlflow.parentRunId": parent}), ("alone", {})):
         journal, tracker = _start(tmp_path / name, database, "studies", **tags)
         _log(journal, tracker, range(1, 2))
-        assert tracker.finish("FINISHED", 60)
+        assert _finish(tracker, "FINISHED", 60)
     end_parent_run(database, parent, "FINISHED", {"best": 0.5})
     store = RunStore(database)
     assert {run.name for run in store.runs("studies")} == {"trial-1", "alone"}
@@ -154,7 +161,7 @@ def test_none_writes_nothing(tmp_path: Path) -> None:
     journal, tracker = _start(tmp_path / "off", "none", "off")
     _log(journal, tracker, range(1, 3))
     tracker.artifact(tmp_path / "off" / "metrics.jsonl")
-    assert tracker.finish("FINISHED", 0.0)
+    assert _finish(tracker, "FINISHED", 0.0)
     assert [path.name for path in (tmp_path / "off").iterdir()] == ["metrics.jsonl"]
 
 
@@ -170,7 +177,8 @@ journal = RunJournal(Path(name) / "metrics.jsonl")
 tracker = Tracker.start(Path(name), TrackingConfig(), name, {}, {})
 for step in range(50):
     journal.append(step, 0.0, {"a": step})
-sys.exit(0 if tracker.finish("FINISHED", 90) else 1)
+tracker.end("FINISHED")
+sys.exit(0 if tracker.wait_until_sent(90) else 1)
 """
     names = ["one", "two", "three"]
     processes = [
@@ -260,7 +268,7 @@ def test_dead_server_costs_nothing_and_everything_arrives_once_it_is_back(
     server.stop()
     assert _log(journal, tracker, range(1201, 1301)) < MEAN_APPEND_S  # it died in the middle
     began = time.monotonic()
-    assert not tracker.finish("FINISHED", 1.0)
+    assert not _finish(tracker, "FINISHED", 1.0)
     assert time.monotonic() - began < 2.0
     server.start()
     run_id = sync(run_dir, with_password)
@@ -291,11 +299,11 @@ def test_silent_server_does_not_hold_the_end_of_training(tmp_path: Path) -> None
         journal, tracker = _start(tmp_path / "silent", uri, "silent")
         assert _log(journal, tracker, range(1, 300)) < MEAN_APPEND_S
         began = time.monotonic()
-        assert not tracker.finish("KILLED", 0.5)
+        assert not _finish(tracker, "KILLED", 0.5)
         assert time.monotonic() - began < 1.5
 
 
-def _recorded(run_dir: Path, uri: str, name: str) -> tuple[RunConfig, Recorder]:
+def _recorded(run_dir: Path, uri: str, name: str) -> tuple[RunConfig, RunRecorder]:
     """A run whose tracker has sent its first step; its folder says that it is running."""
     run = {
         "name": name,
@@ -309,8 +317,8 @@ def _recorded(run_dir: Path, uri: str, name: str) -> tuple[RunConfig, Recorder]:
     config = resolve(run)
     with ExitStack() as held:
         open_folder(config, held)
-    recorder = Recorder(run_dir, config)
-    recorder.start({}, {}, 0)
+    recorder = RunRecorder(run_dir, config)
+    recorder.start({}, 0)
     recorder.record(1, 0.5, {"train/loss": 1.0})
     deadline = time.monotonic() + 60
     while not _sent(uri, run_dir, 1):
@@ -319,7 +327,7 @@ def _recorded(run_dir: Path, uri: str, name: str) -> tuple[RunConfig, Recorder]:
     return config, recorder
 
 
-def _kill(recorder: Recorder) -> None:
+def _kill(recorder: RunRecorder) -> None:
     """As if the process were killed: nothing more is sent."""
     assert recorder._tracker is not None
     recorder._tracker._abandoned.set()
@@ -377,10 +385,11 @@ def test_sync_closes_a_run_whose_process_could_not(
 def test_a_run_that_ends_badly_is_closed(
     tmp_path: Path, database: str, first: Exception | None, error: BaseException, wanted: str
 ) -> None:
-    _, recorder = _recorded(tmp_path / "run", database, f"ends-{wanted}-{first is None}")
+    run_dir, cpu = tmp_path / "run", torch.device("cpu")
+    config, recorder = _recorded(run_dir, database, f"ends-{wanted}-{first is None}")
     if first is not None:
-        fail(tmp_path / "run", 1, None, first)
-    fail(tmp_path / "run", 0, recorder, error)
+        Session(config, World(1, 2, cpu), run_dir, recorder=Recorder()).fail(first)
+    Session(config, World(0, 2, cpu), run_dir, recorder=recorder).fail(error)
     assert _status_and_artifacts(database, tmp_path / "run")[0] == wanted
 
 

@@ -1,0 +1,153 @@
+"""What training starts from: the newest good checkpoint, else `init_from`, else the base alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmtrain.assemble import Assembled, base_digests
+from mmtrain.config.schema import RunConfig
+from mmtrain.data.source import Source
+from mmtrain.errors import CheckpointError, ConfigError
+from mmtrain.main_rank import on_main
+from mmtrain.peft.trainable import Trainable
+from mmtrain.resolve import adapter_files, is_run_folder
+from mmtrain.training import checkpoint as checkpoints
+from mmtrain.training.checkpoint import MOMENTS, WEIGHTS, CheckpointFolder, read_state_file
+from mmtrain.training.engine import Engine, Parameters
+from mmtrain.training.inference import chosen_checkpoint
+from mmtrain.training.run_folder import BASE_FILE, check_inputs
+from mmtrain.training.tensor_file import Place, Places, read_shapes
+from mmtrain.training.trainee import Trainee
+
+log = logging.getLogger("mmtrain")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Trained weights to begin with, read by rank 0; of a resume, moments and their step too."""
+
+    weights: Places
+    moments: Places = field(default_factory=dict)
+    step: int = 0
+
+    def fill_model(self, parameters: Parameters) -> None:
+        """Set working weights, before the engine exists."""
+        checkpoints.load_weights(self.weights, parameters)
+
+    def fill_optimizer(self, engine: Engine, parameters: Parameters) -> None:
+        """Set fp32 weights, which the model has rounded, and what the optimizer knew."""
+        if self.moments:
+            engine.prepare_moments(self.step)
+        for key, value in checkpoints.each_tensor(self.weights, engine.world.device):
+            engine.set_state(parameters[key], None, value)
+        for key, value in checkpoints.each_tensor(self.moments, engine.world.device):
+            name, _, moment = key.rpartition(".")
+            engine.set_state(parameters[name], moment, value)
+
+
+def find_start(trainee: Trainee, assembled: Assembled, initial: Sequence[Path]) -> Start | None:
+    """Where the trainee goes on or begins, on every rank; None is at the base alone."""
+    weights, moments = checkpoints.tensor_shapes(trainee.parameters)
+    state = find_resume(trainee.checkpoints, trainee.facts["inputs"])
+    if state is None:
+        if not initial:
+            return None
+        log.info("starting from the trained weights of %s", trainee.config.init_from)
+        return Start(on_main(lambda: _initial_places(initial, trainee, assembled.trainable)))
+    if initial:
+        log.info("not from init_from, where this run began: its own checkpoint knows more")
+    trainee.restore(state)
+    folder = trainee.checkpoints.path(trainee.state.step)
+    return Start(
+        on_main(lambda: checkpoints.places_in(folder / WEIGHTS, weights)),
+        on_main(lambda: checkpoints.places_in(folder / MOMENTS, moments)),
+        trainee.state.step,
+    )
+
+
+def find_resume(folder: CheckpointFolder, inputs: Mapping[str, str]) -> dict[str, Any] | None:
+    """The newest good checkpoint's state, on every rank; what lies beyond it is set aside."""
+    state = on_main(lambda: _newest_state(folder, inputs))
+    if state is not None:
+        log.info("resuming after step %d", state["step"])
+    return state
+
+
+def _newest_state(folder: CheckpointFolder, inputs: Mapping[str, str]) -> dict[str, Any] | None:
+    path = folder.newest_good()
+    state = None if path is None else read_state_file(path)
+    if state is not None:
+        check_inputs(state, inputs)
+    elif folder.steps():
+        log.warning("no checkpoint is good: training starts again from step 0")
+    folder.set_aside_beyond(-1 if state is None else state["step"])
+    return state
+
+
+def input_digests(
+    assembled: Assembled,
+    train: Source,
+    val: Source | None,
+    initial: Sequence[Path],
+    verify_base: bool,
+) -> dict[str, str]:
+    """What a resume must find unchanged, by name. Rank 0 only: it reads files."""
+    base = base_digests(assembled.base_files, verify_base)
+    digests = {"base": base.pop("weights"), "data.train": train.shards.digest}
+    if val is not None:
+        digests["data.val"] = val.shards.digest
+    if initial:
+        digests["init_from"] = base_digests(initial, verify_base)["weights"]
+    return digests | {f"{BASE_FILE}{name}": digest for name, digest in base.items()}
+
+
+def initial_files(config: RunConfig) -> list[Path]:
+    """The weight files that `init_from` names: a run's best checkpoint, or an export of ours.
+
+    Components trained in full lie beside an adapter's folder. Rank 0 only.
+    """
+    if config.init_from is None:
+        return []
+    given = Path(config.init_from).absolute()
+    if is_run_folder(given):
+        return [chosen_checkpoint(given) / WEIGHTS]
+    adapters = adapter_files(given)
+    if not adapters:
+        raise CheckpointError(
+            f"init_from: {given} is neither a run folder nor an adapter folder.",
+            "Give the folder of a trained run, or the adapter/ in it.",
+        )
+    return [*adapters, *sorted((given.parent / "full").glob("*.safetensors"))]
+
+
+def _initial_places(files: Sequence[Path], trainee: Trainee, trainable: Trainable) -> Places:
+    """Where the files have what trains; one error for all that they lack, or have otherwise."""
+    wanted, _ = checkpoints.tensor_shapes(trainee.parameters)
+    exported = {
+        attachment.method.export_name(name, attachment.component): name
+        for attachment in trainable.attachments
+        for name in trainable.adapter_parameters(attachment)
+    }
+    places: dict[str, Place] = {}
+    problems = []
+    for path in files:
+        for key, shape in read_shapes(path).items():
+            name = exported.get(key, key)
+            if name not in wanted:
+                problems.append(f"{name}: is there, but this run does not train it")
+            elif shape != wanted[name]:
+                there, here = "x".join(map(str, shape)), "x".join(map(str, wanted[name]))
+                problems.append(f"{name}: is {there} there, {here} in this run")
+            places[name] = Place(path, key, shape)
+    problems += [f"{name}: is not there" for name in wanted if name not in places]
+    if problems:
+        raise ConfigError(
+            problems,
+            f"init_from: {trainee.config.init_from} does not fit; train the same components with"
+            " the same methods and sizes, or start from another folder",
+        )
+    return {name: places[name] for name in wanted}

@@ -1,0 +1,175 @@
+"""One adapter in training, with all that is its own: nothing here is once per process."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmtrain import distributed, plugins
+from mmtrain.assemble import Assembled, data_section
+from mmtrain.config.schema import RunConfig
+from mmtrain.evaluation.evaluate import Evaluation, write_evaluation
+from mmtrain.main_rank import on_main
+from mmtrain.models.dropout import DropoutScope, scope_of
+from mmtrain.training.audit import component_gradient_norms, refuse_dead_components
+from mmtrain.training.checkpoint import CheckpointFolder, find_damage
+from mmtrain.training.early_stopping import EarlyStopping
+from mmtrain.training.engine import Engine, Parameters
+from mmtrain.training.export import export_trained
+from mmtrain.training.optim import learning_rate, parameter_groups, total_steps
+from mmtrain.training.recorder import Recorder
+from mmtrain.training.session import Session
+
+log = logging.getLogger("mmtrain")
+
+
+@dataclass
+class RunState:
+    """What a checkpoint keeps of the loop: everything that is not a tensor."""
+
+    step: int = 0  # optimizer steps done, which is also the stream's position
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    stopped_early: bool = False
+
+
+@dataclass
+class Trainee:
+    """What trains, how fast, under which masks, how far it is, and where that is written down."""
+
+    config: RunConfig
+    run_dir: Path
+    recorder: Recorder
+    parameters: Parameters
+    owner: Mapping[str, str]  # parameter -> component
+    scope: DropoutScope
+    stopping: EarlyStopping
+    steps_per_epoch: int
+    facts: Mapping[str, Any]  # what checkpoints also say: seed, layout, versions, inputs
+    state: RunState = field(default_factory=RunState)
+
+    @classmethod
+    def of(
+        cls, session: Session, assembled: Assembled, per_epoch: int, facts: Mapping[str, Any]
+    ) -> Trainee:
+        """The one trainee of a run, before its first step."""
+        config = session.config
+        task = plugins.load("task", data_section(config).task)
+        return cls(
+            config=config,
+            run_dir=session.run_dir,
+            recorder=session.recorder,
+            parameters=assembled.trained_parameters(),
+            owner=assembled.trainable.owner,
+            scope=scope_of(assembled.model),
+            stopping=EarlyStopping.of(config.validation, task),
+            steps_per_epoch=per_epoch,
+            facts=facts,
+        )
+
+    @property
+    def checkpoints(self) -> CheckpointFolder:
+        """Where its steps are saved."""
+        return CheckpointFolder(self.run_dir, self.config.checkpoint.keep)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps from the first to the last."""
+        return total_steps(self.config.optim, self.steps_per_epoch)
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data that are done."""
+        return self.state.step / self.steps_per_epoch
+
+    @property
+    def done(self) -> bool:
+        """Whether it has reached its last step, or lost patience."""
+        return self.state.step >= self.total_steps or self.state.stopped_early
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """A fresh AdamW over what trains."""
+        optim = self.config.optim
+        groups = parameter_groups(self.parameters, self.owner, self.config.components, optim)
+        return torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps)
+
+    def begin_step(self, engine: Engine) -> float:
+        """Key the dropout masks and set the rates of the coming step; the largest rate."""
+        step, per_epoch, optim = self.state.step, self.steps_per_epoch, self.config.optim
+        self.scope.seed, self.scope.step = self.config.seed, step
+        return engine.set_learning_rates(
+            lambda peak: learning_rate(peak, step, self.total_steps, per_epoch, optim)
+        )
+
+    def audit(self) -> None:
+        """Between the first backward and the optimizer: what should train has a gradient."""
+        squared = distributed.squared_gradient_norms(self.parameters)
+        norms = component_gradient_norms(squared, self.owner)
+        self.record({f"audit/grad_norm/{name}": norm for name, norm in norms.items()})
+        refuse_dead_components(norms)
+
+    def record(self, metrics: Mapping[str, float]) -> None:
+        """What was measured at the step that it has reached."""
+        self.recorder.record(self.state.step, self.epoch, metrics)
+
+    def validates_now(self) -> bool:
+        """After a step: whether a validation is due. The last step always has one."""
+        every = self.config.validation.every
+        interval = self.steps_per_epoch if every == "epoch" else int(every)
+        return self.state.step % interval == 0 or self.state.step == self.total_steps
+
+    def saves_now(self) -> bool:
+        """After a step without validation: whether a checkpoint is due."""
+        step, every = self.state.step, self.config.checkpoint.every_steps
+        due = bool(every) and step % int(every or 1) == 0
+        return due or step % self.steps_per_epoch == 0 or step == self.total_steps
+
+    def take_validation(self, evaluation: Evaluation) -> dict[str, float]:
+        """Record it, keep what is best so far, decide whether to stop; the metrics recorded."""
+        metrics = {f"val/{name}": value for name, value in evaluation.metrics.items()}
+        self.record(metrics)
+        if self.stopping.update(metrics, self.state.step):
+            self.state.best_metrics = metrics
+            # The answers that belong to the checkpoint that is exported in the end.
+            on_main(lambda: write_evaluation(self.run_dir / "evaluation" / "val", evaluation))
+        self.state.stopped_early = self.stopping.should_stop(self.epoch)
+        return metrics
+
+    def save(self, engine: Engine) -> None:
+        """Write a checkpoint. Every rank takes part."""
+        folder, step = self.checkpoints, self.state.step
+        if distributed.is_main() and folder.path(step).exists():
+            log.info("checkpoint step-%d is written again", step)
+        folder.save(engine, self.parameters, self._stored_state(), self.stopping.best_step)
+
+    def _stored_state(self) -> dict[str, Any]:
+        """state.json: all a resume needs, and all a person would ask."""
+        return {
+            "step": self.state.step,
+            "position": self.state.step,
+            "epoch": self.epoch,
+            "early_stopping": self.stopping.state(),
+            "best_metrics": self.state.best_metrics,
+            "stopped_early": self.state.stopped_early,
+            **self.facts,
+        }
+
+    def restore(self, stored: Mapping[str, Any]) -> None:
+        """Go on from what a checkpoint's state.json says."""
+        self.stopping.restore(stored["early_stopping"])
+        self.state = RunState(
+            int(stored["step"]), stored["best_metrics"], bool(stored["stopped_early"])
+        )
+
+    def export(self, assembled: Assembled) -> tuple[int, list[Path]]:
+        """Export the best intact checkpoint; its step, and what was written. Rank 0 only."""
+        folder, best = self.checkpoints, self.stopping.best_step
+        damage = find_damage(folder.path(best)) if best > 0 else None
+        if damage is not None:
+            log.warning("best checkpoint step-%d is not exported, the last is: %s", best, damage)
+        chosen = best if best > 0 and damage is None else self.state.step
+        return chosen, export_trained(folder.path(chosen), self.run_dir, self.config, assembled)
