@@ -12,8 +12,8 @@ from typing import Any
 
 from benchmarks import shapes
 from mmtrain import plugins
+from mmtrain.data.plan import Layout, Planner
 from mmtrain.data.shards import ShardFolder
-from mmtrain.data.stream import plan_step
 from mmtrain.models import tiny
 from mmtrain.models.building import build_empty
 from mmtrain.models.families.llava.prompts import IMAGE_TOKEN, SYSTEM
@@ -105,8 +105,9 @@ def write_samples(task: str, shards: Path, folder: Path, max_steps: int, batch: 
     images = folder / "images"
     images.mkdir()
     rows = []
+    planner = Planner(len(source), Layout(1, 0, batch, batch), SEED)
     for position in range(max_steps + 1):
-        for index in plan_step(position, len(source), batch, SEED)[1]:
+        for index in planner.plan(position).bins[0][0]:
             sample = source.read(int(index))
             rendered = render(sample)
             image = images / f"{index}.{sample.images[0].extension}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -18,7 +17,7 @@ from mmtrain.config.schema import DataConfig, RunConfig
 from mmtrain.data.shards import ShardFolder
 from mmtrain.data.source import Encoder, Source
 from mmtrain.errors import CheckpointError, ConfigError
-from mmtrain.files import file_sha256, replace_file
+from mmtrain.files import cache_folder, file_sha256, replace_file
 from mmtrain.models.built import Asked
 from mmtrain.models.interface import Family
 from mmtrain.peft.trainable import Trainable, make_trainable
@@ -131,7 +130,7 @@ def base_digests(weights: Sequence[Path], afresh: bool = False) -> dict[str, str
     """
     if not weights:
         return {"weights": "preset"}
-    cache_file = _cache_folder() / "base-digests.json"
+    cache_file = cache_folder() / "base-digests.json"
     cache = _read_cache(cache_file)
     small: dict[str, list[str]] = {}
     for path in _small_files(weights):
@@ -143,10 +142,6 @@ def base_digests(weights: Sequence[Path], afresh: bool = False) -> dict[str, str
     except OSError:
         pass  # without a cache the digests are only computed again next time
     return {"weights": _joined(listed)} | {name: _joined(found) for name, found in small.items()}
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mmtrain"
 
 
 def _read_cache(path: Path) -> dict[str, str]:

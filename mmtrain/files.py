@@ -69,6 +69,11 @@ def replace_file(path: Path, content: bytes | str, sync: bool = False) -> None:
     temporary.replace(path)
 
 
+def cache_folder() -> Path:
+    """Where this user's programs keep what they could make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mmtrain"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replace a small JSON file."""
     replace_file(path, json.dumps(value, indent=1))

@@ -213,8 +213,15 @@ def _layout_problems(data: Mapping[str, Any], world_size: int | None) -> list[st
             find_deepspeed_config(deepspeed)
         except ConfigError as error:
             problems += error.problems
-    defaults = RunConfig.model_fields["optim"].get_default(call_default_factory=True)
     optim = _section(data, "optim")
+    if optim.get("micro_tokens") is not None:
+        if _section(data, "data").get("cut", "order") != "balanced":
+            problems.append(
+                "optim.micro_tokens: needs data.cut: balanced, which knows how long samples are;"
+                " set it, or give micro_batch"
+            )
+        return problems
+    defaults = RunConfig.model_fields["optim"].get_default(call_default_factory=True)
     total = optim.get("global_batch", defaults.global_batch)
     micro = optim.get("micro_batch", defaults.micro_batch)
     if not all(type(size) is int and 1 <= size <= LARGEST_BATCH for size in (total, micro)):

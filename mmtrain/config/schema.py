@@ -135,6 +135,9 @@ class DataConfig(Section):
     val_limit: int | None = Field(None, ge=1, description="use only the first N validation samples")
     seed: int | None = Field(None, ge=0, description="order of samples; default: the run's seed")
     workers: int = Field(2, ge=0, le=64, description="threads that decode ahead, per rank")
+    cut: Literal["order", "balanced"] = Field(
+        "order", description="'balanced' puts samples of like length of a step together"
+    )
     max_length: int | None = Field(
         None, ge=8, description="tokens per sample, image tokens included; default: the family's"
     )
@@ -167,6 +170,10 @@ class OptimConfig(Section):
     )
     micro_batch: int = Field(
         16, ge=1, le=LARGEST_BATCH, description="samples per forward on one rank"
+    )
+
+    micro_tokens: int | None = Field(
+        None, ge=1, description="padded tokens per forward on one rank, instead of micro_batch"
     )
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from mmtrain.data.tar import COPY_AGAIN, Member, split_name
 from mmtrain.errors import DataError
@@ -283,6 +283,19 @@ def decode_image(data: bytes, sample_id: str, max_pixels: int = MAX_PIXELS) -> I
             "it must be an intact JPEG, PNG or WebP file.",
         ) from broken
     raise DataError(f"sample {sample_id!r}: {fault};", _MAKE_SMALLER)
+
+
+def image_size(data: bytes, sample_id: str) -> tuple[int, int]:
+    """Width and height of the decoded image, from its header alone."""
+    try:
+        with Image.open(BytesIO(data), formats=IMAGE_FORMATS) as image:
+            (width, height), turned = image.size, image.getexif().get(ExifTags.Base.Orientation, 1)
+    except _BROKEN_IMAGE:
+        return decode_image(data, sample_id).size  # says what is wrong
+    return (height, width) if turned > _UPRIGHT else (width, height)
+
+
+_UPRIGHT = 4  # EXIF orientations up to it keep width and height
 
 
 def _size_fault(width: int, height: int, max_pixels: int) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from mmtrain.data.codec import decode_image
+from mmtrain.data.codec import decode_image, image_size
 from mmtrain.data.shards import ShardFolder
 from mmtrain.errors import DataError
 from mmtrain.models.encoding import encode
@@ -91,6 +91,13 @@ class Source:
     def example(self, index: int) -> Example:
         """The tokenised sample with its processed images."""
         return self.question(index).example
+
+    def num_tokens(self, index: int) -> int:
+        """Length of the sample, no image decoded."""
+        sample = self.shards.read(index)
+        sizes = [image_size(image.data, sample.id) for image in sample.images]
+        rendered = render(self.template, sample)
+        return len(self.encoder.text(sample.id, rendered, sizes).input_ids)
 
     def with_answer(self, question: Question, answer: str) -> Example:
         """The question's example with another answer; its images are not cut again."""

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain import distributed
+from mmtrain.data.plan import PADDING
 from mmtrain.data.source import Question, Source
-from mmtrain.data.stream import PADDING, equal_chunks
+from mmtrain.data.stream import equal_chunks
 from mmtrain.evaluation.answer import Executor, answer
 from mmtrain.files import replace_file
 from mmtrain.main_rank import on_main

@@ -103,7 +103,9 @@ def usual_size(
     if config.data and config.data.max_length:
         usual = min(usual, config.data.max_length)
     answer = num_answer_tokens or config.generation.max_new_tokens
-    return BatchSize(config.optim.micro_batch, num_tokens or usual, answer)
+    tokens, optim = num_tokens or usual, config.optim
+    samples = max(1, optim.micro_tokens // tokens) if optim.micro_tokens else optim.micro_batch
+    return BatchSize(samples, tokens, answer)
 
 
 def _skeleton(config: RunConfig) -> _Skeleton:

@@ -51,8 +51,12 @@ class Engine(Protocol):
     ) -> list[str]:
         """Answers to the prompts of `examples`."""
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate gradients, divided by accumulation steps and averaged over ranks."""
+    @property
+    def divisor(self) -> int:
+        """What `backward` divides a loss by: accumulation steps and ranks."""
+
+    def backward(self, loss: torch.Tensor, at_boundary: bool) -> None:
+        """Accumulate gradients; the optimizer's step comes behind the one at the boundary."""
 
     def step(self) -> None:
         """End a micro-step; the optimizer runs at the accumulation boundary."""
@@ -210,7 +214,13 @@ class DeepSpeedEngine:
         with nondeterminism_explained():
             return decoding.generate(self.family, *answering)
 
-    def backward(self, loss: torch.Tensor) -> None:
+    @property
+    def divisor(self) -> int:
+        return int(self.deepspeed.gradient_accumulation_steps()) * self.world.size
+
+    def backward(self, loss: torch.Tensor, at_boundary: bool) -> None:
+        # Said, not counted: where bins are of tokens, steps have as many of them as they need.
+        self.deepspeed.set_gradient_accumulation_boundary(at_boundary)
         with nondeterminism_explained():
             self.deepspeed.backward(loss)
 

@@ -6,9 +6,12 @@ The launcher starts this as a process per rank, Ray calls it in its workers: sam
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mmtrain.assemble import (
@@ -21,8 +24,11 @@ from mmtrain.assemble import (
 )
 from mmtrain.config.deepspeed import find_deepspeed_config, zero_stage
 from mmtrain.config.schema import RunConfig
+from mmtrain.data.lengths import token_lengths
+from mmtrain.data.plan import Layout, Planner
 from mmtrain.data.shards import ShardFolder
-from mmtrain.data.stream import Layout, StepStream
+from mmtrain.data.source import Source
+from mmtrain.data.stream import StepStream
 from mmtrain.distributed import World
 from mmtrain.errors import ConfigError
 from mmtrain.main_rank import on_main
@@ -30,6 +36,7 @@ from mmtrain.tracking.fields import installed_versions
 from mmtrain.training.engine import DeepSpeedEngine, Engine, complete_config
 from mmtrain.training.loop import Loop, OnValidation
 from mmtrain.training.numerics import pin_numerics
+from mmtrain.training.progress import Progress
 from mmtrain.training.session import Session
 from mmtrain.training.starting import find_start, initial_files, input_digests
 from mmtrain.training.trainee import Trainee
@@ -65,16 +72,12 @@ def _train(
     train = build_source(config, assembled, str(data.train), data.limit)
     val = build_source(config, assembled, data.val, data.val_limit) if data.val else None
     inputs = on_main(lambda: input_digests(assembled, train, val, initial, verify_base))
-    stream = StepStream(
-        len(train),
-        train.example,
-        lambda examples: assembled.family.code.collate(examples, assembled.processor),
-        layout,
-        config.data_seed,
-        data.workers,
-    )
+    lengths = _lengths(config, train, inputs, world) if data.cut == "balanced" else None
+    planner = Planner(len(train), layout, config.data_seed, lengths)
+    collate = partial(assembled.family.code.collate, processor=assembled.processor)
+    stream = StepStream(planner, train.example, collate, data.workers)
     facts = _facts(config, layout, settings, inputs)
-    trainee = Trainee.of(session, assembled, stream.steps_per_epoch, facts)
+    trainee = Trainee.of(session, assembled, planner.steps_per_epoch, facts)
     engine = _engine(session, assembled, settings, trainee, initial)
     on_main(lambda: trainee.recorder.start(inputs, trainee.state.step))
     Loop(engine, stream, val, on_validation).run([trainee])
@@ -90,7 +93,8 @@ def _planned(config: RunConfig, world: World) -> tuple[Layout, dict[str, Any]]:
         raise ConfigError(["data.train: is missing; give a folder of training shards"])
     for shards in filter(None, (data.train, data.val)):
         ShardFolder.open(Path(shards), data.task)
-    layout = Layout(world.size, world.rank, optim.micro_batch, optim.global_batch).check()
+    sizes = (optim.micro_batch, optim.global_batch, optim.micro_tokens)
+    layout = Layout(world.size, world.rank, *sizes).check()
     settings = complete_config(
         find_deepspeed_config(config.parallel.deepspeed),
         config.model.dtype,
@@ -100,6 +104,22 @@ def _planned(config: RunConfig, world: World) -> tuple[Layout, dict[str, Any]]:
         optim.max_grad_norm,
     )
     return layout, settings
+
+
+def _lengths(
+    config: RunConfig, train: Source, inputs: Mapping[str, str], world: World
+) -> np.ndarray:
+    """Tokens of every training sample, under a bar where they are counted first."""
+    data, model = data_section(config), config.model
+    identity = {
+        "data": [data.task, data.template, data.max_length, data.truncation_side],
+        "model": [model.family, model.max_pixels, model.grounding_tokens],
+        "inputs": {name: digest for name, digest in inputs.items() if name != "base"},
+        "version": version("mmtrain"),
+    }
+    total = -(-len(train) // world.size)
+    with Progress("count tokens", total, world.is_main) as progress:
+        return token_lengths(train, identity, world, lambda done, _: progress.update(done))
 
 
 def _engine(

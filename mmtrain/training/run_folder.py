@@ -22,6 +22,8 @@ _LAYOUT_KEYS = (
     "tracking.",
     "checkpoint.",
     "optim.micro_batch",
+    "optim.micro_tokens",
+    "data.cut",
     "data.workers",
     "generation.batch_size",
 )

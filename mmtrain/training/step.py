@@ -42,13 +42,13 @@ def train_step(
         [sum(b.num_answer_tokens for b in batches), sum(b.num_tokens for b in batches)],
         dtype=torch.int64,
     )
-    factor = len(batches) * engine.world.size / max(1, answer_tokens)
+    factor = engine.divisor / max(1, answer_tokens)
     loss_sums: list[torch.Tensor] = []
     sample_losses: list[torch.Tensor] = []
     for number, batch in enumerate(batches):
         result = engine.forward(batch)
         assert not result.auxiliary, "no method with auxiliary losses exists yet"
-        engine.backward(result.answer_loss_sum * factor)
+        engine.backward(result.answer_loss_sum * factor, number == len(batches) - 1)
         loss_sums.append(result.answer_loss_sum.detach())
         sample_losses.append(result.per_sample_loss.detach())
         if number == len(batches) - 1:

@@ -36,6 +36,8 @@ STAGES = ("zero0", "zero1", "zero2", "zero3")
 # What `make test` trains, and what is left for `make test-all`.
 RESUMED = [("fp32", "zero3"), ("bf16", "zero1"), ("bf16", "zero3")]
 ALL_RESUMED = [(dtype, stage) for dtype in ("fp32", "bf16") for stage in STAGES]
+# Under ZeRO-1 gradients meet at the boundary alone, under ZeRO-3 at every micro-step.
+BALANCED, BALANCED_TOKENS = ("zero1", "zero3"), 150
 SPLIT = [("zero2", 1), ("zero3", 2)]
 ALL_SPLIT = [(stage, micro) for stage in STAGES for micro in (1, 2)]
 # Whole before anything is sharded, cut after it: what ZeRO-3 leaves in the process would show.
@@ -108,6 +110,16 @@ def split(runs: Runs, stage: str, micro: int) -> dict[str, Any]:
     return runs.job(f"split-{stage}-{micro}", optim={"micro_batch": micro}, parallel=parallel)
 
 
+def balanced(runs: Runs, stage: str) -> dict[str, Any]:
+    """The same steps in bins of like lengths, of as many samples as fit."""
+    return runs.job(
+        f"balanced-{stage}",
+        data={"cut": "balanced"},
+        optim={"micro_tokens": BALANCED_TOKENS},
+        parallel={"deepspeed": FILES[stage]},
+    )
+
+
 def recomputed(runs: Runs, stage: str) -> dict[str, Any]:
     """The same steps with recomputed activations."""
     parallel = {"deepspeed": FILES[stage], "activation_checkpointing": True}
@@ -131,6 +143,7 @@ def _quick_jobs(runs: Runs) -> list[dict[str, Any]]:
         jobs.append(runs.job(f"whole-fp32-{stage}", parallel={"deepspeed": FILES[stage]}))
     jobs += [split(runs, *one) for one in SPLIT]
     jobs += [job for one in RESUMED for job in cut(runs, *one)]
+    jobs += [balanced(runs, stage) for stage in BALANCED]
     jobs.append(recomputed(runs, "zero3"))
     jobs.append(started(runs))
     jobs.append(runs.job("moving", stop=3, **validated(runs.digits)))
@@ -154,6 +167,7 @@ def _other_jobs(runs: Runs) -> list[dict[str, Any]]:
     jobs += [split(runs, *one) for one in ALL_SPLIT if one not in SPLIT]
     jobs += [job for one in ALL_RESUMED if one not in RESUMED for job in cut(runs, *one)]
     jobs.append(recomputed(runs, "zero1"))
+    jobs += [balanced(runs, stage) for stage in STAGES if stage not in BALANCED]
     return jobs
 
 
@@ -197,6 +211,12 @@ def test_same_losses_under_every_zero_stage(runs: Runs, stage: str) -> None:
     assert close(
         runs.losses(f"whole-fp32-{stage}"), runs.losses("whole-fp32-zero0"), SPLIT_TOLERANCE
     )
+
+
+@pytest.mark.parametrize("stage", cases(BALANCED, STAGES))
+def test_same_losses_in_balanced_bins_of_tokens(runs: Runs, stage: str) -> None:
+    wanted = runs.losses("whole-fp32-zero0")
+    assert close(runs.losses(f"balanced-{stage}"), wanted, SPLIT_TOLERANCE)
 
 
 @pytest.mark.parametrize(("stage", "micro"), cases(SPLIT, ALL_SPLIT))

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mmtrain import plugins
+from mmtrain.data.lengths import token_lengths
 from mmtrain.data.shards import ShardFolder
 from mmtrain.data.source import Encoder, Source
 from mmtrain.distributed import World
@@ -111,3 +112,25 @@ def test_without_choices_nothing_is_ranked(model: Model, shards: Path) -> None:
     source = source_of(model, shards, Template(rendered, mode="rank"))
     with pytest.raises(DataError, match="has no choices, and its template ranks them"):
         evaluate(model, source, TASK, SETTINGS)
+
+
+def test_lengths_are_counted_once_and_kept(
+    model: Model, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = source_of(model, shards, TASK.templates["zhou2024"])
+    counted: list[int] = []
+
+    def count(name: str) -> list[int]:
+        lengths = token_lengths(
+            source, {"name": name}, model.world, lambda done, _: counted.append(done)
+        )
+        return list(lengths.tolist())
+
+    wanted = [len(source.example(index).input_ids) for index in range(len(source))]
+    assert count("a") == count("a") == wanted
+    assert counted == list(range(1, len(source) + 1)), "the second time they were at hand"
+    assert count("b") == wanted and len(counted) == 2 * len(source), "another tokenizer, say"
+    for file in (tmp_path / "mmtrain" / "lengths").iterdir():
+        file.write_bytes(b"no array")
+    assert count("a") == wanted and len(counted) == 3 * len(source)

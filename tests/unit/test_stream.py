@@ -6,19 +6,13 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from mmtrain.data.order import epoch_order
-from mmtrain.data.stream import (
-    PADDING,
-    Layout,
-    StepBatches,
-    StepStream,
-    equal_chunks,
-    plan_step,
-    steps_per_epoch,
-)
+from mmtrain.data.plan import PADDING, Layout, Planner
+from mmtrain.data.stream import StepBatches, StepStream, equal_chunks
 from mmtrain.errors import ConfigError
 from mmtrain.models.interface import Batch, Example
 
@@ -38,8 +32,18 @@ def make_example(index: int) -> Example:
 
 def stream(world: int = 1, rank: int = 0, micro: int = 4, **changed: Any) -> StepStream:
     layout = Layout(world, rank, micro, GLOBAL_BATCH)
-    arguments = {"num_samples": NUM_SAMPLES, "example": make_example, "seed": SEED, "workers": 0}
-    return StepStream(collate=collate, layout=layout, **{**arguments, **changed})
+    plan = Planner(changed.pop("num_samples", NUM_SAMPLES), layout, changed.pop("seed", SEED))
+    return StepStream(plan, collate=collate, **{"example": make_example, "workers": 0, **changed})
+
+
+def plan_step(position: int, num_samples: int, global_batch: int, seed: int) -> tuple[int, Any]:
+    """Epoch and samples of a step, in order."""
+    plan = Planner(num_samples, Layout(1, 0, global_batch, global_batch), seed).plan(position)
+    return plan.epoch, np.array(plan.bins[0][0])
+
+
+def steps_per_epoch(num_samples: int, global_batch: int) -> int:
+    return Planner(num_samples, Layout(1, 0, 1, global_batch), SEED).steps_per_epoch
 
 
 def seen(step: StepBatches) -> list[int]:
@@ -82,7 +86,7 @@ def test_every_split_sees_the_plan(world: int, micro: int) -> None:
 def test_an_epoch_has_every_sample_once(num_samples: int, wanted: int) -> None:
     assert steps_per_epoch(num_samples, GLOBAL_BATCH) == wanted
     one = stream(num_samples=num_samples)
-    assert one.steps_per_epoch == wanted
+    assert one.planner.steps_per_epoch == wanted
     for epoch in range(2):
         steps = list(one.steps(epoch * wanted, (epoch + 1) * wanted))
         indices = [index for step in steps for index in seen(step)]
@@ -154,7 +158,7 @@ def test_a_bad_sample_is_raised_where_training_is(workers: int) -> None:
 
 def test_a_batch_that_does_not_divide_is_an_error_with_a_way_out() -> None:
     with pytest.raises(ConfigError, match="8 is no multiple of micro_batch 3 x 2 ranks; try"):
-        stream(world=2, micro=3)
+        Layout(2, 0, 3, GLOBAL_BATCH).check()
 
 
 @pytest.mark.parametrize("num_samples", [1, 5, 8, 9, 16])
