@@ -128,7 +128,9 @@ class FamilyRuns:
     def first_jobs(self, material: Path) -> list[dict[str, Any]]:
         """What it also trains with one tiny model of each family."""
         scienceqa = str(material / "scienceqa" / "train")
-        jobs = [self._bf16("zero2", scienceqa), *self._cut("zero3", scienceqa)]
+        balanced = self.mixed("balanced", "zero2", scienceqa)
+        balanced["run"]["data"]["cut"] = "balanced"
+        jobs = [balanced, self._bf16("zero2", scienceqa), *self._cut("zero3", scienceqa)]
         return jobs + self.learning_jobs(material)
 
     def learning_jobs(self, material: Path) -> list[dict[str, Any]]:
@@ -251,6 +253,11 @@ def runs(request: pytest.FixtureRequest) -> FamilyRuns:
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_same_losses_with_and_without_images(runs: FamilyRuns, stage: str) -> None:
     assert close(runs.losses(stage), runs.losses("zero0"), SPLIT_TOLERANCE)
+
+
+@pytest.mark.parametrize("runs", cases(FIRST_IDS, IDS), indirect=True)
+def test_same_losses_with_like_lengths_together(runs: FamilyRuns) -> None:
+    assert close(runs.losses("balanced"), runs.losses("zero0"), SPLIT_TOLERANCE)
 
 
 @pytest.mark.parametrize("runs", cases(FIRST_IDS, IDS), indirect=True)

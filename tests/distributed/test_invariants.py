@@ -37,7 +37,7 @@ STAGES = ("zero0", "zero1", "zero2", "zero3")
 RESUMED = [("fp32", "zero3"), ("bf16", "zero1"), ("bf16", "zero3")]
 ALL_RESUMED = [(dtype, stage) for dtype in ("fp32", "bf16") for stage in STAGES]
 # Under ZeRO-1 gradients meet at the boundary alone, under ZeRO-3 at every micro-step.
-BALANCED, BALANCED_TOKENS = ("zero1", "zero3"), 150
+BALANCED, BALANCED_TOKENS = ("zero1", "zero3"), 250
 SPLIT = [("zero2", 1), ("zero3", 2)]
 ALL_SPLIT = [(stage, micro) for stage in STAGES for micro in (1, 2)]
 # Whole before anything is sharded, cut after it: what ZeRO-3 leaves in the process would show.

@@ -62,7 +62,7 @@ def test_balanced_bins_hold_little_padding() -> None:
     layout = Layout(2, 0, 4, GLOBAL_BATCH)
     plans = {
         name: [Planner(3200, layout, SEED, known).plan(position) for position in range(100)]
-        for name, given in (("order", None), ("balanced", lengths))
+        for name, known in (("order", None), ("balanced", lengths))
     }
     real = sum(int(lengths[samples_of(plan)].sum()) for plan in plans["order"])
     share = {
