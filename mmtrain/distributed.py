@@ -122,9 +122,16 @@ def sum_over_ranks(
     values: Sequence[float] | torch.Tensor, dtype: torch.dtype = torch.float64
 ) -> list[float]:
     """Sum a few numbers over all ranks (use dtype int64 for counts)."""
+    return summed_over_ranks(values, dtype).tolist()
+
+
+def summed_over_ranks(
+    values: Sequence[float] | torch.Tensor, dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
+    """The same, left on the device: nobody waits for it."""
     tensor = torch.as_tensor(values, dtype=dtype, device=_group_device())
     dist.all_reduce(tensor)
-    return tensor.tolist()
+    return tensor
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -351,7 +358,10 @@ def squared_gradient_norms(parameters: Mapping[str, torch.nn.Parameter]) -> dict
 
 
 def own_gradient_norm(engine: Any) -> torch.Tensor:
-    """Norm of what this rank's optimizer is about to use, on the device: no wait, no message."""
+    """Norm of what this rank's optimizer is about to use: its own share, where these are sharded.
+
+    On the device: no wait, no message.
+    """
     optimizer = engine.optimizer
     if hasattr(optimizer, "norm_for_param_grads"):  # offloaded, and measured on the way
         pieces = list(optimizer.norm_for_param_grads.values())

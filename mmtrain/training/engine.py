@@ -64,11 +64,8 @@ class Engine(Protocol):
     def set_learning_rates(self, rate_of_peak: Callable[[float], float]) -> float:
         """Set every group's rate from its peak; the largest is returned, for the log."""
 
-    def own_gradient_norm(self) -> torch.Tensor:
-        """Norm of what this rank's optimizer is about to use, on the device: no wait."""
-
-    def gradient_norm(self) -> float:
-        """The global norm before clipping, of the step just taken."""
+    def squared_gradient_norm(self) -> torch.Tensor:
+        """This rank's share of the squared norm before clipping, on the device: no wait."""
 
     def masters(self, parameters: Parameters) -> Iterator[tuple[str, torch.Tensor]]:
         """Whole fp32 weights by name, one at a time."""
@@ -179,7 +176,6 @@ class DeepSpeedEngine:
         self.family, self.processor, self.world = assembled.family, assembled.processor, world
         self.model = assembled.model
         self.stage = zero_stage(config)
-        self._stage0_norm = 0.0
         module = FamilyModule(self.family, self.model)
         self.deepspeed: Any = None
         if optimizer is None and self.stage < 3:
@@ -225,10 +221,6 @@ class DeepSpeedEngine:
             self.deepspeed.backward(loss)
 
     def step(self) -> None:
-        if self.stage == 0 and self.deepspeed.is_gradient_accumulation_boundary():
-            # DeepSpeed keeps no norm at stage 0.
-            found = [p.grad.norm() for p in self.model.parameters() if p.grad is not None]
-            self._stage0_norm = float(torch.stack(found).norm())
         self.deepspeed.step()
 
     def set_learning_rates(self, rate_of_peak: Callable[[float], float]) -> float:
@@ -238,13 +230,9 @@ class DeepSpeedEngine:
             rates.append(group["lr"])
         return max(rates)
 
-    def own_gradient_norm(self) -> torch.Tensor:
-        return distributed.own_gradient_norm(self.deepspeed)
-
-    def gradient_norm(self) -> float:
-        return (
-            self._stage0_norm if self.stage == 0 else float(self.deepspeed.get_global_grad_norm())
-        )
+    def squared_gradient_norm(self) -> torch.Tensor:
+        owners = self.world.size if self.stage == 0 else 1  # of each gradient
+        return distributed.own_gradient_norm(self.deepspeed).double().square() / owners
 
     def masters(self, parameters: Parameters) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in parameters.items():

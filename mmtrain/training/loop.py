@@ -61,7 +61,7 @@ class Loop:
         metrics = {
             "train/loss": result.loss,
             "train/lr": rate,
-            "train/grad_norm": self.engine.gradient_norm(),
+            "train/grad_norm": result.gradient_norm,
             "train/samples_per_s": batches.num_samples / elapsed_s,
             "train/tokens_per_s": result.num_tokens / elapsed_s,
             "memory/peak_gib": peak_memory_gib(),

@@ -19,11 +19,12 @@ from mmtrain.training.trainee import Trainee
 
 @dataclass(frozen=True)
 class StepResult:
-    """Sums over the whole global batch."""
+    """Sums over the whole global batch, and the gradient's norm before clipping."""
 
     loss: float  # per answer token
     num_answer_tokens: int
     num_tokens: int
+    gradient_norm: float
 
 
 def train_step(
@@ -36,54 +37,59 @@ def train_step(
 
     The loss is the sum over answer tokens divided by the answer tokens of the whole global batch;
     the factor undoes DeepSpeed's division by accumulation steps and its averaging over ranks.
+    The host waits for the device once, before the optimizer.
     """
     batches = step.micro_batches
-    answer_tokens, tokens = distributed.sum_over_ranks(
+    # Counted where batches are prepared, summed on the device.
+    counts = distributed.summed_over_ranks(
         [sum(b.num_answer_tokens for b in batches), sum(b.num_tokens for b in batches)],
         dtype=torch.int64,
     )
-    factor = engine.divisor / max(1, answer_tokens)
+    factor = engine.divisor / counts[0].clamp(min=1).double()
     loss_sums: list[torch.Tensor] = []
     sample_losses: list[torch.Tensor] = []
     for number, batch in enumerate(batches):
         result = engine.forward(batch)
         assert not result.auxiliary, "no method with auxiliary losses exists yet"
-        engine.backward(result.answer_loss_sum * factor, number == len(batches) - 1)
-        loss_sums.append(result.answer_loss_sum.detach())
+        loss = result.answer_loss_sum
+        engine.backward(loss * factor.to(loss), number == len(batches) - 1)
+        loss_sums.append(loss.detach())
         sample_losses.append(result.per_sample_loss.detach())
         if number == len(batches) - 1:
-            loss_sum = _checked(
-                engine, reduce(torch.add, loss_sums), sample_losses, batches, trainee
-            )
+            found = _checked(engine, loss_sums, sample_losses, counts, batches, trainee)
             if before_optimizer is not None:
                 before_optimizer()
         engine.step()
-    return StepResult(loss_sum / max(1, answer_tokens), int(answer_tokens), int(tokens))
+    return found
 
 
 def _checked(
     engine: Engine,
-    own_loss_sum: torch.Tensor,
+    loss_sums: Sequence[torch.Tensor],
     sample_losses: Sequence[torch.Tensor],
+    counts: torch.Tensor,
     batches: Sequence[Batch],
     trainee: Trainee,
-) -> float:
-    """The loss over all ranks, or an error on each: nothing non-finite meets the optimizer.
+) -> StepResult:
+    """What the step found, or an error on every rank: nothing non-finite meets the optimizer.
 
-    One message and one wait for the device in a step, whatever the number of micro-batches.
+    One message and one wait for the device, whatever the number of micro-batches.
     """
     losses = torch.cat(list(sample_losses))
-    norm = engine.own_gradient_norm().to(losses.device)
-    faults = [(~torch.isfinite(losses)).sum(), ~torch.isfinite(norm)]
-    loss_sum, bad_losses, bad_gradients = distributed.sum_over_ranks(
-        torch.stack([own_loss_sum.double(), *(fault.double() for fault in faults)])
-    )
+    squared = engine.squared_gradient_norm().to(losses.device)
+    # A sum that holds an infinity may be NaN: how many are bad is counted apart.
+    sums = [reduce(torch.add, loss_sums), squared.nan_to_num(0.0, 0.0, 0.0)]
+    faults = [(~torch.isfinite(losses)).sum(), ~torch.isfinite(squared)]
+    summed = distributed.summed_over_ranks(torch.stack([one.double() for one in (*sums, *faults)]))
+    found = torch.cat([summed, counts.double()]).tolist()
+    loss_sum, squared_norm, bad_losses, bad_gradients, answer_tokens, tokens = found
     ids = [sample_id for batch in batches for sample_id in batch.ids]
     if bad_losses:
         pairs = zip(ids, losses.tolist(), strict=True)
         bad_ids = [sample_id for sample_id, loss in pairs if not math.isfinite(loss)]
         refuse_bad_loss(distributed.gather_objects(bad_ids))
     if bad_gradients:
-        squared = distributed.squared_gradient_norms(trainee.parameters)
-        refuse_bad_gradients(squared, trainee.owner, distributed.gather_objects(ids))
-    return loss_sum
+        by_parameter = distributed.squared_gradient_norms(trainee.parameters)
+        refuse_bad_gradients(by_parameter, trainee.owner, distributed.gather_objects(ids))
+    loss = loss_sum / max(1, answer_tokens)
+    return StepResult(loss, int(answer_tokens), int(tokens), math.sqrt(squared_norm))

@@ -73,13 +73,21 @@ def test_fp32_is_not_rounded_to_tf32() -> None:
 class Unrepeatable:
     """A family that computes what torch cannot repeat."""
 
-    def forward(self, model: Any, batch: Batch) -> Any:
+    row_keys: dict[str, Any] = {}
+
+    @property
+    def code(self) -> Any:
+        return self
+
+    def image_features(self, *_: Any) -> Any:
         """`put_` has no deterministic version on any device."""
         return torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
 
-    def generate(self, *_: Any) -> Any:
-        """The same."""
-        return self.forward(None, Batch({}, [], 0, 0))
+    def decoder(self, model: Any) -> Any:
+        return model
+
+    def collate(self, *_: Any, **__: Any) -> Batch:
+        return Batch({}, [], 0, 0)
 
 
 def test_what_torch_cannot_repeat_is_named_with_the_remedy() -> None:
