@@ -55,7 +55,7 @@ class CheckpointFolder:
         parameters: Parameters,
         state: Mapping[str, Any],
         best_step: int,
-    ) -> Path:
+    ) -> None:
         """Write one checkpoint. Every rank takes part; a failure stops all of them."""
         step = int(state["step"])
         target = self.path(step)
@@ -76,7 +76,6 @@ class CheckpointFolder:
             )
         if distributed.is_main():
             self._prune(best_step)
-        return target
 
     def _start(self, temporary: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
