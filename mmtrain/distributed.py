@@ -129,7 +129,12 @@ def summed_over_ranks(
     values: Sequence[float] | torch.Tensor, dtype: torch.dtype = torch.float64
 ) -> torch.Tensor:
     """The same, left on the device: nobody waits for it."""
-    tensor = torch.as_tensor(values, dtype=dtype, device=_group_device())
+    if isinstance(values, torch.Tensor):
+        tensor = values.to(_group_device(), dtype)
+    else:
+        # Filled there: a copy from the host would wait for all that the device has to do.
+        filled = [torch.full((), one, dtype=dtype, device=_group_device()) for one in values]
+        tensor = torch.stack(filled)
     dist.all_reduce(tensor)
     return tensor
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from mmtrain import distributed
 from mmtrain.errors import MmtrainError, Terminated
+from mmtrain.safe_text import presentable
 
 
 def on_main(action: Callable[[], Any]) -> Any:
@@ -28,7 +29,7 @@ def on_main(action: Callable[[], Any]) -> Any:
 
 
 def worded(error: BaseException) -> str:
-    """An error as one line; what is none of ours needs its type to be understood."""
+    """An error as one line that tells no secret; what is none of ours needs its type, too."""
     if isinstance(error, MmtrainError | Terminated) or not str(error):
-        return str(error) or type(error).__name__
-    return f"{type(error).__name__}: {error}"
+        return presentable(str(error) or type(error).__name__)
+    return presentable(f"{type(error).__name__}: {error}")

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from mmtrain import distributed
 from mmtrain.errors import CheckpointError, TrainingError
 from mmtrain.files import file_sha256, replace_file, sync_folder
+from mmtrain.main_rank import worded
 from mmtrain.training.engine import Engine, Parameters
 from mmtrain.training.tensor_file import Place, Places, Shapes, TensorFileWriter, read_shapes
 
@@ -55,7 +56,7 @@ class CheckpointFolder:
         parameters: Parameters,
         state: Mapping[str, Any],
         best_step: int,
-    ) -> Path:
+    ) -> None:
         """Write one checkpoint. Every rank takes part; a failure stops all of them."""
         step = int(state["step"])
         target = self.path(step)
@@ -76,7 +77,6 @@ class CheckpointFolder:
             )
         if distributed.is_main():
             self._prune(best_step)
-        return target
 
     def _start(self, temporary: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -129,7 +129,7 @@ def find_damage(folder: Path) -> str | None:
         for name in (WEIGHTS, MOMENTS):
             safe_open(str(folder / name), framework="pt", device="cpu")
         wrong = _unusable(read_state_file(folder))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         return f"not readable ({type(error).__name__}: {error})"
     return f"{STATE} holds no usable {', '.join(wrong)}" if wrong else None
 
@@ -150,12 +150,16 @@ def _unusable(state: Mapping[str, Any]) -> list[str]:
 
 
 def _guarded(action: Callable[[], None]) -> str:
-    """Run a file action; its failure as text, so that other ranks can be told."""
+    """Run a file action; its failure, whatever it is, as text: other ranks must be told."""
     try:
         action()
-    except OSError as error:
-        return f"{error.strerror or error}"
+    except Exception as error:
+        return _told(error)
     return ""
+
+
+def _told(error: Exception) -> str:
+    return str(error.strerror or error) if isinstance(error, OSError) else worded(error)
 
 
 def _write_tensors(engine: Engine, parameters: Parameters, folder: Path, fault: str) -> str:
@@ -174,8 +178,8 @@ def _write_tensors(engine: Engine, parameters: Parameters, folder: Path, fault: 
                 writer.write(name, value)
                 if number == len(shapes):
                     writer.close()
-            except OSError as error:
-                fault = f"{error.strerror or error}"
+            except Exception as error:
+                fault = _told(error)
     return fault
 
 

@@ -16,6 +16,7 @@ from mmtrain.distributed import World
 from mmtrain.errors import CheckpointError, MmtrainError
 from mmtrain.evaluation.evaluate import Evaluation, evaluate
 from mmtrain.main_rank import on_main
+from mmtrain.resolve import is_run_folder
 from mmtrain.training import checkpoint as checkpoints
 from mmtrain.training.checkpoint import WEIGHTS, CheckpointFolder
 from mmtrain.training.engine import DeepSpeedEngine, Engine, complete_config
@@ -40,7 +41,7 @@ def find_run(path: str) -> tuple[Path | None, Path]:
     """(run folder or None, run file) of an argument that names either."""
     given = Path(path)
     if given.is_dir():
-        if not (given / "run.yaml").exists():
+        if not is_run_folder(given):
             raise MmtrainError(f"{given}: no run folder (no run.yaml there).", "Give a run folder.")
         return given, given / "run.yaml"
     return None, given

@@ -11,7 +11,9 @@ from mmtrain import plugins
 from mmtrain.assemble import data_section
 from mmtrain.config.load import flatten_run
 from mmtrain.config.schema import RunConfig
+from mmtrain.errors import TrainingError
 from mmtrain.files import write_json
+from mmtrain.main_rank import worded
 from mmtrain.tasks.interface import LOSS, Metric, validation_metrics
 from mmtrain.tracking.declared import DECLARED_NAME, as_fields, as_tags
 from mmtrain.tracking.fields import environment_tags, flatten
@@ -30,6 +32,17 @@ TRAINING_METRICS = (
 
 class Recorder:
     """What a run writes down as it goes on: this one nothing, as on every rank but the first."""
+
+    fault = ""  # why a line could not be written: rank 0 must not leave the others alone with it
+
+    def refuse_fault(self) -> None:
+        """An error where the journal has a hole."""
+        if self.fault:
+            raise TrainingError(
+                f"the run's journal could not be written ({self.fault}).",
+                "Make room or rights there, and run the same command again to go on from the last"
+                " checkpoint.",
+            )
 
     def start(self, inputs: Mapping[str, str], step: int) -> None:
         """Forget what was written after the step that training goes on from; begin to track."""
@@ -80,7 +93,10 @@ class RunRecorder(Recorder):
         )
 
     def record(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
-        self._journal.append(step, epoch, metrics)
+        try:
+            self._journal.append(step, epoch, metrics)
+        except Exception as error:
+            self.fault = self.fault or worded(error)
         if self._tracker is not None:
             self._tracker.wake()
 

@@ -48,7 +48,7 @@ def read_status(run_dir: Path) -> dict[str, Any]:
         )
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _unusable_status(path, f"{type(error).__name__}: {error}") from error
     if not usable:
         raise _unusable_status(path, f"state {str(status['state'])[:40]!r}")

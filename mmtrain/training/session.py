@@ -54,9 +54,9 @@ class Session:
         with ExitStack() as held:
             session = cls(config, world, *on_main(lambda: open_folder(config, held)))
             if session.finished is None:
-                set_up_logging(session.run_dir, world.rank)
                 held.enter_context(ending_in_order(lambda: session.fail(Terminated())))
                 held.enter_context(session._failing())
+                set_up_logging(session.run_dir, world.rank)
                 on_main(session._open_recorder)
             yield session
 
@@ -80,6 +80,7 @@ class Session:
         self, metrics: dict[str, float], best_step: int, step: int, artifacts: Sequence[Path]
     ) -> None:
         """Say that the run is finished. Rank 0 only."""
+        self.recorder.refuse_fault()
         # What the tracker owes comes first: killed after the status, it can still be sent.
         self.recorder.end("FINISHED", artifacts)
         write_status(self.run_dir, "finished", metrics=metrics, best_step=best_step, step=step)
@@ -93,6 +94,8 @@ class Session:
         if not (stopped or self.world.is_main):
             reason = f"rank {self.world.rank}: {reason}"
         try:
+            if read_status(self.run_dir).get("state") == "finished":
+                return  # stopped while its last results were sent: they are, or will be
             try:
                 first = write_failure(self.run_dir, reason)
             finally:
@@ -140,14 +143,19 @@ def _out_of_memory(config: RunConfig, error: torch.OutOfMemoryError) -> Training
 
 def set_up_logging(run_dir: Path, rank: int) -> None:
     """One file per rank; rank 0 also speaks on the terminal."""
-    folder = run_dir / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
     log.handlers.clear()
     log.setLevel(logging.INFO)
     log.propagate = False
     # A log on a full disk must not bury the error itself under tracebacks of its own.
     logging.raiseExceptions = False
-    file = logging.FileHandler(folder / f"rank-{rank}.log")
+    path = run_dir / "logs" / f"rank-{rank}.log"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(path)
+    except OSError as error:
+        raise MmtrainError(
+            f"{path}: cannot be written ({error.strerror}).", "Make room and rights there."
+        ) from error
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     file.addFilter(_presentable)
     log.addHandler(file)

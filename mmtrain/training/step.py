@@ -11,6 +11,7 @@ import torch
 
 from mmtrain import distributed
 from mmtrain.data.stream import StepBatches
+from mmtrain.main_rank import on_main
 from mmtrain.models.interface import Batch
 from mmtrain.training.audit import refuse_bad_gradients, refuse_bad_loss
 from mmtrain.training.engine import Engine
@@ -79,10 +80,11 @@ def _checked(
     squared = engine.squared_gradient_norm().to(losses.device)
     # A sum that holds an infinity may be NaN: how many are bad is counted apart.
     sums = [reduce(torch.add, loss_sums), squared.nan_to_num(0.0, 0.0, 0.0)]
-    faults = [(~torch.isfinite(losses)).sum(), ~torch.isfinite(squared)]
+    unwritten = losses.new_full((), bool(trainee.recorder.fault))
+    faults = [(~torch.isfinite(losses)).sum(), ~torch.isfinite(squared), unwritten]
     summed = distributed.summed_over_ranks(torch.stack([one.double() for one in (*sums, *faults)]))
     found = torch.cat([summed, counts.double()]).tolist()
-    loss_sum, squared_norm, bad_losses, bad_gradients, answer_tokens, tokens = found
+    loss_sum, squared_norm, bad_losses, bad_gradients, unwritten_lines, *counted = found
     ids = [sample_id for batch in batches for sample_id in batch.ids]
     if bad_losses:
         pairs = zip(ids, losses.tolist(), strict=True)
@@ -91,5 +93,8 @@ def _checked(
     if bad_gradients:
         by_parameter = distributed.squared_gradient_norms(trainee.parameters)
         refuse_bad_gradients(by_parameter, trainee.owner, distributed.gather_objects(ids))
+    if unwritten_lines:
+        on_main(trainee.recorder.refuse_fault)
+    answer_tokens, tokens = map(int, counted)
     loss = loss_sum / max(1, answer_tokens)
-    return StepResult(loss, int(answer_tokens), int(tokens), math.sqrt(squared_norm))
+    return StepResult(loss, answer_tokens, tokens, math.sqrt(squared_norm))
