@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from pathlib import Path
 from typing import Any
 
 from mmtrain.errors import MmtrainError, nearest
 
-# kind -> (folder inside this package, the constant that each file exports)
+# kind -> (package inside this one, the constant that each of its files exports)
 _KINDS = {
-    "family": ("models/families", "FAMILY"),
-    "method": ("peft/methods", "METHOD"),
-    "task": ("tasks/datasets", "TASK"),
+    "family": ("models.families", "FAMILY"),
+    "method": ("peft.methods", "METHOD"),
+    "task": ("tasks.datasets", "TASK"),
 }
 
 
 def names(kind: str) -> list[str]:
     """Every plug-in of a kind (family, method, task), found by listing its folder."""
-    folder = Path(__file__).parent / _KINDS[kind][0]
-    found = (module.name for module in pkgutil.iter_modules([str(folder)]))
+    package = importlib.import_module(f"{__package__}.{_KINDS[kind][0]}")
+    found = (module.name for module in pkgutil.iter_modules(package.__path__))
     return sorted(name for name in found if not name.startswith("_"))
 
 
 def load(kind: str, name: str) -> Any:
     """The constant FAMILY, METHOD or TASK of the plug-in file of that name."""
-    folder, constant = _KINDS[kind]
+    package, constant = _KINDS[kind]
     valid = names(kind)
     if name not in valid:
         raise MmtrainError(f"unknown {kind} '{name}';", nearest(name, valid))
-    module = importlib.import_module(f"{__package__}.{folder.replace('/', '.')}.{name}")
+    module = importlib.import_module(f"{__package__}.{package}.{name}")
     return getattr(module, constant)

@@ -137,7 +137,8 @@ def _block_problems(family: Family | None, name: str, raw: Mapping[str, Any]) ->
         problems += checked(method.options, options, place, sorted(RESERVED_COMPONENT_KEYS))[1]
     block, _ = checked(ComponentConfig, raw)
     if family and block and block.mode == "peft":
-        problems += sublayer_problems(family, name, block)
+        needs_linears = method is None or method.needs_linears
+        problems += sublayer_problems(family, name, block, needs_linears)
     return problems
 
 

@@ -6,13 +6,10 @@ import argparse
 import json
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmtrain.commands.arguments import positive
-from mmtrain.config.deepspeed import find_deepspeed_config, zero_stage
 from mmtrain.config.schema import RunConfig
-from mmtrain.data.manifest import read_manifest
 from mmtrain.resolve import resolve
 
 if TYPE_CHECKING:
@@ -25,7 +22,6 @@ EXAMPLES = """examples:
   mmtrain check run.yaml --json
 """
 DEFAULT_WORLD_SIZE = 8
-GIB = 2**30
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     launched = os.environ.get("WORLD_SIZE", "")
     world_size = args.world_size or (int(launched) if launched.isdecimal() else None)
     config = resolve(args.run_file, args.overrides, world_size)
+    from mmtrain.planning.report import examine  # with torch, which no error should wait for
+
     report = examine(config, world_size or DEFAULT_WORLD_SIZE, args.tokens, args.answer_tokens)
     if args.json:
         json.dump(report, sys.stdout, indent=2)
@@ -68,73 +66,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print_tables(report, config)
     return 0
-
-
-def examine(
-    config: RunConfig,
-    world_size: int,
-    num_tokens: int | None = None,
-    num_answer_tokens: int | None = None,
-) -> dict[str, Any]:
-    """Everything `check` reports, as JSON data."""
-    from mmtrain.planning.census import count, usual_size
-    from mmtrain.planning.memory import memory_by_stage
-
-    size = usual_size(config, num_tokens, num_answer_tokens)
-    census = count(config, size)
-    _check_weights(config)
-    stages = memory_by_stage(config, census, world_size)
-    total = census.base_params + census.peft_params
-    return {
-        "total_params": total,
-        "base_params": census.base_params,
-        "peft_params": census.peft_params,
-        "trainable_params": census.trainable_params,
-        "trainable_percent": 100 * census.trainable_params / total,
-        "components": {name: vars(part) for name, part in census.components.items()},
-        **_steps(config),
-        "memory": {
-            "world_size": world_size,
-            "micro_batch": size.samples,
-            "tokens_per_sample": size.tokens,
-            "answer_tokens_per_sample": size.answer_tokens,
-            "zero_stage": zero_stage(find_deepspeed_config(config.parallel.deepspeed)),
-            "gib_per_rank": {f"zero{n}": one.total / GIB for n, one in stages.items()},
-            "parts_gib_per_rank": {
-                f"zero{n}": {part: size / GIB for part, size in vars(one).items()}
-                for n, one in stages.items()
-            },
-        },
-    }
-
-
-def _check_weights(config: RunConfig) -> None:
-    """The folder's weight files, where they are there already: their headers, not their tensors."""
-    from mmtrain.models.weights import check_files, has_weights
-
-    if config.model.checkpoint is not None and has_weights(Path(config.model.checkpoint)):
-        check_files(Path(config.model.checkpoint))
-
-
-def _steps(config: RunConfig) -> dict[str, Any]:
-    """Samples and steps per epoch, where the training shards are at hand."""
-    unknown: dict[str, Any] = {"train_samples": None, "steps_per_epoch": None}
-    if config.data is None or config.data.train is None:
-        return unknown
-    samples = _num_samples(config.data.train, config.data.task)
-    if samples is None:
-        return unknown
-    samples = min(samples, config.data.limit or samples)
-    return {
-        "train_samples": samples,
-        "steps_per_epoch": -(-samples // config.optim.global_batch),
-    }
-
-
-def _num_samples(shards: str, task: str) -> int | None:
-    """Samples in a folder of shards, by its manifest; None where there is none yet."""
-    folder = Path(shards)
-    return read_manifest(folder, task)[0].samples if folder.is_dir() else None
 
 
 def _print_tables(report: dict[str, Any], config: RunConfig) -> None:

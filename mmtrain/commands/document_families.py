@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mmtrain import plugins
-from mmtrain.commands.check import examine
 from mmtrain.models.interface import Family, ModelOptions
+from mmtrain.planning.report import examine
 from mmtrain.resolve import resolve
 
 WORLD_SIZE = 8

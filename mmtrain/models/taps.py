@@ -7,11 +7,13 @@ return another in its place.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from mmtrain.errors import ConfigError, nearest
 from mmtrain.models.interface import Tap
 
 Listener = Callable[[torch.Tensor], "torch.Tensor | None"]
@@ -49,6 +51,34 @@ class Taps:
     def auxiliary_losses(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """By name."""
         return {name: loss(tensors) for name, loss in self._losses.items()}
+
+
+@dataclass(frozen=True)
+class OfferedTaps:
+    """One model's taps under the names that its family gives them: what a method sees."""
+
+    taps: Taps
+    places: Mapping[str, Tap]
+
+    @property
+    def offered(self) -> frozenset[str]:
+        """`vision_tokens`, `connector_output`, …"""
+        return frozenset(self.places)
+
+    def listen(self, name: str, listener: Listener) -> None:
+        """Hear, or replace, what passes there."""
+        if name not in self.places:
+            fault = f"the method listens to '{name}', which this family does not show;"
+            raise ConfigError([f"components: {fault} {nearest(name, self.places)}"])
+        self.taps.listen(self.places[name], listener)
+
+    def insert_prompts(self, prompts: nn.Module) -> None:
+        """Put what `prompts()` gives [tokens, channels] before every row."""
+        self.taps.insert_prompts(prompts)
+
+    def add_loss(self, name: str, loss: Loss) -> None:
+        """A further loss of every forward."""
+        self.taps.add_loss(name, loss)
 
 
 def _replaced(listener: Listener, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from mmtrain.config.schema import ComponentConfig
 from mmtrain.errors import ConfigError, nearest
 from mmtrain.models.interface import Family
-from mmtrain.peft.interface import Placement
+from mmtrain.peft.interface import Linear
 
 LAYER_GROUP = r"(?P<layer>\d+)"
 # sublayer -> roles
@@ -20,43 +20,64 @@ Roles = dict[str, tuple[str, ...]]
 
 
 def select(
-    family: Family, component: str, block: ComponentConfig, module_names: Iterable[str]
-) -> Placement:
-    """The modules a `mode: peft` block selects, and one anchored pattern that matches just them."""
+    family: Family, component: str, block: ComponentConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[tuple[Linear, ...], str]:
+    """The linears a `mode: peft` block selects, and one anchored pattern that matches just them.
+
+    `shapes` are those of every module's weight, by the module's name.
+    """
     problems = sublayer_problems(family, component, block)
     if problems:
         raise ConfigError(problems)
-    names = tuple(module_names)
     wanted = chosen_roles(family, component, block)
-    layer_of = layer_numbers(family, component, names)
-    layers = chosen_layers(component, block.layers, sorted(set(layer_of.values())))
-    regexes = [family.sublayers[component][sub][role] for sub in wanted for role in wanted[sub]]
-    played = {name for regex in regexes for name in names if re.fullmatch(regex, name)}
-    selected = tuple(name for name in names if name in played and layer_of[name] in layers)
-    # A sublayer asked for by name must exist in this very model: T5's do not in Vicuna.
-    empty = [
-        sublayer
-        for sublayer in block.sublayers or ()
-        if not any(
-            re.fullmatch(family.sublayers[component][sublayer][role], name)
-            for role in wanted.get(sublayer, ())
-            for name in selected
-        )
+    regexes = {
+        (sublayer, role): family.sublayers[component][sublayer][role]
+        for sublayer, roles in wanted.items()
+        for role in roles
+    }
+    layer_of = layer_numbers(family, component, shapes)
+    layers = None
+    if block.layers not in (None, "all"):
+        layers = chosen_layers(component, block.layers, sorted(set(layer_of.values())))
+    playing = [
+        Linear(name, sublayer, role, layer_of.get(name), shape)
+        for (sublayer, role), regex in regexes.items()
+        for name, shape in shapes.items()
+        if re.fullmatch(regex, name) and (layers is None or layer_of.get(name) in layers)
     ]
-    if empty or not selected:
+    # A sublayer asked for by name must exist in this very model: T5's do not in Vicuna.
+    filled = {one.sublayer for one in playing}
+    empty = [sublayer for sublayer in block.sublayers or () if sublayer not in filled]
+    if empty or not playing:
         place = f"components.{component}.sublayers"
         asked = f"'{block.method}' on {', '.join(empty or wanted) or 'every sublayer'}"
         problem = f"{asked} selects no module; {what_exists(family, component)}"
         raise ConfigError([f"{place}: {problem}; name roles, as in {{attn: [q, v]}}"])
-    pattern = _pattern(regexes, None if block.layers in (None, "all") else layers)
-    matched = {name for name in names if re.fullmatch(pattern, name)}
+    selected = {one.name: one for one in reversed(playing)}
+    pattern = _pattern(list(regexes.values()), layers)
+    matched = {name for name in shapes if re.fullmatch(pattern, name)}
     assert matched == set(selected), f"pattern and selection of '{component}' disagree"
-    return Placement(component, selected, pattern)
+    return tuple(selected[name] for name in shapes if name in selected), pattern
 
 
-def sublayer_problems(family: Family, component: str, block: ComponentConfig) -> list[str]:
-    """Every unknown sublayer and role that a block names."""
+def chosen_blocks(
+    family: Family, component: str, block: ComponentConfig, module_names: Iterable[str]
+) -> dict[int, tuple[str, ...]]:
+    """Layer number -> the names of its blocks, of the layers that the component block means."""
+    layer_of = layer_numbers(family, component, module_names)
+    numbers = chosen_layers(component, block.layers, sorted(set(layer_of.values())))
+    tops = [name for name in layer_of if name.rpartition(".")[0] not in layer_of]
+    return {n: tuple(name for name in tops if layer_of[name] == n) for n in sorted(numbers)}
+
+
+def sublayer_problems(
+    family: Family, component: str, block: ComponentConfig, needs_linears: bool = True
+) -> list[str]:
+    """Every unknown sublayer and role that a block names, or any where its method needs none."""
     place = f"components.{component}.sublayers"
+    if not needs_linears:
+        unread = f"{place}: '{block.method}' reads none; leave it out"
+        return [] if block.sublayers is None else [unread]
     exists = family.sublayers.get(component, {})
     if not exists:
         usable = ", ".join(sorted(family.sublayers))
@@ -143,13 +164,14 @@ def select_parameters(
 
 
 def layer_numbers(family: Family, component: str, names: Iterable[str]) -> dict[str, int]:
-    """The layer number of every module or parameter that lies in a numbered block."""
+    """The layer number of every numbered block, and of every module or parameter in one."""
     blocks = {
         regex[: regex.index(LAYER_GROUP) + len(LAYER_GROUP)]
         for roles in family.sublayers.get(component, {}).values()
         for regex in roles.values()
+        if LAYER_GROUP in regex
     }
-    found = ((name, re.match(rf"(?:{block})\.", name)) for name in names for block in blocks)
+    found = ((name, re.match(rf"(?:{block})(?:\.|$)", name)) for name in names for block in blocks)
     return {name: int(match["layer"]) for name, match in found if match}
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mmtrain import plugins
 from mmtrain.config.schema import ComponentConfig
+from mmtrain.distributed import full_shape
 from mmtrain.models.interface import Family
 from mmtrain.models.weights import FRESH
-from mmtrain.peft.interface import Placement
-from mmtrain.peft.placement import select, select_parameters
+from mmtrain.peft.interface import Added, Linear, Method, Target
+from mmtrain.peft.placement import chosen_blocks, component_of, select, select_parameters
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,13 +23,27 @@ log = logging.getLogger("mmtrain")
 
 @dataclass(frozen=True)
 class Attachment:
-    """One method on one component."""
+    """One method on one component, and what it added."""
 
-    component: str
     method_name: str
-    method: Any
+    method: Method
     options: Any
-    placement: Placement
+    target: Target
+    added: Added
+
+    @property
+    def component(self) -> str:
+        """Where it sits."""
+        return self.target.component
+
+    @property
+    def new_parameters(self) -> set[str]:
+        """What trains and is none of the base's."""
+        return set(self.added.trained) - set(self.target.parameters)
+
+    def exported(self, names: Iterable[str]) -> dict[str, str]:
+        """Key in the adapter's file -> name here."""
+        return {self.method.export_name(name, self.target): name for name in names}
 
 
 @dataclass(frozen=True)
@@ -39,13 +54,17 @@ class Trainable:
     attachments: tuple[Attachment, ...]
     full_components: tuple[str, ...]
 
-    def adapter_parameters(self, attachment: Attachment) -> list[str]:
-        """The trained parameters of one attachment."""
-        return [name for name in self.owner if attachment.method.owns(name, attachment.component)]
+    def folder_of(self, attachment: Attachment) -> str:
+        """Where an adapter is exported, in the run's folder."""
+        if len(self.attachments) == 1:
+            return "adapter"
+        shared = [one for one in self.attachments if one.component == attachment.component]
+        name = f"-{attachment.method_name}" if len(shared) > 1 else ""
+        return f"adapter/{attachment.component}{name}"
 
     def full_parameters(self, component: str) -> list[str]:
         """The trained base parameters of a component."""
-        adapted = {name for a in self.attachments for name in self.adapter_parameters(a)}
+        adapted = {name for a in self.attachments for name in a.added.trained}
         return [n for n, owner in self.owner.items() if owner == component and n not in adapted]
 
 
@@ -53,48 +72,77 @@ def make_trainable(
     model: nn.Module, family: Family, components: Mapping[str, ComponentConfig], seed: int
 ) -> Trainable:
     """Attach every method and set `requires_grad`, for exactly the declared parameters."""
-    base_names = [name for name, _ in model.named_parameters()]
-    module_names = [name for name, _ in model.named_modules()]
+    base = dict(model.named_parameters())
     declared: dict[str, str] = {}
     for component, block in components.items():
         if block.mode == "full":
-            names = select_parameters(family, component, block, base_names)
+            names = select_parameters(family, component, block, base)
             declared.update(dict.fromkeys(names, component))
-    attachments = tuple(
-        _attach(model, select(family, component, block, module_names), block, seed)
+    # Every target is found in the base, before any method changes its module tree.
+    targets = [
+        (_target(model, family, component, block), block)
         for component, block in components.items()
         if block.mode == "peft"
-    )
+    ]
+    attachments = tuple(_attach(target, block, seed) for target, block in targets)
+    for attachment in attachments:
+        declared.update(dict.fromkeys(attachment.added.trained, attachment.component))
     # Order by the model, not by the run file: every rank and every resume sees the same order.
-    owner = {}
-    for name, parameter in model.named_parameters():
-        owners = [a.component for a in attachments if a.method.owns(name, a.component)]
-        if owners or name in declared:
-            owner[name] = owners[0] if owners else declared[name]
-        parameter.requires_grad_(name in owner)
-    _prove_complete(model, set(base_names), set(declared), set(owner))
+    named = dict(model.named_parameters())
+    for name, parameter in named.items():
+        parameter.requires_grad_(name in declared)
+    _prove_complete(model, base, declared, attachments)
     _warn_of_frozen_noise(model)
     full = tuple(c for c, block in components.items() if block.mode == "full")
-    return Trainable(owner, attachments, full)
+    return Trainable({n: declared[n] for n in named if n in declared}, attachments, full)
 
 
-def _attach(
-    model: nn.Module, placement: Placement, block: ComponentConfig, seed: int
-) -> Attachment:
-    method = plugins.load("method", str(block.method))
+def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The whole shape of each module's weight, by the module's name."""
+    return {
+        name.removesuffix(".weight"): tuple(full_shape(parameter))
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if name.endswith(".weight")
+    }
+
+
+def _target(model: Any, family: Family, component: str, block: ComponentConfig) -> Target:
+    from mmtrain.models.taps import OfferedTaps, taps_of
+
+    linears: tuple[Linear, ...] = ()
+    pattern = ""
+    if plugins.load("method", str(block.method)).needs_linears:
+        linears, pattern = select(family, component, block, weight_shapes(model))
+    own = (n for n, _ in model.named_parameters() if component_of(family, n) == component)
+    modules = (name for name, _ in model.named_modules())
+    blocks = chosen_blocks(family, component, block, modules)
+    has_attention = component in family.sublayers
+    attention = family.code.attention(model.config, component) if has_attention else None
+    taps = OfferedTaps(taps_of(model), family.taps)
+    return Target(component, model, tuple(own), linears, pattern, blocks, attention, taps)
+
+
+def _attach(target: Target, block: ComponentConfig, seed: int) -> Attachment:
+    method: Method = plugins.load("method", str(block.method))
     options = method.options.model_validate(block.method_options)
-    method.attach(model, placement, options, seed)
-    return Attachment(placement.component, str(block.method), method, options, placement)
+    added = method.attach(target, options, seed)
+    return Attachment(str(block.method), method, options, target, added)
 
 
 def _prove_complete(
-    model: nn.Module, base: set[str], declared: set[str], trained: set[str]
+    model: nn.Module,
+    base: Mapping[str, nn.Parameter],
+    declared: Collection[str],
+    attachments: Sequence[Attachment],
 ) -> None:
-    """Nothing declared was lost, and nothing that a method added was left frozen."""
-    assert declared <= trained, f"declared but not trained: {sorted(declared - trained)[:5]}"
-    names = {name for name, _ in model.named_parameters()}
-    added = {name for name in names - base if ".base_layer." not in name}
-    assert added <= trained, f"added but frozen: {sorted(added - trained)[:5]}"
+    """Nothing declared is missing, and nothing that a method added is left unsaid or frozen."""
+    named = dict(model.named_parameters())
+    stored = {name for one in attachments for name in one.added.stored}
+    missing = set(declared) - set(named) | (stored - {name for name, _ in model.named_buffers()})
+    assert not missing, f"declared but not in the model: {sorted(missing)[:5]}"
+    of_base = set(map(id, base.values()))  # a method may rename them
+    unsaid = {n for n, p in named.items() if n not in declared and id(p) not in of_base}
+    assert not unsaid, f"added but not declared: {sorted(unsaid)[:5]}"
 
 
 def _warn_of_frozen_noise(model: nn.Module) -> None:

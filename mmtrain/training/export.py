@@ -32,19 +32,17 @@ def export_trained(
     trainable = assembled.trainable
     base_class = class_for_others(config, assembled)
     written = []
-    several = len(trainable.attachments) > 1
     for attachment in trainable.attachments:
-        name = f"adapter/{attachment.component}" if several else "adapter"
-        with _replaced(run_dir / name) as folder:
-            _write_adapter(checkpoint, folder, config, trainable, attachment, base_class)
-            card = model_card(config, trainable, attachment, base_class, several)
+        written.append(run_dir / trainable.folder_of(attachment))
+        with _replaced(written[-1]) as folder:
+            _write_adapter(checkpoint, folder, config, attachment, base_class)
+            card = model_card(config, trainable, attachment, base_class)
             (folder / "README.md").write_text(card, encoding="utf-8")
-        written.append(run_dir / name)
     if trainable.full_components:
         with _replaced(run_dir / "full") as folder:
             for component in trainable.full_components:
                 names = {name: name for name in trainable.full_parameters(component)}
-                _copy_tensors(checkpoint, folder / f"{component}.safetensors", names)
+                _copy_tensors(checkpoint, folder / f"{component}.safetensors", names, {})
         written.append(run_dir / "full")
     return written
 
@@ -59,18 +57,17 @@ def _write_adapter(
     checkpoint: Path,
     folder: Path,
     config: RunConfig,
-    trainable: Trainable,
     attachment: Attachment,
     base_class: type | None,
 ) -> None:
-    method, component = attachment.method, attachment.component
-    names = {
-        method.export_name(name, component): name
-        for name in trainable.adapter_parameters(attachment)
+    target, added = attachment.target, attachment.added
+    buffers = {
+        key: target.model.get_buffer(name)
+        for key, name in attachment.exported(added.stored).items()
     }
-    _copy_tensors(checkpoint, folder / "adapter_model.safetensors", names)
-    base = base_name(config)
-    settings = method.export_config(attachment.placement, attachment.options, base)
+    names = attachment.exported(added.trained)
+    _copy_tensors(checkpoint, folder / "adapter_model.safetensors", names, buffers)
+    settings = attachment.method.export_config(target, attachment.options, base_name(config))
     settings["revision"] = config.model.revision
     if base_class is not None:
         # What peft's AutoPeftModel loads the base with.
@@ -81,14 +78,19 @@ def _write_adapter(
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2))
 
 
-def _copy_tensors(checkpoint: Path, target: Path, names: Mapping[str, str]) -> None:
-    """Copy tensors, one at a time: name in the target -> name in the checkpoint."""
+def _copy_tensors(
+    checkpoint: Path,
+    file: Path,
+    names: Mapping[str, str],
+    buffers: Mapping[str, torch.Tensor],
+) -> None:
+    """Copy tensors, one at a time: name in the file -> name in the checkpoint, or the buffer."""
     with safe_open(str(checkpoint / WEIGHTS), framework="pt", device="cpu") as reader:
-        ordered = dict(sorted(names.items()))
-        shapes = {new: reader.get_slice(old).get_shape() for new, old in ordered.items()}
-        writer = TensorFileWriter(target, shapes, torch.float32)
-        for new, old in ordered.items():
-            writer.write(new, reader.get_tensor(old))
+        shapes = {new: reader.get_slice(old).get_shape() for new, old in names.items()}
+        shapes |= {new: buffer.shape for new, buffer in buffers.items()}
+        writer = TensorFileWriter(file, dict(sorted(shapes.items())), torch.float32)
+        for new in sorted(shapes):
+            writer.write(new, buffers[new] if new in buffers else reader.get_tensor(names[new]))
         writer.close()
 
 
@@ -110,9 +112,7 @@ def base_name(config: RunConfig) -> str:
     return str(Path(config.model.checkpoint).resolve())
 
 
-def loading_snippet(
-    config: RunConfig, trainable: Trainable, base_class: type | None, several: bool
-) -> str:
+def loading_snippet(config: RunConfig, trainable: Trainable, base_class: type | None) -> str:
     """Python that rebuilds the trained model, without mmtrain where transformers reads the base."""
     imports, loading = _base_lines(config, base_class)
     lines = list(imports)
@@ -128,12 +128,11 @@ def loading_snippet(
             "assert not unexpected, unexpected",
         ]
     for attachment in trainable.attachments:
-        folder = f"adapter/{attachment.component}" if several else "adapter"
         lines += [
-            f"adapter = f'{{run}}/{folder}'",
+            f"adapter = f'{{run}}/{trainable.folder_of(attachment)}'",
             "model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False)",
         ]
-        if several:
+        if len(trainable.attachments) > 1:
             lines.append("model = model.merge_and_unload()")
     # No cast of the whole model at the end: it would round rotary frequencies to bf16.
     return "\n".join([*lines, "model = model.eval()"])
@@ -186,13 +185,12 @@ def model_card(
     trainable: Trainable,
     attachment: Attachment,
     base_class: type | None,
-    several: bool,
 ) -> str:
     """README.md of an adapter folder."""
     base = base_name(config)
     data = config.data.task if config.data else "none"
     options = ", ".join(f"{key} {value}" for key, value in attachment.options)
-    snippet = loading_snippet(config, trainable, base_class, several)
+    snippet = loading_snippet(config, trainable, base_class)
     full = "none"
     if trainable.full_components:
         # Otherwise a reader of this folder alone would get half of what was trained.
@@ -222,9 +220,10 @@ tags: [mmtrain, {attachment.method_name}]
 def merged_state(model: nn.Module, trainable: Trainable) -> dict[str, torch.Tensor]:
     """The model's weights under the base's names, adapters folded in (model is changed)."""
     for attachment in trainable.attachments:
-        attachment.method.merge(model, attachment.component)
+        attachment.method.merge(attachment.target)
+    added = {name for one in trainable.attachments for name in one.new_parameters}
     return {
         name.replace(".base_layer.", "."): parameter
         for name, parameter in model.named_parameters()
-        if not any(a.method.owns(name, a.component) for a in trainable.attachments)
+        if name not in added
     }

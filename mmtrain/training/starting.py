@@ -127,16 +127,18 @@ def initial_files(config: RunConfig) -> list[Path]:
 def _initial_places(files: Sequence[Path], trainee: Trainee, trainable: Trainable) -> Places:
     """Where the files have what trains; one error for all that they lack, or have otherwise."""
     wanted, _ = checkpoints.tensor_shapes(trainee.parameters)
-    exported = {
-        attachment.method.export_name(name, attachment.component): name
-        for attachment in trainable.attachments
-        for name in trainable.adapter_parameters(attachment)
-    }
+    exported: dict[str, str | None] = {}
+    for attachment in trainable.attachments:
+        exported |= attachment.exported(attachment.added.trained)
+        # What is stored beside it is made again from seed and name.
+        exported |= dict.fromkeys(attachment.exported(attachment.added.stored))
     places: dict[str, Place] = {}
     problems = []
     for path in files:
         for key, shape in read_shapes(path).items():
             name = exported.get(key, key)
+            if name is None:
+                continue
             if name not in wanted:
                 problems.append(f"{name}: is there, but this run does not train it")
             elif shape != wanted[name]:

@@ -15,11 +15,13 @@ from mmtrain.config.schema import ComponentConfig
 from mmtrain.models.interface import ModelOptions
 from mmtrain.peft.placement import (
     LAYER_GROUP,
+    chosen_blocks,
     component_of,
     layer_numbers,
     select,
     select_parameters,
 )
+from mmtrain.peft.trainable import weight_shapes
 
 CHECK_LIMIT_S = 30
 PRESETS = [
@@ -129,7 +131,12 @@ def test_attention_agrees_with_the_modules(name: str, preset: str, component: st
     config, model, _ = skeleton(name, preset)
     shape = family.code.attention(config, component)
     names = [module for module, _ in model.named_modules()]
-    assert len(set(layer_numbers(family, component, names).values())) == shape.layers
+    blocks = chosen_blocks(family, component, ComponentConfig(mode="full"), names)
+    assert list(blocks) == list(range(shape.layers))
+    inside = layer_numbers(family, component, names)
+    assert set(inside.values()) == set(blocks)
+    for number, tops in blocks.items():
+        assert tops and all(inside[top] == number for top in tops)
     assert shape.heads % shape.kv_heads == 0
     assert min(shape.layers, shape.heads, shape.head_dim, shape.hidden) > 0
     assert family.code.image_tokens(config, component) > 0
@@ -160,11 +167,13 @@ def test_placements_select_what_they_say(name: str, preset: str, component: str)
         block = ComponentConfig(
             mode="peft", method="any", sublayers={sublayer: list(regexes)}, layers=[last]
         )
-        placed = select(family, component, block, modules)
+        linears, pattern = select(family, component, block, weight_shapes(model))
         expected = {module for module in played if numbers[module] == last}
-        assert set(placed.module_names) == expected
-        assert "?P<" not in placed.pattern
-        assert {m for m in modules if re.fullmatch(placed.pattern, m)} == expected
+        assert {linear.name for linear in linears} == expected
+        assert {(linear.sublayer, linear.layer) for linear in linears} == {(sublayer, last)}
+        assert all(re.fullmatch(regexes[linear.role], linear.name) for linear in linears)
+        assert "?P<" not in pattern
+        assert {m for m in modules if re.fullmatch(pattern, m)} == expected
 
 
 @pytest.mark.parametrize(("name", "preset", "component"), COMPONENTS)

@@ -233,7 +233,8 @@ MODULES = [f"b.{n}.{role}" for n in range(4) for role in "qkv"] + ["b.0.cross_q"
 
 def place(**block: Any) -> tuple[str, ...]:
     config = ComponentConfig(mode="peft", **block)
-    return select(FAMILY, "llm", config, [*MODULES, "b.0.q_other", "x.b.0.q"]).module_names
+    shapes = dict.fromkeys([*MODULES, "b.0.q_other", "x.b.0.q"], (8, 4))
+    return tuple(linear.name for linear in select(FAMILY, "llm", config, shapes)[0])
 
 
 def test_default_roles_narrow_lists_and_leave_explicit_roles_alone() -> None:

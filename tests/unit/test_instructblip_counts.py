@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cache
+from itertools import cycle
 from typing import Any
 
 import pytest
 import torch
 
-from mmtrain import plugins
 from mmtrain.config.schema import ComponentConfig
 from mmtrain.errors import ConfigError
 from mmtrain.models.interface import ModelOptions
 from mmtrain.peft.placement import component_of, select
+from mmtrain.peft.trainable import weight_shapes
+from tests.unit.added_parameters import num_added
 from tests.unit.instructblip_material import FAMILY
 
 T5_XL, VICUNA = "instructblip-flan-t5-xl", "instructblip-vicuna-7b"
@@ -43,35 +45,27 @@ PER_RANK = [
 ]
 
 
-@pytest.mark.parametrize(("preset", "component", "sublayers", "wanted"), PER_RANK)
-@pytest.mark.parametrize("rank", [1, 8])
-def test_lora_counts(
-    preset: str, component: str, sublayers: list[str], wanted: int, rank: int
-) -> None:
-    method = plugins.load("method", "lora")
-    model = meta_model(preset)
-    block = ComponentConfig(mode="peft", method="lora", sublayers=sublayers)
-    placement = select(FAMILY, component, block, [name for name, _ in model.named_modules()])
-    shapes = {
-        name: tuple(model.get_submodule(name).weight.shape) for name in placement.module_names
-    }
-    assert method.count(shapes, method.options(r=rank)) == wanted * rank
+# Attaching takes a second: each placement once, the ranks by turns.
+@pytest.mark.parametrize(("case", "rank"), zip(PER_RANK, cycle([1, 8])))
+def test_lora_counts(case: tuple[str, str, list[str], int], rank: int) -> None:
+    preset, component, sublayers, wanted = case
+    block = {"method": "lora", "sublayers": sublayers, "r": rank}
+    assert num_added(meta_model(preset), FAMILY, component, **block) == wanted * rank
 
 
 def test_keys_and_outputs_can_be_selected() -> None:
-    names = [name for name, _ in meta_model(T5_XL).named_modules()]
+    shapes = weight_shapes(meta_model(T5_XL))
     block = ComponentConfig(
         mode="peft", method="lora", sublayers={"self_attn": ["k", "o"], "cross_attn": ["k"]}
     )
-    chosen = select(FAMILY, "qformer", block, names).module_names
-    assert Counter(name.rsplit(".", 1)[1] for name in chosen) == {"key": 12 + 6, "dense": 12}
+    chosen, _ = select(FAMILY, "qformer", block, shapes)
+    assert Counter(one.name.rsplit(".", 1)[1] for one in chosen) == {"key": 12 + 6, "dense": 12}
 
 
 def test_parts_of_t5_are_no_parts_of_vicuna() -> None:
-    names = [name for name, _ in meta_model(VICUNA).named_modules()]
     block = ComponentConfig(mode="peft", method="lora", sublayers=["attn", "cross_attn"])
     with pytest.raises(ConfigError, match="cross_attn selects no module"):
-        select(FAMILY, "llm", block, names)
+        select(FAMILY, "llm", block, weight_shapes(meta_model(VICUNA)))
 
 
 SIZES = {

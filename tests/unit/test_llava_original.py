@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from mmtrain.commands.check import examine
 from mmtrain.errors import CheckpointError
 from mmtrain.models import decoding
 from mmtrain.models.interface import LoadedModel, ModelOptions
+from mmtrain.planning.report import examine
 from mmtrain.resolve import resolve
 from tests.unit.folder_faults import (
     Faults,

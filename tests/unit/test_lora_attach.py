@@ -14,7 +14,7 @@ from torch import nn
 from mmtrain.config.schema import ComponentConfig
 from mmtrain.models import decoding
 from mmtrain.models.dropout import scope_of
-from mmtrain.peft.interface import Placement
+from mmtrain.peft.interface import Linear, Target
 from mmtrain.peft.methods.lora import METHOD, LoraOptions
 from mmtrain.peft.trainable import Trainable, make_trainable
 from tests.unit.llava_material import FAMILY, load, logits_of, mixed, write_lively
@@ -145,17 +145,22 @@ def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
     return (module for module in model.modules() if isinstance(module, LoraLayer))
 
 
-def switch(model: nn.Module, enabled: bool) -> None:
+def switch_off(model: nn.Module, trainable: Trainable) -> None:
     for layer in lora_layers(model):
-        layer.enable_adapters(enabled)
+        layer.enable_adapters(False)
 
 
-def merge_all(model: nn.Module) -> None:
-    for component in ("llm", "vision"):
-        METHOD.merge(model, component)
+def switch_on(model: nn.Module, trainable: Trainable) -> None:
+    for layer in lora_layers(model):
+        layer.enable_adapters(True)
 
 
-def unmerge_all(model: nn.Module) -> None:
+def merge_all(model: nn.Module, trainable: Trainable) -> None:
+    for attachment in trainable.attachments:
+        attachment.method.merge(attachment.target)
+
+
+def unmerge_all(model: nn.Module, trainable: Trainable) -> None:
     for layer in lora_layers(model):
         layer.unmerge()
 
@@ -165,17 +170,17 @@ def unmerge_all(model: nn.Module) -> None:
     [
         ([merge_all], "adapted"),
         ([merge_all, unmerge_all], "adapted"),
-        ([lambda model: switch(model, False)], "base"),
-        ([lambda model: switch(model, False), lambda model: switch(model, True)], "adapted"),
+        ([switch_off], "base"),
+        ([switch_off, switch_on], "adapted"),
         # As peft has it: the base's numbers, whatever was merged before.
-        ([merge_all, lambda model: switch(model, False)], "base"),
+        ([merge_all, switch_off], "base"),
     ],
     ids=["merged", "unmerged", "off", "off and on", "merged and off"],
 )
 def test_an_adapter_counts_once_or_not_at_all(
-    folder: Path, change: list[Callable[[nn.Module], None]], wanted: str
+    folder: Path, change: list[Callable[[nn.Module, Trainable], None]], wanted: str
 ) -> None:
-    model, processor, _ = adapted(folder, llm=block(dropout=0.3), vision=block(r=2))
+    model, processor, trainable = adapted(folder, llm=block(dropout=0.3), vision=block(r=2))
     model.eval()
     batch = FAMILY.code.collate(mixed(processor), processor)
     with torch.no_grad():
@@ -184,7 +189,7 @@ def test_an_adapter_counts_once_or_not_at_all(
         logits["adapted"] = logits_of(model, batch)
         apart = float((logits["adapted"] - logits["base"]).abs().max())
         for step in change:
-            step(model)
+            step(model, trainable)
         found = logits_of(model, batch)
     assert apart > 0.1
     assert float((found - logits[wanted]).abs().max()) < 1e-4 * apart
@@ -198,7 +203,8 @@ def test_layers_that_read_their_own_output_in_backward_are_adapted_too() -> None
             return super().forward(input).tanh()
 
     model = nn.Sequential(Bounded(4, 4))
-    METHOD.attach(model, Placement("llm", ("0",), "0"), LoraOptions(r=2, alpha=2, dropout=0), SEED)
+    target = Target("llm", model, linears=(Linear("0", "mlp", "up", None, (4, 4)),), pattern="0")
+    METHOD.attach(target, LoraOptions(r=2, alpha=2, dropout=0), SEED)
     x = torch.linspace(-1, 1, 8).view(2, 4).requires_grad_()
     model(x).sum().backward()
     bounded = model[0].base_layer

@@ -16,6 +16,7 @@ from mmtrain.models.families.qwen2_vl import shapes
 from mmtrain.models.interface import BatchSize
 from mmtrain.planning.census import Census, ComponentCount, count
 from mmtrain.planning.memory import CONTEXT_BYTES, estimate, memory_by_stage
+from mmtrain.planning.report import examine
 from mmtrain.resolve import resolve
 
 TINY_MODELS = [
@@ -123,6 +124,8 @@ def test_flash_attention_needs_no_package_here_and_no_mask() -> None:
         ).activation_bytes
         for name in ("flash_attention_2", "sdpa", "eager")
     }
+    flash = {"dtype": "bf16", "attention": "flash_attention_2"}
+    examine(run_of("llava", "tiny", {"llm": LORA}, model=flash), world_size=1)
     assert sizes["flash_attention_2"] < sizes["sdpa"] < sizes["eager"]
 
 

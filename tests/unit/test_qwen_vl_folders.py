@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from mmtrain import plugins
 from mmtrain.config.schema import ComponentConfig
 from mmtrain.errors import CheckpointError, ConfigError
 from mmtrain.models.families.qwen_vl.visual import sine_positions
 from mmtrain.models.interface import ModelOptions
 from mmtrain.peft.placement import component_of, select
+from mmtrain.peft.trainable import make_trainable, weight_shapes
+from tests.unit.added_parameters import num_added
 from tests.unit.folder_faults import (
     Faults,
     Tensors,
@@ -107,21 +108,16 @@ def test_components_have_the_published_sizes(chat: Any) -> None:
 
 
 def test_lora_on_the_published_modules_has_the_published_size(chat: Any) -> None:
-    block = ComponentConfig(**{"mode": "peft", "method": "lora", "r": 128, "alpha": 256})
-    modules = dict(chat.named_modules())
-    placed = select(FAMILY, "llm", block, modules)
-    kinds = {re.sub(r"\.\d+\.", ".N.", name) for name in placed.module_names}
+    options = {"method": "lora", "r": 128, "alpha": 256, "dropout": 0.05}
+    block = ComponentConfig(mode="peft", **options)
+    linears, _ = select(FAMILY, "llm", block, weight_shapes(chat))
+    kinds = {re.sub(r"\.\d+\.", ".N.", linear.name) for linear in linears}
     found = {kind.removeprefix("transformer.h.N.") for kind in kinds}
     assert found == {"attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2"}
-    method = plugins.load("method", "lora")
-    shapes = {name: tuple(modules[name].weight.shape) for name in placed.module_names}
-    options = method.options(r=128, alpha=256, dropout=0.05)
-    assert method.count(shapes, options) == 224_395_264
+    assert num_added(chat, FAMILY, "llm", **options) == 224_395_264
 
 
 def test_full_training_of_the_connector_leaves_its_fixed_positions(folder: Path) -> None:
-    from mmtrain.peft.trainable import make_trainable
-
     model = load(folder).model
     make_trainable(model, FAMILY, {"connector": ComponentConfig(mode="full")}, seed=1)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -140,7 +140,7 @@ def test_run_file_and_model_card_say_whether_tags_are_tokens(
     folder = write_plain(tmp_path / "folder")
     config = resolve({"model": {"family": "qwen_vl", "checkpoint": str(folder), **given}})
     found: dict[str, Any] = {}
-    exec(loading_snippet(config, Trainable({}, (), ()), None, several=False), found)
+    exec(loading_snippet(config, Trainable({}, (), ()), None), found)
     loaded = FAMILY.code.load(model_options(config), None)
     for tokenizer in (loaded.processor.tokenizer, found["processor"].tokenizer):
         is_token = tokenizer.ids("<box>") == [tokenizer.special["<box>"]]

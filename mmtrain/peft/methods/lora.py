@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mmtrain.peft.interface import Placement
+from mmtrain.peft.interface import Added, Target
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 
 class LoraOptions(BaseModel):
@@ -30,54 +28,43 @@ class Lora:
     """The method plug-in."""
 
     options = LoraOptions
-    starts_at_identity = True
-    batch_coupled = False
+    needs_linears = True
 
-    def attach(self, model: nn.Module, placement: Placement, options: Any, seed: int) -> None:
+    def attach(self, target: Target, options: Any, seed: int) -> Added:
         """Inject one adapter named after the component; A is keyed, B is zero."""
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
 
         from mmtrain.models.dropout import KeyedDropout, scope_of
 
-        name = placement.component
+        model, name = target.model, target.component
         config = LoraConfig(
             r=options.r,
             lora_alpha=options.alpha,
             lora_dropout=options.dropout,
             bias="none",
-            target_modules=placement.pattern,
+            target_modules=target.pattern,
             init_lora_weights=False,  # initialised below, keyed by module name
         )
         with warnings.catch_warnings():
             # One adapter per component is how several components are adapted.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             inject_adapter_in_model(config, model, adapter_name=name)
-        for module_name, layer in model.named_modules():
-            if not isinstance(layer, LoraLayer):
-                continue
-            # peft activates only the adapter injected last; each layer carries exactly one.
-            layer.set_adapter(list(layer.lora_A.keys()))
-            if name not in layer.lora_A:
-                continue
+        for other in model.modules():
+            if isinstance(other, LoraLayer):
+                # peft activates only the adapter injected last; each layer carries exactly one.
+                other.set_adapter(list(other.lora_A.keys()))
+        for module_name, layer in _layers(target):
             _initialise(layer.lora_A[name], layer.lora_B[name], seed, module_name)
             setattr(layer, "forward", partial(_forward, layer, name))
             if options.dropout > 0:
                 layer.lora_dropout[name] = KeyedDropout(
                     options.dropout, module_name, name, scope_of(model)
                 )
+        parts = (f"{n}.lora_{part}.{name}.weight" for n, _ in _layers(target) for part in "AB")
+        return Added(tuple(parts))
 
-    def owns(self, parameter_name: str, component: str) -> bool:
-        """Whether a parameter is this component's A or B."""
-        return parameter_name.endswith(
-            (f".lora_A.{component}.weight", f".lora_B.{component}.weight")
-        )
-
-    def count(self, shapes: Mapping[str, tuple[int, int]], options: Any) -> int:
-        """r (in + out) per module."""
-        return sum(options.r * (out + into) for out, into in shapes.values())
-
-    def export_config(self, placement: Placement, options: Any, base: str) -> dict[str, Any]:
+    def export_config(self, target: Target, options: Any, base: str) -> dict[str, Any]:
         """adapter_config.json as peft reads it."""
         return {
             "peft_type": "LORA",
@@ -87,21 +74,23 @@ class Lora:
             "lora_alpha": options.alpha,
             "lora_dropout": options.dropout,
             "bias": "none",
-            "target_modules": placement.pattern,
+            "target_modules": target.pattern,
             "inference_mode": True,
         }
 
-    def export_name(self, parameter_name: str, component: str) -> str:
+    def export_name(self, name: str, target: Target) -> str:
         """peft's key: its wrapper's prefix, without the adapter's name."""
-        return "base_model.model." + parameter_name.replace(f".{component}.weight", ".weight")
+        return "base_model.model." + name.replace(f".{target.component}.weight", ".weight")
 
-    def merge(self, model: nn.Module, component: str) -> None:
+    def merge(self, target: Target) -> None:
         """Fold the adapter into the base weights, in place."""
-        from peft.tuners.lora import LoraLayer
+        for _, layer in _layers(target):
+            layer.merge(adapter_names=[target.component])
 
-        for layer in model.modules():
-            if isinstance(layer, LoraLayer) and component in layer.lora_A:
-                layer.merge(adapter_names=[component])
+
+def _layers(target: Target) -> list[tuple[str, Any]]:
+    """What stands in the place of each selected linear."""
+    return [(linear.name, target.model.get_submodule(linear.name)) for linear in target.linears]
 
 
 def _forward(layer: Any, name: str, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -1,0 +1,68 @@
+"""What a run would train and hold, as JSON data; no weights, no GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mmtrain.config.deepspeed import find_deepspeed_config, zero_stage
+from mmtrain.config.schema import DataConfig, RunConfig
+from mmtrain.data.manifest import read_manifest
+from mmtrain.models.weights import check_files, has_weights
+from mmtrain.planning.census import count, usual_size
+from mmtrain.planning.memory import GIB, memory_by_stage
+
+
+def examine(
+    config: RunConfig,
+    world_size: int,
+    num_tokens: int | None = None,
+    num_answer_tokens: int | None = None,
+) -> dict[str, Any]:
+    """Everything `check` reports, as JSON data."""
+    size = usual_size(config, num_tokens, num_answer_tokens)
+    census = count(config, size)
+    _check_weights(config)
+    stages = memory_by_stage(config, census, world_size)
+    total = census.base_params + census.peft_params
+    return {
+        "total_params": total,
+        "base_params": census.base_params,
+        "peft_params": census.peft_params,
+        "trainable_params": census.trainable_params,
+        "trainable_percent": 100 * census.trainable_params / total,
+        "components": {name: vars(part) for name, part in census.components.items()},
+        **_steps(config),
+        "memory": {
+            "world_size": world_size,
+            "micro_batch": size.samples,
+            "tokens_per_sample": size.tokens,
+            "answer_tokens_per_sample": size.answer_tokens,
+            "zero_stage": zero_stage(find_deepspeed_config(config.parallel.deepspeed)),
+            "gib_per_rank": {f"zero{n}": one.total / GIB for n, one in stages.items()},
+            "parts_gib_per_rank": {
+                f"zero{n}": {part: size / GIB for part, size in vars(one).items()}
+                for n, one in stages.items()
+            },
+        },
+    }
+
+
+def _check_weights(config: RunConfig) -> None:
+    """The folder's weight files, where they are there already: their headers, not their tensors."""
+    if config.model.checkpoint is not None and has_weights(Path(config.model.checkpoint)):
+        check_files(Path(config.model.checkpoint))
+
+
+def _steps(config: RunConfig) -> dict[str, int | None]:
+    """Samples and steps per epoch; None where the training shards are not at hand."""
+    samples = _num_samples(config.data)
+    steps = None if samples is None else -(-samples // config.optim.global_batch)
+    return {"train_samples": samples, "steps_per_epoch": steps}
+
+
+def _num_samples(data: DataConfig | None) -> int | None:
+    if data is None or data.train is None or not Path(data.train).is_dir():
+        return None
+    samples = read_manifest(Path(data.train), data.task)[0].samples
+    return min(samples, data.limit or samples)

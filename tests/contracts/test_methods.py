@@ -1,0 +1,182 @@
+"""What every method promises, and that a new one is one file, found by listing the folder."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mmtrain import plugins
+from mmtrain.assemble import Assembled, build_model
+from mmtrain.config.schema import RunConfig
+from mmtrain.errors import ConfigError
+from mmtrain.models import decoding
+from mmtrain.models.interface import BatchSize
+from mmtrain.peft import methods
+from mmtrain.planning.report import examine
+from mmtrain.resolve import resolve
+from mmtrain.training.export import export_trained, merged_state
+
+CONNECTOR = "model.multi_modal_projector"
+FIRST_BLOCK = "model.vision_tower.encoder.layers.0"
+SIZE = BatchSize(samples=2, tokens=40, answer_tokens=6)
+# A learned scale per channel behind every block; in a component without blocks, behind each layer.
+SCALE = """
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from mmtrain.peft.interface import Added
+
+
+class Options(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    start: float = 1.0
+    tells: bool = True
+
+
+class Scale:
+    options = Options
+    needs_linears = False
+
+    def attach(self, target, options, seed):
+        for name in self.places(target):
+            module = target.model.get_submodule(name)
+            width = target.attention.hidden if target.blocks else module.out_features
+            module.scale = torch.nn.Parameter(torch.full((width,), options.start))
+            module.register_buffer("start", torch.tensor([options.start]))
+            module.register_forward_hook(lambda module, _, out: out * module.scale)
+        trained = [f"{name}.scale" for name in self.places(target)] if options.tells else []
+        stored = [f"{name}.start" for name in self.places(target)]
+        return Added(tuple(trained), tuple(stored), starts_at_identity=options.start == 1.0)
+
+    def places(self, target):
+        blocks = [name for names in target.blocks.values() for name in names]
+        return blocks or sorted({name.rpartition(".")[0] for name in target.parameters})
+
+    def export_config(self, target, options, base):
+        return {"peft_type": "SCALE", "base_model_name_or_path": base}
+
+    def export_name(self, name, target):
+        return f"base_model.model.{name}"
+
+    def merge(self, target):
+        with torch.no_grad():
+            for layer in map(target.model.get_submodule, self.places(target)):
+                layer.weight.mul_(layer.scale[:, None])
+                layer.bias.mul_(layer.scale)
+                layer.scale.fill_(1.0)
+
+
+METHOD = Scale()
+"""
+
+
+@pytest.fixture
+def scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The folder of methods goes on in another one, which holds one file."""
+    (tmp_path / "scale.py").write_text(SCALE)
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    yield
+    sys.modules.pop(f"{methods.__name__}.scale", None)
+
+
+def run_of(**components: dict[str, Any]) -> RunConfig:
+    blocks = {name: {"mode": "peft", **block} for name, block in components.items()}
+    model = {"family": "llava", "preset": "tiny", "dtype": "fp32"}
+    optim = {"global_batch": SIZE.samples, "micro_batch": SIZE.samples}
+    return resolve({"model": model, "components": blocks, "optim": optim})
+
+
+def loss_of(assembled: Assembled) -> torch.Tensor:
+    batch = assembled.family.code.planned_batch(assembled.model.config, SIZE)
+    return decoding.forward(assembled.family, assembled.model, batch).answer_loss_sum
+
+
+@pytest.mark.parametrize("name", plugins.names("method"))
+def test_a_method_says_what_it_added(name: str) -> None:
+    config = run_of(llm={"method": name})
+    base = build_model(run_of(), None)
+    assembled = build_model(config, None)
+    (attachment,) = assembled.trainable.attachments
+    added = attachment.added
+    assert added.trained and set(assembled.trainable.owner) == set(added.trained)
+    loss = loss_of(assembled)
+    assert torch.equal(loss, loss_of(base)) == added.starts_at_identity
+    loss.backward()
+    trained = assembled.trained_parameters()
+    assert all(parameter.grad is not None for parameter in trained.values())
+    assert len(attachment.exported(added.trained)) == len(trained)
+    # What check counts on the meta device is what trains.
+    part = examine(config, world_size=1)["components"]["llm"]
+    assert part["trainable_params"] == sum(parameter.numel() for parameter in trained.values())
+    assert part["modules"] == len(attachment.target.linears)
+
+
+def test_a_new_method_is_one_file(scale: None) -> None:
+    config = run_of(connector={"method": "scale"}, vision={"method": "scale", "layers": "first-1"})
+    assembled = build_model(config, None)
+    trained = assembled.trained_parameters()
+    assert {name: tuple(parameter.shape) for name, parameter in trained.items()} == {
+        f"{FIRST_BLOCK}.scale": (64,),
+        f"{CONNECTOR}.linear_1.scale": (96,),
+        f"{CONNECTOR}.linear_2.scale": (96,),
+    }
+    assert list(assembled.trainable.owner.values()) == ["vision", "connector", "connector"]
+    report = examine(config, world_size=1)
+    assert report["peft_params"] == report["trainable_params"] == 64 + 2 * 96
+    part = report["components"]["connector"]
+    assert (part["method"], part["modules"], part["peft_params"]) == ("scale", 0, 2 * 96)
+    loss_of(assembled).backward()
+    for name, parameter in assembled.model.named_parameters():
+        learns = parameter.grad is not None and bool(parameter.grad.any())
+        assert learns == (name in trained), name
+
+
+def test_what_a_new_method_trains_and_stores_is_exported_and_merged(
+    scale: None, tmp_path: Path
+) -> None:
+    config = run_of(connector={"method": "scale", "start": 1.5})
+    assembled = build_model(config, None)
+    trained = {n: parameter.detach() for n, parameter in assembled.trained_parameters().items()}
+    save_file(trained, tmp_path / "trainable.safetensors")
+    export_trained(tmp_path, tmp_path, config, assembled)
+    exported = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert set(exported) == {
+        f"base_model.model.{CONNECTOR}.linear_{number}.{name}"
+        for number in (1, 2)
+        for name in ("scale", "start")
+    }
+    assert all(bool((tensor == 1.5).all()) for tensor in exported.values())
+    before = loss_of(assembled)
+    base = build_model(run_of(), None)
+    state = merged_state(assembled.model, assembled.trainable)
+    assert set(state) == {name for name, _ in base.model.named_parameters()}
+    base.model.load_state_dict(state, strict=False)
+    torch.testing.assert_close(loss_of(base), before)
+
+
+def test_nothing_is_added_without_a_word(scale: None) -> None:
+    silent = run_of(connector={"method": "scale", "tells": False})
+    with pytest.raises(AssertionError, match="added but not declared: .*linear_1.scale"):
+        build_model(silent, None)
+
+
+@pytest.mark.parametrize(
+    ("block", "wanted"),
+    [
+        ({"sublayers": ["attn"]}, "connector.sublayers: 'scale' reads none; leave it out"),
+        ({"layers": "last-1"}, "connector.layers: got 'last-1', but it has no numbered layers"),
+        ({"r": 4}, "connector.r: unknown key"),
+    ],
+)
+def test_what_a_new_method_does_not_read_is_an_error(
+    scale: None, block: dict[str, Any], wanted: str
+) -> None:
+    with pytest.raises(ConfigError, match=wanted):
+        examine(run_of(connector={"method": "scale", **block}), world_size=1)
