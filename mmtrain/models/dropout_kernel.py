@@ -68,10 +68,11 @@ def _keep_or_zero(
     tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
 
 
-def masked(x: torch.Tensor, key: MaskKey, out: torch.Tensor | None = None) -> torch.Tensor:
-    """What `dropout_mask.masked_plainly` computes, to the bit."""
+def masked(key: MaskKey, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """What `dropout_mask.plain_mask` computes, to the bit."""
     x = x.contiguous()
     out = torch.empty_like(x) if out is None else out
+    assert out.is_contiguous()
     width = x.shape[-1]
     block = min(_BLOCK, triton.next_power_of_2(width))
     grid = (x.numel() // max(width, 1), triton.cdiv(width, block))

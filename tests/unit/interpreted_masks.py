@@ -10,7 +10,7 @@ import json
 import torch
 
 from mmtrain.models.dropout_kernel import masked
-from mmtrain.models.dropout_mask import MaskKey, masked_plainly
+from mmtrain.models.dropout_mask import MaskKey, plain_mask
 
 # Numbers whose sign bits and both words matter.
 ROW_KEYS = (2**63 - 5, 2**31 + 7)
@@ -42,8 +42,8 @@ def num_differing(layout: str, dtype: str) -> int:
         x = whole.view(shape_of(layout, width)).to(getattr(torch, dtype))
         for module, probability in zip(MODULE_KEYS, PROBABILITIES[dtype], strict=True):
             key = MaskKey(rows, index, step, None, module, probability)
-            wanted, in_place = masked_plainly(x, key), x.clone()
-            found = masked(x, key) if module == 1 else masked(in_place, key, out=in_place)
+            wanted, in_place = plain_mask(x, key)(x), x.clone()
+            found = masked(key, x) if module == 1 else masked(key, in_place, out=in_place)
             count += int((found != wanted).sum())
     return count
 
