@@ -19,10 +19,11 @@ from typing import Any
 class Gate:
     """The peer's side: stops its training loop between windows and times each window."""
 
-    def __init__(self, read_fd: int, write_fd: int, synchronize: Callable[[], None]) -> None:
+    def __init__(self, read_fd: int, write_fd: int, device: str) -> None:
         self._commands = os.fdopen(read_fd, "r", encoding="utf-8")
         self._answers = os.fdopen(write_fd, "w", encoding="utf-8")
-        self._synchronize = synchronize
+        self._device = device
+        self._synchronize = synchronizer(device)
         self._losses: list[Any] = []
         self._left = 0
         self._started_s = 0.0
@@ -48,7 +49,7 @@ class Gate:
         seconds = time.perf_counter() - self._started_s
         losses = [float(value) for value in self._losses]
         self._losses.clear()
-        self._send({"seconds": seconds, "losses": losses})
+        self._send({"seconds": seconds, "losses": losses, "peak_gib": peak_gib(self._device)})
         return self.open()
 
     def _send(self, message: Mapping[str, Any]) -> None:
@@ -88,12 +89,12 @@ class Peer:
         """What the peer says when it is ready to train."""
         return self._receive()
 
-    def window(self, steps: int) -> tuple[float, list[float]]:
-        """Advance by some steps: seconds, and the loss of each step."""
+    def window(self, steps: int) -> tuple[float, list[float], float]:
+        """Advance by some steps: seconds, the loss of each step, and the peak of memory so far."""
         self._commands.write(json.dumps({"steps": steps}) + "\n")
         self._commands.flush()
         answer = self._receive()
-        return answer["seconds"], answer["losses"]
+        return answer["seconds"], answer["losses"], answer["peak_gib"]
 
     def close(self) -> None:
         """Let the peer end; a peer that does not is stopped."""
@@ -128,12 +129,27 @@ def synchronizer(device: str) -> Callable[[], None]:
     return torch.cuda.synchronize
 
 
+def peak_gib(device: str) -> float:
+    """The most memory that this process ever held: a card's, or what was resident."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**30
+    # Not getrusage's: that begins with what the parent held.
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
+
+
 def batch_digest(tensors: Mapping[str, Any]) -> str:
     """What identifies a batch: its token ids, whatever it is padded with, and image values."""
     import hashlib
 
     digest = hashlib.sha256()
     mask = tensors["attention_mask"]
-    for values in (tensors["input_ids"] * mask, mask, tensors["pixel_values"]):
+    parts = [tensors["input_ids"] * mask, mask]
+    # Without any image one side has no pixels, the other a blank image that nothing reads.
+    if (pixels := tensors.get("pixel_values")) is not None and bool(pixels.any()):
+        parts.append(pixels)
+    for values in parts:
         digest.update(values.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -59,7 +59,7 @@ LORA_ALPHA_PER_RANK = 2
 SEED = 42
 
 
-def prepare(args: argparse.Namespace, dtype: str, folder: Path) -> dict[str, Any]:
+def prepare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Write everything the peers read; the job that all of them are given.
 
     A published shape comes without weights: every peer draws the same ones where it trains.
@@ -69,7 +69,7 @@ def prepare(args: argparse.Namespace, dtype: str, folder: Path) -> dict[str, Any
     max_steps = args.steps * (args.windows + WARM_UP_WINDOWS)
     if args.questions:
         task = "scienceqa"
-        shapes.write_shards(shards, (max_steps + 1) * args.batch)
+        shapes.write_shards(shards, (max_steps + 1) * args.batch, args.image_every)
     else:
         command = [sys.executable, "-m", "mmtrain", "shards", "build", task]
         subprocess.run([*command, "--split", "train", "--out", str(shards.parent)], check=True)
@@ -77,13 +77,13 @@ def prepare(args: argparse.Namespace, dtype: str, folder: Path) -> dict[str, Any
     if args.preset:
         shapes.write_folder(folder / "model", "llava", args.preset, texts)
     else:
-        write_model(folder / "model", texts, dtype)
+        write_model(folder / "model", texts, args.dtype)
     return {
         "task": task,
         "draws_weights": args.preset is not None,
         "device": args.device,
         "threads": args.threads,
-        "dtype": dtype,
+        "dtype": args.dtype,
         "model": str(folder / "model"),
         "shards": str(shards),
         "samples": str(folder / "samples.jsonl"),
@@ -91,7 +91,12 @@ def prepare(args: argparse.Namespace, dtype: str, folder: Path) -> dict[str, Any
         "batch": args.batch,
         "max_steps": max_steps + 1,  # no peer ends by itself: ending takes time of its own
         "lr": 2e-4,
-        "lora": {"r": args.r, "alpha": LORA_ALPHA_PER_RANK * args.r, "pattern": LLM_LINEARS},
+        "lora": {
+            "r": args.r,
+            "alpha": LORA_ALPHA_PER_RANK * args.r,
+            "dropout": args.dropout,
+            "pattern": LLM_LINEARS,
+        },
         "lora_init": str(folder / "lora.safetensors"),
         "workers": DATA_WORKERS[args.device],
         "deepspeed": args.deepspeed,
@@ -104,18 +109,22 @@ def write_samples(task: str, shards: Path, folder: Path, max_steps: int, batch: 
     source = ShardFolder.open(shards)
     images = folder / "images"
     images.mkdir()
-    rows = []
+    rows: list[dict[str, Any]] = []
     planner = Planner(len(source), Layout(1, 0, batch, batch), SEED)
     for position in range(max_steps + 1):
         for index in planner.plan(position).bins[0][0]:
             sample = source.read(int(index))
             rendered = render(sample)
-            image = images / f"{index}.{sample.images[0].extension}"
-            image.write_bytes(sample.images[0].data)
-            prompt = f"<s>{SYSTEM} USER: {IMAGE_TOKEN}\n{rendered.turns[-1].text} ASSISTANT:"
-            completion = f" {rendered.target}</s>"
-            rows.append({"prompt": prompt, "completion": completion, "image": str(image)})
-    (folder / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+            files = []
+            for image in sample.images:
+                files.append(images / f"{index}.{image.extension}")
+                files[-1].write_bytes(image.data)
+            said = f"{IMAGE_TOKEN}\n" * len(files) + rendered.turns[-1].text
+            row = {"prompt": f"<s>{SYSTEM} USER: {said} ASSISTANT:"}
+            rows.append(row | {"completion": f" {rendered.target}</s>", "images": files})
+    (folder / "samples.jsonl").write_text(
+        "\n".join(json.dumps(row, default=str) for row in rows), encoding="utf-8"
+    )
     return [row["prompt"] + row["completion"] for row in rows]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.gate import Gate, batch_digest, read_job, synchronizer
+from benchmarks.gate import Gate, batch_digest, read_job
 from benchmarks.shapes import random_weights
 from mmtrain.resolve import resolve
 from mmtrain.training import loop
@@ -28,7 +28,7 @@ class Enough(Exception):
 def run_file(job: dict[str, Any]) -> dict[str, Any]:
     """The run file of this comparison."""
     lora = job["lora"]
-    adapted = {"mode": "peft", "method": "lora", "sublayers": ["attn", "mlp"], "dropout": 0.0}
+    adapted = {"mode": "peft", "method": "lora", "sublayers": ["attn", "mlp"]}
     return {
         "name": "benchmark",
         "output_dir": job["output_dir"],
@@ -37,7 +37,7 @@ def run_file(job: dict[str, Any]) -> dict[str, Any]:
         "model": {"family": "llava", "checkpoint": job["model"], "dtype": job["dtype"]},
         "components": {
             "connector": {"mode": "full"},
-            "llm": adapted | {"r": lora["r"], "alpha": lora["alpha"]},
+            "llm": adapted | {key: lora[key] for key in ("r", "alpha", "dropout")},
         },
         "data": {"task": job["task"], "train": job["shards"], "workers": job["workers"]},
         "optim": {
@@ -65,7 +65,7 @@ def save_lora(model: torch.nn.Module, file: Path) -> None:
 def main() -> None:
     """Train until the benchmark has seen enough windows."""
     job, read_fd, write_fd = read_job()
-    gate = Gate(read_fd, write_fd, synchronizer(job["device"]))
+    gate = Gate(read_fd, write_fd, job["device"])
     digests: list[str] = []
 
     def paced_step(engine: Any, step: Any, *rest: Any) -> StepResult:

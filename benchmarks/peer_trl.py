@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, Image
+from datasets import Dataset, Image, List
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import (
@@ -24,7 +24,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.gate import Gate, batch_digest, read_job, synchronizer
+from benchmarks.gate import Gate, batch_digest, read_job
 from benchmarks.shapes import WEIGHT_SEED
 from mmtrain.models.weights import initialise_weights
 
@@ -55,9 +55,9 @@ def dataset(samples_file: Path) -> Dataset:
     rows = []
     for line in samples_file.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        image = {"bytes": None, "path": row["image"]}
-        rows.append({"prompt": row["prompt"], "completion": row["completion"], "image": image})
-    return Dataset.from_list(rows).cast_column("image", Image())
+        row["images"] = [{"bytes": None, "path": path} for path in row["images"]]
+        rows.append(row)
+    return Dataset.from_list(rows).cast_column("images", List(Image()))
 
 
 def settings(job: dict[str, Any]) -> SFTConfig:
@@ -132,7 +132,7 @@ def processor(folder: str) -> Any:
 def main() -> None:
     """Train until the benchmark has seen enough windows."""
     job, read_fd, write_fd = read_job()
-    gate = Gate(read_fd, write_fd, synchronizer(job["device"]))
+    gate = Gate(read_fd, write_fd, job["device"])
     torch.set_num_threads(job["threads"])
     lora = job["lora"]
     pace = Pace(gate, Path(job["lora_init"]))
@@ -144,7 +144,7 @@ def main() -> None:
         peft_config=LoraConfig(
             r=lora["r"],
             lora_alpha=lora["alpha"],
-            lora_dropout=0.0,
+            lora_dropout=lora["dropout"],
             target_modules=lora["pattern"],
             modules_to_save=["multi_modal_projector"],
         ),

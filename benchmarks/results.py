@@ -20,19 +20,31 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "deepspeed", "accelerate")
 
 @dataclass
 class Measured:
-    """Windows of every peer in one precision."""
+    """Windows of every peer on one kind of samples in one precision."""
 
     dtype: str
+    samples: str
+    dropout: float
     batch: int
     steps_per_window: int
     labels: list[str]
-    facts: dict[str, Any]
+    facts: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
     losses: dict[str, list[float]] = field(default_factory=dict)
+    peak_gib: dict[str, float] = field(default_factory=dict)
     identical_batches: bool = False
 
-    def add(self, label: str, seconds: float, losses: list[float], timed: bool) -> None:
+    @property
+    def title(self) -> str:
+        """What was trained."""
+        dropped = f", dropout {self.dropout}" if self.dropout else ""
+        return f"{self.dtype}, {self.samples}{dropped}"
+
+    def add(
+        self, label: str, seconds: float, losses: list[float], peak_gib: float, timed: bool
+    ) -> None:
         """Take one window; losses count from the first step, seconds only when timed."""
+        self.peak_gib[label] = peak_gib
         self.losses.setdefault(label, []).extend(losses)
         self.seconds.setdefault(label, [])
         if timed:
@@ -43,7 +55,7 @@ class Measured:
         timed = self.seconds[label]
         speed = f"{self.samples_per_s(label)[-1]:8.2f} samples/s" if timed else "   warm-up"
         loss = self.losses[label][-1]
-        return f"  window {window}  {self.dtype}  {label:<10} {speed}   loss {loss:.6f}"
+        return f"  window {window}  {label:<10} {speed}   loss {loss:.6f}"
 
     def samples_per_s(self, label: str) -> list[float]:
         """Speed of every timed window."""
@@ -54,9 +66,9 @@ class Measured:
         theirs = self.samples_per_s(label)
         return [ours / other for ours, other in zip(self.samples_per_s(OURS), theirs, strict=True)]
 
-    def loss_difference(self, label: str) -> float:
-        """The largest relative difference between our losses and a peer's."""
-        pairs = zip(self.losses[OURS], self.losses[label], strict=True)
+    def loss_difference(self, label: str, steps: int | None = None) -> float:
+        """The largest relative difference between our losses and a peer's, of the first steps."""
+        pairs = zip(self.losses[OURS][:steps], self.losses[label][:steps], strict=True)
         return max(abs(ours - other) / abs(other) for ours, other in pairs)
 
     def check_batches(self, digest_files: Mapping[str, Path]) -> None:
@@ -81,10 +93,11 @@ def summary_lines(result: Measured) -> list[str]:
     """The table of one precision, and the losses side by side."""
     others = [label for label in result.labels if label != OURS]
     num_windows = len(result.seconds[OURS])
-    lines = [f"{result.dtype}: median (min–max) of {num_windows} windows of"]
+    lines = [f"{result.title}: median (min–max) of {num_windows} windows of"]
     lines[0] += f" {result.steps_per_window} steps × {result.batch} samples, batches identical"
     for label in result.labels:
-        lines.append(f"  {label:<10} {_shown(result.samples_per_s(label))} samples/s")
+        speed, peak = _shown(result.samples_per_s(label)), result.peak_gib[label]
+        lines.append(f"  {label:<10} {speed} samples/s, peak {peak:.2f} GiB")
     for label in others:
         lines.append(f"  {OURS} / {label}: {_shown(result.ratios(label))}")
     lines.append("  losses   step " + "".join(f"{label:>14}" for label in result.labels))
@@ -138,7 +151,7 @@ def _cpu_name() -> str:
 def write_results(
     args: argparse.Namespace, results: Sequence[Measured], where: Mapping[str, Any]
 ) -> Path:
-    """The JSON record, and one row per precision in the table beside it."""
+    """The JSON record, and one row per measurement in the table beside it."""
     day = time.strftime("%Y-%m-%d")
     shape = args.preset or "small"
     path = args.out or RESULTS / f"single_run-{shape}-{args.device}.json"
@@ -177,20 +190,25 @@ def _markdown(record: Mapping[str, Any], results: Sequence[Measured]) -> list[st
         f"# Single run beside TRL's SFTTrainer: {record['shape']} on {record['device']}",
         "",
         f"{record['date']}, {place}; {versions}.",
-        "Samples/s, median (min–max) of alternating windows.",
+        "Samples/s, median (min–max) of alternating windows; the peak of each process's memory.",
         "`trl` is SFTTrainer with its defaults, `trl-tuned` the same without recomputation.",
         "mmtrain runs with `deterministic: false`, TRL's default too; on a CPU neither side",
-        "prepares data ahead of the step.",
+        "prepares data ahead of the step. Masks of dropout differ: so do losses after the first.",
         "",
     ]
     labels = results[0].labels
     others = [label for label in labels if label != OURS]
-    heads = ["precision", *labels, *(f"mmtrain / {label}" for label in others), "loss difference"]
+    heads = ["", *labels, *(f"mmtrain / {label}" for label in others)]
+    heads += ["loss difference, first step", "all steps", "peak GiB, in this order"]
     lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for result in results:
-        cells = [result.dtype, *(_shown(result.samples_per_s(label)) for label in result.labels)]
-        cells += [_shown(result.ratios(label)) for label in others]
-        differences = [result.loss_difference(label) for label in others]
-        cells.append(f"{max(differences):.1e}" if differences else "–")
+        theirs = [label for label in others if label in result.labels]
+        found = {label: _shown(result.samples_per_s(label)) for label in result.labels}
+        cells = [result.title, *(found.get(label, "–") for label in labels)]
+        cells += [_shown(result.ratios(one)) if one in theirs else "–" for one in others]
+        for steps in (1, None):
+            differences = [result.loss_difference(label, steps) for label in theirs]
+            cells.append(f"{max(differences):.1e}" if differences else "–")
+        cells.append(", ".join(f"{result.peak_gib[label]:.2f}" for label in result.labels))
         lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -38,8 +38,8 @@ MEDIAN_WORDS, SPREAD, LEAST_WORDS, MOST_WORDS = 90, 0.6, 20, 400
 PIXEL_RANGE = {"shortest_edge": 56 * 56, "longest_edge": 1024 * 1024}
 
 
-def write_shards(folder: Path, num_samples: int) -> list[str]:
-    """Questions as long as ScienceQA's, each with an image; their texts."""
+def write_shards(folder: Path, num_samples: int, image_every: int = 1) -> list[str]:
+    """Questions as long as ScienceQA's, with an image or without; their texts."""
     folder.mkdir(parents=True)
     writer = ShardWriter(folder)
     drawn = random.Random(WEIGHT_SEED)
@@ -48,9 +48,10 @@ def write_shards(folder: Path, num_samples: int) -> list[str]:
         length = int(drawn.lognormvariate(0.0, SPREAD) * MEDIAN_WORDS)
         words = drawn.choices(WORDS, k=min(max(length, LEAST_WORDS), MOST_WORDS))
         answer = drawn.randrange(len(CHOICES))
+        image = ImageBytes("jpg", _image(drawn))
         sample = Sample(
             id=f"question-{number}",
-            images=(ImageBytes("jpg", _image(drawn)),),
+            images=(image,) if number % image_every == 0 else (),
             question=" ".join(words),
             answers=(CHOICES[answer],),
             choices=CHOICES,

@@ -14,11 +14,12 @@ import torch
 from mmtrain.training.step import StepResult
 
 SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
-# The first that fits an operator's name; only dropout's masks are made of integer operations.
+# The first that fits an operator's name; only dropout's masks are made of integer operations,
+# or are a kernel of ours within a function of ours.
 KINDS = {
     "attention": r"aten::.*(attention|softmax).*",
     "matrix products": r"aten::(mm|addmm|bmm|baddbmm|linear|matmul|mv|dot|conv\w*|.*convolution.*)",
-    "dropout": r"aten::(bitwise_\w+|__rshift__|__xor__|__and__|where|ge|ge_)",
+    "dropout": r"_Drop\w*|aten::(bitwise_\w+|__i?(rshift|xor|and)__|masked_fill_|lt)",
     "norms": r"aten::(pow|mean|rsqrt|native_layer_norm\w*|.*norm.*)",
     "optimizer": r"(aten::_foreach_\w+|aten::_fused_adam\w*|Optimizer\..*)",
 }

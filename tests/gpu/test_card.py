@@ -225,15 +225,19 @@ def test_dropout_masks_equal_the_cpus() -> None:
 @needs_card
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_dropout_kernel_equals_the_operators(dtype: torch.dtype) -> None:
-    from mmtrain.models import dropout
+    from mmtrain.models import dropout_mask
+    from mmtrain.models.dropout_mask import MaskKey
 
-    x = torch.randn(7, 33, 1500, device="cuda", dtype=dtype)
-    keys = torch.randint(-(2**31), 2**31, (7, 33), device="cuda", dtype=torch.int32)
-    kernel = dropout._kernel()
+    kernel = dropout_mask._kernel()
     assert kernel is not None
-    for threshold in (-(2**31) + 2**28, 5):
-        found, wanted = (f(x, keys, threshold, 1.25) for f in (kernel, dropout.masked_plainly))
-        assert torch.equal(found, wanted)
+    rows = torch.randint(2**63 - 1, (7,), device="cuda")
+    step = torch.tensor(-77, dtype=torch.int32, device="cuda")
+    index = torch.randint(2**20, (7,), device="cuda")
+    for shape, packed in (((7, 1500), index), ((7, 33, 1500), None), ((7, 4, 33, 33), None)):
+        x = torch.randn(shape, device="cuda", dtype=dtype)
+        for probability in (0.05, 0.5):
+            key = MaskKey(rows, packed, step, None, 2**62 + 2**31 + 3, probability)
+            assert torch.equal(kernel(key, x), dropout_mask.plain_mask(x, key)(x))
 
 
 @needs_card

@@ -57,10 +57,10 @@ class Lora:
         for module_name, layer in _layers(target):
             _initialise(layer.lora_A[name], layer.lora_B[name], seed, module_name)
             setattr(layer, "forward", partial(_forward, layer, name))
-            if options.dropout > 0:
-                layer.lora_dropout[name] = KeyedDropout(
-                    options.dropout, module_name, name, scope_of(model)
-                )
+            setattr(layer.lora_A[name], "forward", partial(_narrow, layer.lora_A[name]))
+            layer.lora_dropout[name] = KeyedDropout(
+                options.dropout, module_name, name, scope_of(model)
+            )
         parts = (f"{n}.lora_{part}.{name}.weight" for n, _ in _layers(target) for part in "AB")
         return Added(tuple(parts))
 
@@ -102,9 +102,19 @@ def _forward(layer: Any, name: str, x: torch.Tensor, *args: Any, **kwargs: Any) 
     if layer.merged or layer.disable_adapters:
         return type(layer).forward(layer, x, *args, **kwargs)
     out = layer.base_layer(x, *args, **kwargs)
-    narrow = layer.lora_A[name](layer.lora_dropout[name](x))
+    narrow = layer.lora_A[name](x, dropout=layer.lora_dropout[name])
     added = layer.lora_B[name](narrow * layer.scaling[name])
     return out.add_(added) if _is_plain(layer.base_layer) else out + added
+
+
+def _narrow(linear: Any, x: torch.Tensor, dropout: Any = None) -> torch.Tensor:
+    """A's own forward; with its dropout as one function, of which backward keeps x alone.
+
+    peft's forward drops first and gives none. By name: DeepSpeed's hooks look at all else.
+    """
+    if dropout is None:
+        return type(linear).forward(linear, x)
+    return dropout.then_linear(x, linear.weight)
 
 
 def _is_plain(layer: Any) -> bool:
