@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from mmtrain.models.dropout import DropoutScope, KeyedDropout, scope_of, stable_hash
-from mmtrain.peft.interface import Placement
+from mmtrain.peft.interface import Linear, Target
 from mmtrain.peft.methods.lora import METHOD, LoraOptions
 
 ROWS, TOKENS, WIDTH, RANK = 5, 40, 1000, 6  # more elements than one block of a core
@@ -133,8 +133,9 @@ class Block(nn.Module):
 
 def adapted(dropout: float) -> Block:
     model = Block().requires_grad_(False)
+    linears = tuple(Linear(name, "attn", name, None, (WIDTH, WIDTH)) for name in "qkv")
     METHOD.attach(
-        model, Placement("llm", ("q", "k", "v"), "[qkv]"), LoraOptions(r=2, dropout=dropout), 3
+        Target("llm", model, linears=linears, pattern="[qkv]"), LoraOptions(r=2, dropout=dropout), 3
     )
     scope_of(model).set_rows("llm", ROW_KEYS)
     return model.train()

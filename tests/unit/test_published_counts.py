@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mmtrain.commands import check
+from mmtrain.planning.report import examine
 from mmtrain.resolve import resolve
 
 FLAN_T5_XL = ("instructblip", "instructblip-flan-t5-xl")
@@ -68,7 +68,7 @@ TRAINED = {
 def examined(base: tuple[str, str], components: dict[str, Any]) -> dict[str, Any]:
     family, preset = base
     run = {"model": {"family": family, "preset": preset}, "components": components}
-    return check.examine(resolve(run), 8, None)
+    return examine(resolve(run), 8, None)
 
 
 @pytest.mark.parametrize("base", PRESETS, ids=[preset for _, preset in PRESETS])
