@@ -1,6 +1,5 @@
 """Tracking against a real MLflow: sqlite and a server that dies and comes back."""
 
-import fcntl
 import os
 import signal
 import socket
@@ -20,9 +19,8 @@ from mmtrain.config.schema import RunConfig, TrackingConfig
 from mmtrain.distributed import World
 from mmtrain.errors import Terminated
 from mmtrain.resolve import resolve
-from mmtrain.tracking import client as client_module
 from mmtrain.tracking import tracker as tracker_module
-from mmtrain.tracking.client import TrackingError, end_parent_run, parent_run
+from mmtrain.tracking.client import end_parent_run, parent_run
 from mmtrain.tracking.journal import RunJournal
 from mmtrain.tracking.reading import RunStore
 from mmtrain.tracking.state import load_state
@@ -391,16 +389,3 @@ def test_a_run_that_ends_badly_is_closed(
         Session(config, World(1, 2, cpu), run_dir, recorder=Recorder()).fail(first)
     Session(config, World(0, 2, cpu), run_dir, recorder=recorder).fail(error)
     assert _status_and_artifacts(database, tmp_path / "run")[0] == wanted
-
-
-def test_a_lock_that_nobody_lets_go_of_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(client_module, "FIRST_USE_LIMIT_S", 0.3)
-    lock = tmp_path / "mlflow.db.lock"
-    with lock.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(TrackingError, match="held by another process") as caught:
-            parent_run(f"sqlite:///{tmp_path}/mlflow.db", "locked", "study")
-    assert f"fuser {lock}" in str(caught.value)
-    assert not (tmp_path / "mlflow.db").exists()
