@@ -14,11 +14,13 @@ import torch
 from mmtrain.training.step import StepResult
 
 SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
-# The first that fits an operator's name; only dropout's masks are made of integer operations.
+# The first that fits an operator's name. Dropout's masks are made by a kernel under autograd
+# functions of its own, or by integer operations, which nothing else uses.
 KINDS = {
     "attention": r"aten::.*(attention|softmax).*",
     "matrix products": r"aten::(mm|addmm|bmm|baddbmm|linear|matmul|mv|dot|conv\w*|.*convolution.*)",
-    "dropout": r"aten::(bitwise_\w+|__rshift__|__xor__|__and__|where|ge|ge_)",
+    "dropout": r"aten::(bitwise_\w+|__rshift__|__xor__|__and__|where|ge|ge_)"
+    r"|(?i:.*(drop|keyed).*)",
     "norms": r"aten::(pow|mean|rsqrt|native_layer_norm\w*|.*norm.*)",
     "optimizer": r"(aten::_foreach_\w+|aten::_fused_adam\w*|Optimizer\..*)",
 }
