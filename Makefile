@@ -37,8 +37,9 @@ demo: $(INSTALLED)  ## digits, a tiny LLaVA, a LoRA study and its comparison, on
 benchmark: $(INSTALLED)  ## samples/s beside TRL's SFTTrainer, same model, batches and LoRA
 	$(BIN)/python -m benchmarks.single_run --dtype both
 
-gpu: $(INSTALLED)  ## prove and measure everything on one GPU, within 8 minutes
-	$(BIN)/python -m benchmarks.gpu
+# Installs nothing: a machine with a card may have no network, and its packages on PYTHONPATH.
+gpu:  ## prove and measure everything on one GPU, within 8 minutes
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu
 
 clean:  ## remove the environment, caches and build outputs; runs and results stay
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .import_linter_cache .hypothesis

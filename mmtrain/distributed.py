@@ -52,7 +52,7 @@ def initialise(timeout_minutes: float = 10.0) -> World:
     quieten_libraries()
     place = ranks.place_of(os.environ)
     cuda = torch.cuda.is_available()
-    index = place.local_rank
+    index = place.local_rank or 0
     if cuda:
         index = ranks.device_index(place.local_rank, torch.cuda.device_count())
         torch.cuda.set_device(index)

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from mmtrain.errors import LaunchError
+
+_Default = TypeVar("_Default")
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Place:
 
     rank: int
     size: int
-    local_rank: int
+    local_rank: int | None  # None: there are several ranks, and nobody said
     local_size: int
 
 
@@ -28,7 +31,7 @@ def place_of(environment: Mapping[str, str]) -> Place:
     # sees SLURM_NTASKS and a SLURM_PROCID of 0, too.
     in_step = bool(environment.get("SLURM_STEP_NUM_TASKS"))
 
-    def number(*names: str, default: int) -> int:
+    def number(*names: str, default: _Default) -> int | _Default:
         asked = [name for name in names if in_step or not name.startswith("SLURM_")]
         given = next((name for name in asked if environment.get(name)), None)
         return default if given is None else _number(given, environment[given])
@@ -37,16 +40,22 @@ def place_of(environment: Mapping[str, str]) -> Place:
     return Place(
         rank=number("RANK", "SLURM_PROCID", default=0),
         size=size,
-        local_rank=number("LOCAL_RANK", "SLURM_LOCALID", default=0),
+        local_rank=number("LOCAL_RANK", "SLURM_LOCALID", default=0 if size == 1 else None),
         # DeepSpeed's launcher says LOCAL_SIZE.
         local_size=number("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE", default=size),
     )
 
 
-def device_index(local_rank: int, num_visible: int) -> int:
+def device_index(local_rank: int | None, num_visible: int) -> int:
     """The number of the GPU, among those that this process sees, that belongs to a local rank."""
-    if num_visible == 1:  # the launcher gave each rank its own
+    if num_visible == 1:  # the launcher gave each rank its own, as `srun --gpus-per-task=1` does
         return 0
+    if local_rank is None:  # 0 would be every rank's
+        raise LaunchError(
+            f"LOCAL_RANK is missing: which of the {num_visible} visible GPUs is this rank's own?",
+            "Start it with `mmtrain launch` or torchrun, set LOCAL_RANK (0 where a host has one"
+            " rank), or show each rank its own GPU only.",
+        )
     if local_rank >= num_visible:
         raise LaunchError(
             f"local rank {local_rank} has no GPU: {num_visible} are visible to it.",

@@ -14,10 +14,11 @@ _TAIL_CHARS = 300
 _SEARCHED_CHARS = 8 * MAX_LINE_CHARS
 # Up to the last @ before the path: a password may itself hold an @. After `user:` it may also
 # hold a slash, unless what follows is a port.
-USERINFO = re.compile(
+_USERINFO = re.compile(
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,30}://)"
     r"(?P<userinfo>[^/\s?#]*|[^/\s?#:@]+:(?!\d+[/?#])[^\s@]*)@"
 )
+_RUN = re.compile(r"\S+")
 _SECRET_QUERY = re.compile(r"(?i)(?P<key>[?&](?:password|passwd|token|secret|api_key)=)[^&\s#]+")
 _SECRET_VARIABLES = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD")
 # A shorter value would be found inside ordinary words.
@@ -27,7 +28,8 @@ _SECRET_NAME = re.compile(
     r"|(?:^|[^a-z])(?:pwd|token)(?:$|[^a-z])|(?:api|access|[_-])key(?:$|[^a-z])"
 )
 _CAMEL_HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")
-_KEY = r"(?P<key>[A-Za-z0-9_.-]{1,200})"
+# Possessive: what follows is in no key, so a shorter one would not fit either.
+_KEY = r"(?P<key>[A-Za-z0-9_.-]{1,200}+)"
 # Where a value begins, and how far it goes: in our own lines, where every sentence has a colon,
 # and in what a user wrote, where a colon assigns, too.
 _ASSIGNED = re.compile(_KEY + "="), re.compile(r"\"[^\"]*\"?|'[^']*'?|[^\s,;&}\])'\"]+")
@@ -36,8 +38,22 @@ _USER_ASSIGNED = re.compile(_KEY + r"[\\\"']{0,2}\s{0,9}[=:]\s{0,9}"), re.compil
 
 def redact_uri(text: str) -> str:
     """The text with every `user:password@` and `?password=` of its URIs replaced by ***."""
-    hidden = USERINFO.sub(rf"\g<scheme>{HIDDEN}@", text)
+    hidden = replace_userinfo(text, f"{HIDDEN}@")
     return _SECRET_QUERY.sub(rf"\g<key>{HIDDEN}", hidden)
+
+
+def replace_userinfo(text: str, replacement: str) -> str:
+    """The text with something else in place of every `user:password@` of its URIs.
+
+    A URI is searched up to its last @ only: without one ahead, each `://` would be searched to
+    the end of the line, in time that grows with the square of its length.
+    """
+
+    def replaced(run: re.Match[str]) -> str:
+        before, at, after = run[0].rpartition("@")
+        return _USERINFO.sub(rf"\g<scheme>{replacement}", before + at) + after
+
+    return _RUN.sub(replaced, text)
 
 
 def redact(text: str) -> str:
@@ -92,8 +108,10 @@ def _without_assigned_secrets(text: str, key: re.Pattern[str], value: re.Pattern
     parts: list[str] = []
     done = 0
     for found in key.finditer(text):
-        secret = value.match(text, found.end())
-        if secret and found.start() >= done and _names_a_secret(found["key"]):
+        # The key first: a value may reach to the end of the text, and keys are many.
+        if found.start() < done or not _names_a_secret(found["key"]):
+            continue
+        if secret := value.match(text, found.end()):
             parts += [text[done : found.end()], HIDDEN]
             done = secret.end()
     return "".join([*parts, text[done:]])

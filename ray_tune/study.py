@@ -5,6 +5,7 @@ No ray and no torch here: reading a study must be instant.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,8 @@ from mmtrain.errors import ConfigError, nearest
 
 # Where and under which name a run is kept does not change what it computes.
 BOOKKEEPING = ("name", "output_dir", "tracking")
+# Each is expanded and checked before the first one starts, in some milliseconds.
+MAX_TRIALS = 10_000
 
 Scalar = bool | int | float | str | None
 Value = Scalar | list[Any] | dict[str, Any]
@@ -157,6 +160,14 @@ class Study(Section):
         for key in self.by or []:
             if key not in self.search:
                 raise ValueError(f"by: '{key}' is not searched; {nearest(key, self.search)}")
+        return self
+
+    @model_validator(mode="after")
+    def _search_has_an_end(self) -> Study:
+        grids = [len(entry.grid) for entry in self.search.values() if entry.grid is not None]
+        if (self.num_samples or 1) * math.prod(grids) > MAX_TRIALS:
+            ways = "lower num_samples or shorten the grids"
+            raise ValueError(f"these are more than {MAX_TRIALS:,} trials; {ways}")
         return self
 
 

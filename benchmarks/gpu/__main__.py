@@ -17,8 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.gpu.report import Results
 from benchmarks.gpu.sections import SECTIONS, Section
@@ -38,23 +40,40 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run_section(section: Section, device: str, scratch: Path, limit_s: float) -> dict:
-    """Its record: what it measured, how it ended, how long it took."""
+def run_section(section: Section, device: str, scratch: Path, limit_s: float) -> dict[str, Any]:
+    """Its record, whatever fails: what it measured, how it ended, how long it took."""
     began_s = time.monotonic()
     log = scratch / f"{section.name}.log"
+    end, found = "", {}
+    try:
+        end = _ended(section.command(device, scratch), device, log, limit_s)
+        found = section.collect(scratch)  # of files that the limit may have cut
+    except Exception as error:
+        fault = f"failed: {type(error).__name__}: {error}"
+        end = fault if end in ("", "done") else f"{end}; {fault}"
+        with log.open("a") as output:
+            traceback.print_exc(file=output)
+    record = {"end": end, "seconds": time.monotonic() - began_s, **found}
+    if end != "done":
+        record["log"] = log.read_text(errors="replace")[-3000:]
+    return record
+
+
+def _ended(program: Sequence[str], device: str, log: Path, limit_s: float) -> str:
+    """Run a section's program; how it ended."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "MMTRAIN_CARD": device}
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    command = [sys.executable, "-m", *section.command(device, scratch)]
+    command = [sys.executable, "-m", *program]
     with log.open("w") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment, process_group=0
         )
         try:
             code = process.wait(timeout=limit_s)
-            end = "done" if code == 0 else f"failed with exit status {code}"
+            return "done" if code == 0 else f"failed with exit status {code}"
         except subprocess.TimeoutExpired:
-            end = f"stopped after its limit of {limit_s:.0f} s"
+            return f"stopped after its limit of {limit_s:.0f} s"
         finally:
             # What it started must not hold the card while the next section measures.
             try:
@@ -62,10 +81,6 @@ def run_section(section: Section, device: str, scratch: Path, limit_s: float) ->
             except ProcessLookupError:
                 pass
             process.wait()
-    record = {"end": end, "seconds": time.monotonic() - began_s, **section.collect(scratch)}
-    if end != "done":
-        record["log"] = log.read_text(errors="replace")[-3000:]
-    return record
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -120,8 +120,9 @@ def _training_program(
 
 def _collect_runs(scratch: Path) -> dict[str, Any]:
     path = scratch / "runs.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    records = [json.loads(line) for line in lines]
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    # A program that was stopped leaves half a line behind the runs that it measured.
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
     runs = [record for record in records if "name" in record]
     gemm = [record["gemm_tflops"] for record in records if "gemm_tflops" in record]
     return {"runs": runs, **({"gemm_tflops": gemm[0]} if gemm else {})}

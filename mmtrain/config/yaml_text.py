@@ -96,6 +96,22 @@ class _Loader(yaml.SafeLoader):
             raise _fault(event, "its aliases make it too large; write out what is meant")
         return node
 
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """A mapping as it is written: merging adds keys to it, which are no repeats."""
+        node = super().compose_mapping_node(anchor)
+        first_line: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise _fault(key, "a key must be plain text")
+            line = key.start_mark.line + 1
+            if key.value in first_line:
+                self.duplicates.append(
+                    f"line {line}: '{key.value}' is given twice (first on line "
+                    f"{first_line[key.value]}); remove one"
+                )
+            first_line.setdefault(key.value, line)
+        return node
+
     def _written_out(self, node: yaml.Node) -> _Expanded:
         if isinstance(node, yaml.ScalarNode):
             if _UNUSABLE.search(node.value):
@@ -116,17 +132,6 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """A mapping whose keys are text as written."""
-        first_line: dict[str, int] = {}
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise _fault(key, "a key must be plain text")
-            line = key.start_mark.line + 1
-            if key.value in first_line:
-                self.duplicates.append(
-                    f"line {line}: '{key.value}' is given twice (first on line "
-                    f"{first_line[key.value]}); remove one"
-                )
-            first_line.setdefault(key.value, line)
         self.flatten_mapping(node)
         return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
 

@@ -15,6 +15,13 @@ from mmtrain.errors import CheckpointError
 from mmtrain.models.weights import read_json
 
 _SPACE = "\u2581"  # as pieces spell it
+# Spaces, lines, bytes and what a normalisation would change. None begins with a space.
+_PROBES = (
+    "two  spaces and 12.",
+    "a\n\n\tb   c ",
+    "\u00e9 \ufb01 \uff21 \u00bd \U0001f642",
+    "<0x0A>x",
+)
 log = logging.getLogger("mmtrain")
 
 
@@ -22,6 +29,7 @@ log = logging.getLogger("mmtrain")
 class SentencePieceFile:
     """`tokenizer.model`, and how a folder wants it read."""
 
+    path: Path
     library: Any  # sentencepiece's own processor
     # Whether a space goes before every text behind a special token, not only before the first.
     legacy: bool
@@ -44,7 +52,7 @@ def read_where_alone(folder: Path) -> SentencePieceFile | None:
         raise CheckpointError(
             f"{path}: no sentencepiece model ({fault}).", "Copy it from the published checkpoint."
         ) from error
-    return SentencePieceFile(library, _is_legacy(folder))
+    return SentencePieceFile(path, library, _is_legacy(folder))
 
 
 def _is_legacy(folder: Path) -> bool:
@@ -67,7 +75,8 @@ def cut_as_sentencepiece(tokenizer: Any, file: SentencePieceFile) -> None:
     """Give a byte-pair tokenizer that transformers made of the file the right merges.
 
     Equal ids but for one case, which transformers decides for both of its classes: without
-    `legacy`, a text that begins with a space gets no second one.
+    `legacy`, a text that begins with a space gets no second one. A file that is not LLaMA-like
+    cannot be cut so, which is an error.
     """
     from tokenizers import decoders, models, normalizers, pre_tokenizers
     from transformers.convert_slow_tokenizer import generate_merges
@@ -109,3 +118,28 @@ def cut_as_sentencepiece(tokenizer: Any, file: SentencePieceFile) -> None:
             decoders.Strip(content=" ", left=1),
         ]
     )
+    _refuse_another_cut(tokenizer, file)
+
+
+def _refuse_another_cut(tokenizer: Any, file: SentencePieceFile) -> None:
+    """A file may put no space before a text, normalise it, or have symbols of its maker's own."""
+    probes = [
+        *_PROBES,
+        *(f"{piece}a{piece} b {piece}{piece}  c" for piece in _user_defined(file.library)),
+    ]
+    found = tokenizer(probes, add_special_tokens=False)["input_ids"]
+    wanted = file.library.encode(probes)
+    wrong = [text for text, ids, right in zip(probes, found, wanted) if ids != right]
+    if wrong:
+        raise CheckpointError(
+            f"{file.path}: read as LLaMA's, {wrong[0]!r} is cut otherwise than by sentencepiece.",
+            "Put the publisher's tokenizer.json beside it, which is then read instead.",
+        )
+
+
+def _user_defined(library: Any) -> list[str]:
+    """Pieces that are cut out of a text before anything else."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(library.serialized_model_proto())
+    return [piece.piece for piece in model.pieces if piece.type == piece.USER_DEFINED]

@@ -119,10 +119,10 @@ def _mapping(path: Path) -> dict[str, Any]:
     """A YAML or JSON file's mapping; empty when the run has not written it (yet)."""
     if not path.exists():
         return {}
-    text = path.read_text("utf-8")
     try:
+        text = path.read_text("utf-8")
         content = json.loads(text) if path.suffix == ".json" else parse(text)[0]
-    except (ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise MmtrainError(
             f"{path} cannot be read: {error}.", "Restore it or delete it."
         ) from error

@@ -38,7 +38,7 @@ def read_declared(run_dir: Path) -> dict[str, Metric]:
         return {name: _metric(name, each) for name, each in fields.items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{path} cannot be read ({type(error).__name__}: {error}).",
             "Delete it: the report then marks no best value, and a resume writes it anew.",

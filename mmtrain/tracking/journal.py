@@ -113,7 +113,10 @@ def parse_line(line: bytes, path: Path, number: int | None = None) -> JournalEnt
             float(fields["time_s"]),
             {str(name): float(value) for name, value in fields["metrics"].items()},
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        *(ValueError, KeyError, TypeError, AttributeError),
+        *(OverflowError, RecursionError),  # a step of Infinity; lists in lists without end
+    ) as error:
         place = f"{path}:{number}" if number else str(path)
         raise DataError(
             f"{place}: not a journal line: {line[:80]!r} ({type(error).__name__}: {error}).",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mmtrain.safe_text import HIDDEN, USERINFO, redact_uri
+from mmtrain.safe_text import HIDDEN, redact_uri, replace_userinfo
 
 DISABLED = "none"
 URI_EXAMPLES = "sqlite:///mlflow.db, the address of a server (http://host:port) or none"
@@ -18,7 +18,7 @@ def is_redacted(uri: str) -> bool:
 
 def without_userinfo(uri: str) -> str:
     """A web address without `user:password@`: MLflow then takes them from its variables."""
-    return USERINFO.sub(r"\g<scheme>", uri) if uri.startswith(("http://", "https://")) else uri
+    return replace_userinfo(uri, "") if uri.startswith(("http://", "https://")) else uri
 
 
 def uri_problem(uri: str) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,17 @@ def test_quick_commands_run_one_after_the_other(tmp_path: Path) -> None:
             timeout=120,
         )
         assert result.returncode == 0, f"$ {command}\n{result.stdout}{result.stderr}"
+
+
+def test_make_gpu_installs_nothing(tmp_path: Path) -> None:
+    """It takes the environment that is there, else the Python that was given."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    command = ["make", "-n", "gpu", "PYTHON=python3.13"]
+    for python in ("python3.13", ".venv/bin/python"):
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert result.stdout == f"{python} -m benchmarks.gpu\n", result.stderr
+        (tmp_path / ".venv" / "bin").mkdir(parents=True, exist_ok=True)
+        (tmp_path / ".venv" / "bin" / "python").touch()
 
 
 @pytest.mark.parametrize("number", range(len(_fenced("yaml"))))

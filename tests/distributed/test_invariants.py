@@ -29,7 +29,7 @@ FILES = {
     "zero3_offload": "zero3_offload",
 }
 BAD_GRADIENTS = [("fp32", stage) for stage in FILES if stage != "zero3_packaged"]
-BAD_GRADIENTS += [("bf16", "zero1"), ("bf16", "zero2")]
+BAD_GRADIENTS += [("bf16", "zero1"), ("bf16", "zero2"), ("bf16", "zero3")]
 SPLIT_TOLERANCE = 1e-5  # relative, fp32
 BF16_SPREAD = 1e-3  # relative, measured 2.4e-4: ZeRO-3 linears round elsewhere than torch does
 STAGES = ("zero0", "zero1", "zero2", "zero3")

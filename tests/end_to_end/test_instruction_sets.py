@@ -1,10 +1,11 @@
-"""Tolerances that hold on any CPU: the numeric tests again, this machine playing an AVX2 one."""
+"""What holds on any CPU: the numeric tests and the demo again, this machine playing an AVX2 one."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +33,19 @@ def test_the_numeric_tests_pass_on_avx2() -> None:
     result = subprocess.run(
         [*command, "-m", "not soak and not gpu", *numeric_tests()],
         cwd=REPOSITORY,
+        env=os.environ | AVX2,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+
+
+@pytest.mark.soak
+def test_the_demo_learns_to_read_on_avx2(tmp_path: Path) -> None:
+    """It ends with an error where the model does not read as it should."""
+    result = subprocess.run(
+        [sys.executable, str(REPOSITORY / "docs" / "examples" / "demo" / "run_demo.py")],
+        cwd=tmp_path,
         env=os.environ | AVX2,
         capture_output=True,
         text=True,

@@ -158,6 +158,21 @@ def test_a_key_given_twice_is_an_error_with_both_lines(tmp_path: Path) -> None:
     assert str(file) in str(caught.value)
 
 
+def test_merged_keys_are_no_repeats() -> None:
+    lines = [
+        "base: &b {optim: {lr: 1}, seed: 0}",
+        "a: {inner: &i {<<: *b, optim: {lr: 2}}}",
+        "z: {<<: *i}",
+        "y: {<<: [*i, *b], seed: 1}",
+    ]
+    data, problems_found = yaml_text.parse("\n".join(lines))
+    assert not problems_found
+    assert data["a"]["inner"] == data["z"] == {"optim": {"lr": 2}, "seed": 0}
+    assert data["y"] == {"optim": {"lr": 2}, "seed": 1}
+    _, (problem,) = yaml_text.parse("\n".join([*lines, "x: {<<: *i, <<: *b}"]))
+    assert problem == "line 5: '<<' is given twice (first on line 5); remove one"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

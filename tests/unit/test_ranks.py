@@ -28,6 +28,8 @@ BATCH_SCRIPT = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"}
         (SRUN | TORCHRUN, Place(3, 4, 1, 2)),
         (SRUN | {"RANK": "5", "WORLD_SIZE": "8"}, Place(5, 8, 1, 4)),
         (SRUN | {"SLURM_NTASKS_PER_NODE": ""}, Place(5, 8, 1, 8)),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, Place(3, 4, None, 4)),
+        (BATCH_SCRIPT | {"RANK": "3", "WORLD_SIZE": "4"}, Place(3, 4, None, 4)),
         (BATCH_SCRIPT, Place(0, 1, 0, 1)),
         (BATCH_SCRIPT | {"SLURM_NTASKS_PER_NODE": "8"}, Place(0, 1, 0, 1)),
     ],
@@ -49,7 +51,18 @@ def test_ranks_that_do_not_know_where_to_meet_are_told_how() -> None:
 
 
 def test_a_rank_that_sees_one_gpu_owns_it() -> None:
-    assert device_index(3, 1) == 0
+    """Tasks of `srun --gpus-per-task=1` do, whichever they are on their host."""
+    places = [place_of(SRUN | {"SLURM_LOCALID": str(number)}) for number in range(8)]
+    assert [place.local_rank for place in places] == list(range(8))
+    assert {device_index(place.local_rank, 1) for place in places} == {0}
+
+
+def test_ranks_that_nobody_tells_apart_do_not_share_a_gpu_in_silence() -> None:
+    place = place_of({"RANK": "3", "WORLD_SIZE": "4"})
+    with pytest.raises(LaunchError, match="LOCAL_RANK is missing: which of the 8 .* set LOCAL_"):
+        device_index(place.local_rank, 8)
+    assert device_index(place.local_rank, 1) == 0
+    assert device_index(place_of({"RANK": "0", "WORLD_SIZE": "1"}).local_rank, 8) == 0
 
 
 def test_ranks_that_see_all_gpus_share_them_out() -> None:

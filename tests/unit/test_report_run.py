@@ -113,6 +113,20 @@ def test_folder_without_results_is_refused(tmp_path: Path) -> None:
         summarize(tmp_path)
 
 
+@pytest.mark.parametrize("content", [b'{"state": "\xff"}', b"[" * 100_000, None])
+@pytest.mark.parametrize("name", ["status.json", DECLARED_NAME])
+def test_a_damaged_file_of_the_folder_is_one_error(
+    run_dir: Path, name: str, content: bytes | None
+) -> None:
+    (run_dir / name).unlink()
+    if content is None:
+        (run_dir / name).mkdir()
+    else:
+        (run_dir / name).write_bytes(content)
+    with pytest.raises(MmtrainError, match=f"{name} cannot be read"):
+        summarize(run_dir)
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Six finished runs of two ranks by three seeds, and one that failed."""

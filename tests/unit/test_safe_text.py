@@ -13,7 +13,14 @@ from mmtrain.__main__ import main
 from mmtrain.config.load import load_run_file
 from mmtrain.errors import ConfigError, MmtrainError
 from mmtrain.resolve import resolve
-from mmtrain.safe_text import MAX_LINE_CHARS, presentable, redact_user_text, redacted
+from mmtrain.safe_text import (
+    MAX_LINE_CHARS,
+    presentable,
+    redact_uri,
+    redact_user_text,
+    redacted,
+    replace_userinfo,
+)
 from mmtrain.tracking.fields import flatten
 from mmtrain.training.run_folder import make_folder, store_run
 from mmtrain.training.session import set_up_logging
@@ -49,6 +56,29 @@ def test_a_long_line_keeps_its_beginning_and_its_remedy() -> None:
     line = presentable(f"name: {'x' * 10**6} {URL} {'y' * 10**6}; give another")
     assert len(line) < MAX_LINE_CHARS + 10 and CANARY not in line
     assert line.startswith("name: xxx") and line.endswith("yyy; give another")
+
+
+@pytest.mark.parametrize("unit", ["a:", "a=", "http://", "http://a:", "http://a:1/", "a"])
+def test_long_lines_take_no_time_to_speak_of(unit: str) -> None:
+    """It took minutes to hours: every key, and every scheme, was followed to the end of the text."""
+    text = unit * (300_000 // len(unit))
+    for one in (text, f"x@{text}"):
+        assert redact_user_text(one) == one
+    assert len(presentable(f"{text}@")) < MAX_LINE_CHARS + 10
+    assert replace_userinfo(f"{URL}/ {text}", "") == f"http://host/ {text}"
+
+
+def test_a_value_of_many_keys_is_one_short_problem() -> None:
+    with pytest.raises(ConfigError, match='model.dtype: got "http://a:a:') as caught:
+        resolve({"model": {**RUN["model"], "dtype": "http://" + "a:" * 150_000}})
+    assert len(str(caught.value)) < 300
+
+
+def test_every_address_of_a_line_loses_its_user() -> None:
+    line = f"{URL}/a,{URL}:80/b@c {URL} http://host/ x@y"
+    hidden = line.replace(f"user:{CANARY}", "***")
+    assert redact_uri(line) == hidden and CANARY not in hidden
+    assert replace_userinfo(line, "") == hidden.replace("***@", "")
 
 
 def test_what_a_user_wrote_may_be_yaml() -> None:

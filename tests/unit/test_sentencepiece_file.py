@@ -131,3 +131,35 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
     with pytest.raises(CheckpointError, match="tokenizer.model: no sentencepiece model") as caught:
         read_where_alone(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def _no_space_in_front(model: Any) -> None:
+    model.normalizer_spec.add_dummy_prefix = False
+
+
+def _fewer_spaces(model: Any) -> None:
+    model.normalizer_spec.remove_extra_whitespaces = True
+
+
+def _symbol_of_its_own(model: Any) -> None:
+    model.pieces.add(piece="<|im|>", type=model.SentencePiece.USER_DEFINED)
+
+
+@pytest.mark.parametrize("legacy", ["true", "false"])
+@pytest.mark.parametrize("change", [_no_space_in_front, _fewer_spaces, _symbol_of_its_own])
+def test_a_file_that_is_not_like_llamas_is_an_error(
+    tmp_path: Path, change: Callable[[Any], None], legacy: str
+) -> None:
+    """transformers and we would cut its texts otherwise, in silence."""
+    from sentencepiece import sentencepiece_model_pb2
+    from transformers import LlamaTokenizer
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(train_sentencepiece(380))
+    change(model)
+    (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
+    (tmp_path / "tokenizer_config.json").write_text(f'{{"legacy": {legacy}}}')
+    tokenizer = LlamaTokenizer.from_pretrained(str(tmp_path))
+    file = read_where_alone(tmp_path)
+    assert file is not None
+    with pytest.raises(CheckpointError, match="tokenizer.model: .* is cut otherwise than by"):
+        cut_as_sentencepiece(tokenizer, file)

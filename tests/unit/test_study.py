@@ -202,6 +202,14 @@ def test_every_problem_of_a_study_file_is_reported_at_once(tmp_path: Path) -> No
         ({"search": {"seed": {"choice": [1, 2]}}}, "grid search takes only grid keys, not seed"),
         ({"algorithm": "random", "num_samples": 3}, "random search needs a key with choice"),
         ({"num_samples": 3}, "give 'num_samples' with algorithm random, and only there"),
+        (
+            {"algorithm": "random", "num_samples": 10**9, "search": {"seed": {"randint": [0, 9]}}},
+            "these are more than 10,000 trials; lower num_samples or shorten the grids",
+        ),
+        (
+            {"search": {f"data.{key}": {"grid": list(range(101))} for key in "ab"}},
+            "these are more than 10,000 trials; lower num_samples or shorten the grids",
+        ),
         ({"by": ["optim.rl"]}, "by: 'optim.rl' is not searched; did you mean 'optim.lr'?"),
     ],
 )

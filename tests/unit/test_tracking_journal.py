@@ -56,10 +56,13 @@ def test_not_a_number_survives(tmp_path: Path) -> None:
     assert metrics["a"] != metrics["a"] and metrics["b"] == float("inf")
 
 
-def test_damaged_line_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "line", ["garbage", "[" * 100_000, '{"step": Infinity, "epoch": 0, "time_s": 0, "metrics": {}}']
+)
+def test_damaged_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "metrics.jsonl"
     _write(path, 2).close()
-    path.write_text("garbage\n" + path.read_text())
+    path.write_text(f"{line}\n{path.read_text()}")
     with pytest.raises(DataError, match="metrics.jsonl:1: not a journal line"):
         RunJournal.read(path)
 
