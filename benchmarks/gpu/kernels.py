@@ -19,7 +19,8 @@ SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 KINDS = {
     "attention": r"aten::.*(attention|softmax).*",
     "matrix products": r"aten::(mm|addmm|bmm|baddbmm|linear|matmul|mv|dot|conv\w*|.*convolution.*)",
-    "dropout": r"(?i:.*drop.*)|aten::(bitwise_\w+|__i?(rshift|xor|and)__|masked_fill_|where|lt|ge_?)",
+    "dropout": r"(?i:.*(drop|keyed).*)"
+    r"|aten::(bitwise_\w+|__i?(rshift|xor|and)__|masked_fill_|where|lt|ge_?)",
     "norms": r"aten::(pow|mean|rsqrt|native_layer_norm\w*|.*norm.*)",
     "optimizer": r"(aten::_foreach_\w+|aten::_fused_adam\w*|Optimizer\..*)",
 }
