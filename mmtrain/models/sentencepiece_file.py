@@ -139,7 +139,8 @@ def _refuse_another_cut(tokenizer: Any, file: SentencePieceFile) -> None:
 
 def _user_defined(library: Any) -> list[str]:
     """Pieces that are cut out of a text before anything else."""
-    from sentencepiece import sentencepiece_model_pb2
+    from sentencepiece import sentencepiece_model_pb2 as formats
 
-    model = sentencepiece_model_pb2.ModelProto.FromString(library.serialized_model_proto())
+    proto: Any = formats  # made at run time, from the format itself
+    model = proto.ModelProto.FromString(library.serialized_model_proto())
     return [piece.piece for piece in model.pieces if piece.type == piece.USER_DEFINED]

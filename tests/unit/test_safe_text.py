@@ -60,7 +60,7 @@ def test_a_long_line_keeps_its_beginning_and_its_remedy() -> None:
 
 @pytest.mark.parametrize("unit", ["a:", "a=", "http://", "http://a:", "http://a:1/", "a"])
 def test_long_lines_take_no_time_to_speak_of(unit: str) -> None:
-    """It took minutes to hours: every key, and every scheme, was followed to the end of the text."""
+    """It took minutes to hours: every key and every scheme was followed to the end of the text."""
     text = unit * (300_000 // len(unit))
     for one in (text, f"x@{text}"):
         assert redact_user_text(one) == one
