@@ -18,6 +18,8 @@ from mmtrain.errors import DataError
 from mmtrain.files import replace_file
 
 JOURNAL_NAME = "metrics.jsonl"
+# Of a line: no JSON or too deep, other fields than ours, a step of Infinity.
+_FAULTS = (ValueError, RecursionError, KeyError, TypeError, AttributeError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -113,10 +115,7 @@ def parse_line(line: bytes, path: Path, number: int | None = None) -> JournalEnt
             float(fields["time_s"]),
             {str(name): float(value) for name, value in fields["metrics"].items()},
         )
-    except (
-        *(ValueError, KeyError, TypeError, AttributeError),
-        *(OverflowError, RecursionError),  # a step of Infinity; lists in lists without end
-    ) as error:
+    except _FAULTS as error:
         place = f"{path}:{number}" if number else str(path)
         raise DataError(
             f"{place}: not a journal line: {line[:80]!r} ({type(error).__name__}: {error}).",
