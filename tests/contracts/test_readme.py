@@ -76,7 +76,8 @@ def test_quick_commands_run_one_after_the_other(tmp_path: Path) -> None:
 def test_make_gpu_installs_nothing(tmp_path: Path) -> None:
     """It takes the environment that is there, else the Python that was given."""
     shutil.copy(ROOT / "Makefile", tmp_path)
-    command = ["make", "-n", "gpu", "PYTHON=python3.13"]
+    # `make test` runs this, too: its child would say which folder it enters, unless told not to.
+    command = ["make", "--no-print-directory", "-n", "gpu", "PYTHON=python3.13"]
     for python in ("python3.13", ".venv/bin/python"):
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert result.stdout == f"{python} -m benchmarks.gpu\n", result.stderr
