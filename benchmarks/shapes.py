@@ -85,12 +85,12 @@ def write_folder(folder: Path, family_name: str, preset: str, texts: Sequence[st
         images.write_text(json.dumps({**stored, "size": PIXEL_RANGE}))
 
 
-def _write_names(family: Any, config: Any, folder: Path, *_: Any) -> None:
+def _write_names(skeleton: tiny.Skeleton, config: Any, folder: Path, *_: Any) -> None:
     """Configuration and the list of weights; the file that should hold them has none."""
     folder.mkdir(parents=True)
     config.save_pretrained(str(folder))
     with torch.device("meta"):
-        names = [name for name, _ in family.code.skeleton(config).named_parameters()]
+        names = [name for name, _ in skeleton(config).named_parameters()]
     save_file({}, str(folder / "empty.safetensors"))
     index = {"weight_map": dict.fromkeys(names, "empty.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

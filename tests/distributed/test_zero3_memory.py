@@ -63,6 +63,7 @@ def test_other_ranks_stay_near_their_shard(wide_checkpoint: Path) -> None:
     assert main["checks"] == other["checks"] and all(main["checks"].values())
 
 
+@pytest.mark.soak
 def test_the_bound_tells_when_every_rank_reads(wide_checkpoint: Path) -> None:
     _, other = measured(wide_checkpoint, "everyone")
     assert not within_bounds(other), other
