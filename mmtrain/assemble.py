@@ -17,7 +17,7 @@ from mmtrain.config.schema import DataConfig, RunConfig
 from mmtrain.data.shards import ShardFolder
 from mmtrain.data.source import Encoder, Source
 from mmtrain.errors import CheckpointError, ConfigError
-from mmtrain.files import cache_folder, file_sha256, replace_file
+from mmtrain.files import cache_folder, file_sha256, keep_in_cache
 from mmtrain.models.built import Asked
 from mmtrain.models.interface import Family
 from mmtrain.peft.trainable import Trainable, make_trainable
@@ -136,11 +136,7 @@ def base_digests(weights: Sequence[Path], afresh: bool = False) -> dict[str, str
     for path in _small_files(weights):
         small.setdefault(path.name, []).append(_file_digest(path, cache, afresh))
     listed = [f"{path.name}:{_file_digest(path, cache, afresh)}" for path in weights]
-    try:
-        cache_file.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(cache_file, json.dumps(cache))
-    except OSError:
-        pass  # without a cache the digests are only computed again next time
+    keep_in_cache(cache_file, json.dumps(cache))
     return {"weights": _joined(listed)} | {name: _joined(found) for name, found in small.items()}
 
 

@@ -74,6 +74,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mmtrain"
 
 
+def keep_in_cache(path: Path, content: bytes | str) -> None:
+    """Write what could be made again: without a cache it is only made again next time."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, content)
+    except OSError:
+        pass
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replace a small JSON file."""
     replace_file(path, json.dumps(value, indent=1))

@@ -17,7 +17,7 @@ import numpy as np
 
 from mmtrain import distributed
 from mmtrain.data.source import Source
-from mmtrain.files import cache_folder, read_regular, replace_file
+from mmtrain.files import cache_folder, keep_in_cache, read_regular
 
 _BYTES_PER_SAMPLE = 4
 _HEADER_BYTES = 4096  # more than any header of these files
@@ -62,8 +62,4 @@ def _read(path: Path, num_samples: int) -> np.ndarray | None:
 def _write(path: Path, lengths: np.ndarray) -> None:
     content = io.BytesIO()
     np.save(content, lengths)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, content.getvalue())
-    except OSError:
-        pass  # without a cache they are only counted again next time
+    keep_in_cache(path, content.getvalue())

@@ -26,6 +26,14 @@ def pad_ids(rows: Sequence[Sequence[int]], side: str) -> tuple[torch.Tensor, tor
     return ids, mask
 
 
+def token_rows(examples: Sequence[Example], generating: bool) -> list[Sequence[int]]:
+    """Each sample's ids, or those of its prompt alone."""
+    return [
+        prompt_ids(example.input_ids, example.labels) if generating else example.input_ids
+        for example in examples
+    ]
+
+
 def text_tensors(
     examples: Sequence[Example], image_token_id: int, generating: bool = False
 ) -> dict[str, torch.Tensor]:
@@ -33,11 +41,8 @@ def text_tensors(
 
     Padded on the right; prompts, which generation goes on from, on the left.
     """
-    rows = [
-        prompt_ids(example.input_ids, example.labels) if generating else example.input_ids
-        for example in examples
-    ]
-    input_ids, attention_mask = pad_ids(rows, "left" if generating else "right")
+    side = "left" if generating else "right"
+    input_ids, attention_mask = pad_ids(token_rows(examples, generating), side)
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,

@@ -22,7 +22,7 @@ def collate(examples: Sequence[Example], processor: Processor, generating: bool 
     """Padded texts with their positions; the patches of all images one after another."""
     tensors = batching.text_tensors(examples, processor.image_token_id, generating)
     mask = tensors["attention_mask"]
-    rows = [ids[kept.bool()].tolist() for ids, kept in zip(tensors["input_ids"], mask, strict=True)]
+    rows = batching.token_rows(examples, generating)
     tensors["position_ids"] = padded_positions(examples, rows, processor, mask)
     images, grid = image_tensors(examples, processor)
     if not generating:
