@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 INSTALLED := $(VENV)/.installed
+# Cheap tests two at a time; what starts processes of its own runs alone (tests/order.py).
+WORKERS := -n 2 --no-loadscope-reorder
 INSTALL_INPUTS := setup.cfg pyproject.toml constraints.txt .ci/install
 
 help:  ## list the targets
@@ -25,11 +27,11 @@ lint: $(INSTALLED)  ## formatting, style, types, import contracts
 	$(BIN)/python -m mypy mmtrain launcher data_shards ray_tune
 	$(BIN)/python -c 'from importlinter.cli import lint_imports_command as run; run()'
 
-test: $(INSTALLED)  ## all tests but the soaks, about 20 minutes on 2 cores
-	$(BIN)/python -m pytest -m "not soak and not gpu"
+test: $(INSTALLED)  ## all tests but the soaks, within 20 minutes on 2 cores
+	$(BIN)/python -m pytest $(WORKERS) -m "not soak and not gpu"
 
 test-all: $(INSTALLED)  ## soaks and full matrices too, within 70 minutes
-	MMTRAIN_FUZZ=40 $(BIN)/python -m pytest -m "not gpu"
+	MMTRAIN_FUZZ=40 $(BIN)/python -m pytest $(WORKERS) -m "not gpu"
 
 demo: $(INSTALLED)  ## digits, a tiny LLaVA, a LoRA study and its comparison, on this machine
 	$(BIN)/python docs/examples/demo/run_demo.py

@@ -13,13 +13,14 @@ from tests.no_skips import (
     pytest_runtest_makereport,
     pytest_terminal_summary,
 )
-from tests.order import pytest_collection_modifyitems
+from tests.order import pytest_collection_modifyitems, pytest_xdist_make_scheduler
 
 __all__ = [
     "pytest_collection_modifyitems",
     "pytest_make_collect_report",
     "pytest_runtest_makereport",
     "pytest_terminal_summary",
+    "pytest_xdist_make_scheduler",
 ]
 
 # A second thread gains nothing on tiny models, and waits for its turn where a machine is busy.

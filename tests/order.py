@@ -1,6 +1,13 @@
-"""Cheap tests run first, so that a broken clone shows within a minute."""
+"""Cheap tests run first, so that a broken clone shows within a minute; dear ones never together.
+
+`make test` has two workers (pytest-xdist). A file is one worker's, its fixtures are made once;
+what starts processes of its own fills both cores and goes to one worker, after all else.
+"""
 
 from __future__ import annotations
+
+from pathlib import PurePath
+from typing import Any
 
 import pytest
 
@@ -16,6 +23,24 @@ def cost(item: pytest.Item) -> tuple[int, bool]:
     return (FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)), needs_tensors
 
 
+def lane(node_id: str) -> str:
+    """Tests of one lane run one after another, on one worker."""
+    file = PurePath(node_id.split("::")[0])
+    return "groups of processes" if file.parent.name in ("distributed", "end_to_end") else str(file)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A stable sort by file: fixtures of a module are made once."""
     items.sort(key=cost)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Lanes in the order of the sort; xdist's own groups need names that pytest no longer has."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Lanes(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return lane(nodeid)
+
+    return Lanes(config, log)

@@ -26,7 +26,7 @@ PASSES = "def test_it(): pass\n"
 
 
 def run_pytest(
-    folder: Path, sources: Mapping[str, str], ci: str, plugin: str = "no_skips"
+    folder: Path, sources: Mapping[str, str], ci: str, plugin: str = "no_skips", *options: str
 ) -> subprocess.CompletedProcess[str]:
     """A suite of its own: one test file per folder, and a plug-in of ours as its conftest."""
     for place, source in sources.items():
@@ -35,9 +35,9 @@ def run_pytest(
         (folder / "tests" / place / f"test_{name}.py").write_text(source)
     shutil.copy(REPOSITORY / "tests" / f"{plugin}.py", folder / "tests" / "conftest.py")
     (folder / "pytest.ini").write_text("[pytest]\n")
-    command = [sys.executable, "-m", "pytest", "-v", "-ra", "-p", "no:cacheprovider", "tests"]
+    command = [sys.executable, "-m", "pytest", "-v", "-ra", "-p", "no:cacheprovider", *options]
     return subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, env=os.environ | {"CI": ci}
+        [*command, "tests"], cwd=folder, capture_output=True, text=True, env=os.environ | {"CI": ci}
     )
 
 
@@ -89,6 +89,19 @@ def test_cheap_folders_run_first(tmp_path: Path) -> None:
     result = run_pytest(tmp_path, dict.fromkeys(places, PASSES), ci="", plugin="order")
     ran = re.findall(r"^tests/(\w+)/\S+ PASSED", result.stdout, flags=re.MULTILINE)
     assert ran == ["unit", "contracts", "distributed", "end_to_end"], result.stdout
+
+
+def test_files_are_not_torn_apart_and_dear_tests_never_run_together(tmp_path: Path) -> None:
+    two_tests = "import time\ndef test_a(): time.sleep(0.1)\ndef test_b(): time.sleep(0.1)\n"
+    places = ("contracts", "unit", "distributed", "end_to_end")
+    options = ("-n", "2", "--no-loadscope-reorder")
+    result = run_pytest(tmp_path, dict.fromkeys(places, two_tests), "", "order", *options)
+    ran = re.findall(r"^\[(gw\d)\].* PASSED tests/(\w+)/", result.stdout, flags=re.MULTILINE)
+    assert len(ran) == 2 * len(places), result.stdout
+    workers = {place: {worker for worker, one in ran if one == place} for place in places}
+    assert all(len(found) == 1 for found in workers.values()), ran
+    assert workers["unit"] != workers["contracts"], ran
+    assert workers["distributed"] == workers["end_to_end"], ran
 
 
 def test_this_suite_is_in_order(request: pytest.FixtureRequest) -> None:
