@@ -39,13 +39,19 @@ def run_file(job: dict[str, Any]) -> dict[str, Any]:
             "connector": {"mode": "full"},
             "llm": adapted | {key: lora[key] for key in ("r", "alpha", "dropout")},
         },
-        "data": {"task": job["task"], "train": job["shards"], "workers": job["workers"]},
+        "data": {
+            "task": job["task"],
+            "train": job["shards"],
+            "workers": job["workers"],
+            "cut": job["options"].get("cut", "order"),
+        },
         "optim": {
             "lr": job["lr"],
             "schedule": "constant",
             "max_steps": job["max_steps"],
             "global_batch": job["batch"],
-            "micro_batch": job["batch"],
+            "micro_batch": job["options"].get("micro_batch", job["batch"]),
+            "micro_tokens": job["options"].get("micro_tokens"),
         },
         "parallel": {"deepspeed": job["deepspeed"], "threads": job["threads"]},
         "tracking": {"uri": "none"},
@@ -67,6 +73,7 @@ def main() -> None:
     job, read_fd, write_fd = read_job()
     gate = Gate(read_fd, write_fd, job["device"])
     digests: list[str] = []
+    told, padded = 0, 0  # tokens of samples, and with what pads them
 
     def paced_step(engine: Any, step: Any, *rest: Any) -> StepResult:
         if not digests:
@@ -78,6 +85,10 @@ def main() -> None:
         if len(digests) < 2:
             digests.append(batch_digest(step.micro_batches[0].tensors))
             Path(job["digests"]).write_text(json.dumps(digests))
+        nonlocal told, padded
+        told += sum(batch.num_tokens for batch in step.micro_batches)
+        padded += sum(batch.tensors["input_ids"].numel() for batch in step.micro_batches)
+        Path(job["output_dir"], "padding.json").write_text(json.dumps([told, padded]))
         result = train_step(engine, step, *rest)
         if not gate.step_done(result.loss):
             raise Enough

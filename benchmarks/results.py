@@ -84,7 +84,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
-def _shown(values: Sequence[float]) -> str:
+def shown(values: Sequence[float]) -> str:
     found = spread(values)
     return f"{found['median']:.2f} ({found['min']:.2f}–{found['max']:.2f})"
 
@@ -96,10 +96,10 @@ def summary_lines(result: Measured) -> list[str]:
     lines = [f"{result.title}: median (min–max) of {num_windows} windows of"]
     lines[0] += f" {result.steps_per_window} steps × {result.batch} samples, batches identical"
     for label in result.labels:
-        speed, peak = _shown(result.samples_per_s(label)), result.peak_gib[label]
+        speed, peak = shown(result.samples_per_s(label)), result.peak_gib[label]
         lines.append(f"  {label:<10} {speed} samples/s, peak {peak:.2f} GiB")
     for label in others:
-        lines.append(f"  {OURS} / {label}: {_shown(result.ratios(label))}")
+        lines.append(f"  {OURS} / {label}: {shown(result.ratios(label))}")
     lines.append("  losses   step " + "".join(f"{label:>14}" for label in result.labels))
     num_steps = len(result.losses[OURS])
     for step in sorted({0, 1, num_steps // 2, num_steps - 1}):
@@ -203,9 +203,9 @@ def _markdown(record: Mapping[str, Any], results: Sequence[Measured]) -> list[st
     lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for result in results:
         theirs = [label for label in others if label in result.labels]
-        found = {label: _shown(result.samples_per_s(label)) for label in result.labels}
+        found = {label: shown(result.samples_per_s(label)) for label in result.labels}
         cells = [result.title, *(found.get(label, "–") for label in labels)]
-        cells += [_shown(result.ratios(one)) if one in theirs else "–" for one in others]
+        cells += [shown(result.ratios(one)) if one in theirs else "–" for one in others]
         for steps in (1, None):
             differences = [result.loss_difference(label, steps) for label in theirs]
             cells.append(f"{max(differences):.1e}" if differences else "–")
