@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmtrain import plugins
-from mmtrain.config.deepspeed import find_deepspeed_config
+from mmtrain.config.deepspeed import find_deepspeed_config, zero_stage
 from mmtrain.config.load import read_data, with_overrides
 from mmtrain.config.problems import checked, shown
 from mmtrain.config.schema import (
@@ -16,9 +17,11 @@ from mmtrain.config.schema import (
     RESERVED_COMPONENT_KEYS,
     ComponentConfig,
     RunConfig,
+    component_and_label,
 )
 from mmtrain.errors import ConfigError, MmtrainError, nearest
 from mmtrain.models.interface import Family, ModelOptions
+from mmtrain.peft.interface import Surroundings
 from mmtrain.peft.placement import sublayer_problems
 from mmtrain.tasks.interface import LOSS
 from mmtrain.tracking.uri import DISABLED, URI_EXAMPLES, uri_problem
@@ -47,6 +50,8 @@ def resolve(
     problems += _tracking_problems(_section(data, "tracking"))
     problems += _layout_problems(data, world_size)
     problems += _initial_problems(data.get("init_from"), config)
+    if config is not None and not problems:
+        problems += _method_conflicts(config)
     if config is None or problems:
         raise ConfigError(dict.fromkeys(problems), name)
     return _with_defaults(config)
@@ -104,13 +109,29 @@ def _model_problems(model: Mapping[str, Any], components: Mapping[str, Any]) -> 
         problems.append(f"model.preset: '{model['family']}' has no preset '{preset}'; {hint}")
     problems += _own_option_problems(family, model) if family else []
     for name, block in components.items():
-        if family and name not in family.components:
-            problems.append(
-                f"components.{name}: unknown component; {nearest(name, family.components)}"
-            )
+        component, label = component_and_label(name)
+        if family and component not in family.components:
+            hint = nearest(component, family.components)
+            problems.append(f"components.{name}: unknown component; {hint}")
         elif isinstance(block, Mapping):
             problems += _block_problems(family, name, block)
-    return problems
+        if "/" in name and not re.fullmatch(r"[A-Za-z0-9_]+", label):
+            problems.append(f"components.{name}: give letters and digits behind '/', as in llm/mlp")
+    return problems + _shared_component_problems(components)
+
+
+def _shared_component_problems(components: Mapping[str, Any]) -> list[str]:
+    """A component may be adapted in several ways, or trained in full, or frozen."""
+    modes: dict[str, dict[str, Any]] = {}
+    for name, block in components.items():
+        if isinstance(block, Mapping):
+            modes.setdefault(component_and_label(name)[0], {})[name] = block.get("mode")
+    return [
+        f"components: {' and '.join(blocks)} share a component, which only blocks with mode peft"
+        " can; keep one of them"
+        for blocks in modes.values()
+        if len(blocks) > 1 and set(blocks.values()) != {"peft"}
+    ]
 
 
 def _own_option_problems(family: Family, model: Mapping[str, Any]) -> list[str]:
@@ -139,6 +160,22 @@ def _block_problems(family: Family | None, name: str, raw: Mapping[str, Any]) ->
     if family and block and block.mode == "peft":
         needs_linears = method is None or method.needs_linears
         problems += sublayer_problems(family, name, block, needs_linears)
+    return problems
+
+
+def _method_conflicts(config: RunConfig) -> list[str]:
+    """Methods that cannot go where the run file puts them."""
+    family: Family = plugins.load("family", config.model.family)
+    stage = zero_stage(find_deepspeed_config(config.parallel.deepspeed))
+    problems = []
+    for name, block in config.components.items():
+        if block.method is not None:
+            component, _ = component_and_label(name)
+            recomputes = config.parallel.activation_checkpointing
+            around = Surroundings(family, component, stage, recomputes)
+            method = plugins.load("method", block.method)
+            reasons = method.conflicts(method_options(block), around)
+            problems += [f"components.{name}.{reason}" for reason in reasons]
     return problems
 
 

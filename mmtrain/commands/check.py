@@ -98,10 +98,22 @@ def _component_table(report: dict[str, Any], title: str) -> Table:
     for name, part in report["components"].items():
         numbers = [part[key] for key in ("modules", "params", "peft_params", "trainable_params")]
         table.add_row(name, part["mode"], part["method"] or "-", *(f"{n:,}" for n in numbers))
+        for row in _placed_rows(part):
+            table.add_row(*row, style="dim")
     table.add_section()
     totals = [report[key] for key in ("base_params", "peft_params", "trainable_params")]
     table.add_row("total", "", "", "", *(f"{n:,}" for n in totals), style="bold")
     return table
+
+
+def _placed_rows(part: dict[str, Any]) -> list[list[str]]:
+    """What a component's blocks add to which sublayer, where it is more than one."""
+    rows = [
+        [f"  {block_name} {sublayer}".rstrip(), "", "", f"{modules:,}", "", f"{params:,}", ""]
+        for block_name, sublayers in part["placed"].items()
+        for sublayer, (modules, params) in sublayers.items()
+    ]
+    return rows if len(rows) > 1 else []
 
 
 def _memory_table(memory: dict[str, Any]) -> Table:

@@ -89,6 +89,12 @@ class ModelConfig(Section):
         return self
 
 
+def component_and_label(block_name: str) -> tuple[str, str]:
+    """`llm/mlp` is a second block of the component `llm`, which has the label `mlp`."""
+    component, _, label = block_name.partition("/")
+    return component, label
+
+
 class ComponentConfig(BaseModel):
     """What happens to one component; extra keys are the options of `method`."""
 
@@ -250,7 +256,9 @@ class RunConfig(Section):
     )
     model: ModelConfig
     components: dict[str, ComponentConfig] = Field(
-        default_factory=dict, description="per component; what is not named is frozen"
+        default_factory=dict,
+        description="per component; what is not named is frozen; a component that is adapted in"
+        " several ways has a block for each: llm, llm/LABEL",
     )
     data: DataConfig | None = Field(None, description="needed to train, not to check")
     optim: OptimConfig = Field(default_factory=OptimConfig)

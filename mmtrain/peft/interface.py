@@ -7,13 +7,13 @@ inside a model class which is then loaded as uninitialised memory), and says wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel
 
-from mmtrain.models.interface import AttentionShape
+from mmtrain.models.interface import AttentionShape, Family
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,6 +45,12 @@ class Target:
     blocks: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     attention: AttentionShape | None = None
     taps: OfferedTaps | None = None
+    label: str = ""  # tells several blocks of one component apart
+
+    @property
+    def adapter(self) -> str:
+        """The name of what is added."""
+        return f"{self.component}-{self.label}" if self.label else self.component
 
 
 @dataclass(frozen=True)
@@ -59,12 +65,32 @@ class Added:
     batch_coupled: bool = False  # True exempts the method from split invariance
     auxiliary: Mapping[str, float] = field(default_factory=dict)  # further losses -> weight
 
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """What an exported adapter holds: all that trains, and the buffers."""
+        return self.trained + self.stored
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a run file says of where a method is to go: known before anything is loaded."""
+
+    family: Family
+    component: str
+    zero_stage: int
+    recomputes: bool  # activations, in backward
+
 
 class Method(Protocol):
     """One PEFT method."""
 
     options: type[BaseModel]
     needs_linears: bool  # False: the run file names no sublayers, the component may have none
+    merges: bool  # whether what it adds can be folded into base weights
+    imports: tuple[str, ...]  # modules that make peft know its adapters, for who loads one
+
+    def conflicts(self, options: Any, around: Surroundings) -> Sequence[str]:
+        """Why it cannot go there; what to do behind each reason."""
 
     def attach(self, target: Target, options: Any, seed: int) -> Added:
         """Add parameters in place, initialised by (seed, module name); on meta, to be counted."""
@@ -76,4 +102,4 @@ class Method(Protocol):
         """The key in adapter_model.safetensors of a tensor that was added."""
 
     def merge(self, target: Target) -> None:
-        """Fold what was added into the base weights, in place."""
+        """Fold what was added into the base weights, in place; an error with the reason if not."""

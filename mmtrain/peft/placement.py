@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from mmtrain.config.schema import ComponentConfig
+from mmtrain.config.schema import ComponentConfig, component_and_label
 from mmtrain.errors import ConfigError, nearest
 from mmtrain.models.interface import Family
 from mmtrain.peft.interface import Linear
@@ -20,13 +20,14 @@ Roles = dict[str, tuple[str, ...]]
 
 
 def select(
-    family: Family, component: str, block: ComponentConfig, shapes: Mapping[str, tuple[int, ...]]
+    family: Family, block_name: str, block: ComponentConfig, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[tuple[Linear, ...], str]:
     """The linears a `mode: peft` block selects, and one anchored pattern that matches just them.
 
     `shapes` are those of every module's weight, by the module's name.
     """
-    problems = sublayer_problems(family, component, block)
+    problems = sublayer_problems(family, block_name, block)
+    component, _ = component_and_label(block_name)
     if problems:
         raise ConfigError(problems)
     wanted = chosen_roles(family, component, block)
@@ -38,7 +39,7 @@ def select(
     layer_of = layer_numbers(family, component, shapes)
     layers = None
     if block.layers not in (None, "all"):
-        layers = chosen_layers(component, block.layers, sorted(set(layer_of.values())))
+        layers = chosen_layers(block_name, block.layers, sorted(set(layer_of.values())))
     playing = [
         Linear(name, sublayer, role, layer_of.get(name), shape)
         for (sublayer, role), regex in regexes.items()
@@ -49,32 +50,33 @@ def select(
     filled = {one.sublayer for one in playing}
     empty = [sublayer for sublayer in block.sublayers or () if sublayer not in filled]
     if empty or not playing:
-        place = f"components.{component}.sublayers"
+        place = f"components.{block_name}.sublayers"
         asked = f"'{block.method}' on {', '.join(empty or wanted) or 'every sublayer'}"
         problem = f"{asked} selects no module; {what_exists(family, component)}"
         raise ConfigError([f"{place}: {problem}; name roles, as in {{attn: [q, v]}}"])
     selected = {one.name: one for one in reversed(playing)}
     pattern = _pattern(list(regexes.values()), layers)
     matched = {name for name in shapes if re.fullmatch(pattern, name)}
-    assert matched == set(selected), f"pattern and selection of '{component}' disagree"
+    assert matched == set(selected), f"pattern and selection of '{block_name}' disagree"
     return tuple(selected[name] for name in shapes if name in selected), pattern
 
 
 def chosen_blocks(
-    family: Family, component: str, block: ComponentConfig, module_names: Iterable[str]
+    family: Family, block_name: str, block: ComponentConfig, module_names: Iterable[str]
 ) -> dict[int, tuple[str, ...]]:
     """Layer number -> the names of its blocks, of the layers that the component block means."""
-    layer_of = layer_numbers(family, component, module_names)
-    numbers = chosen_layers(component, block.layers, sorted(set(layer_of.values())))
+    layer_of = layer_numbers(family, component_and_label(block_name)[0], module_names)
+    numbers = chosen_layers(block_name, block.layers, sorted(set(layer_of.values())))
     tops = [name for name in layer_of if name.rpartition(".")[0] not in layer_of]
     return {n: tuple(name for name in tops if layer_of[name] == n) for n in sorted(numbers)}
 
 
 def sublayer_problems(
-    family: Family, component: str, block: ComponentConfig, needs_linears: bool = True
+    family: Family, block_name: str, block: ComponentConfig, needs_linears: bool = True
 ) -> list[str]:
     """Every unknown sublayer and role that a block names, or any where its method needs none."""
-    place = f"components.{component}.sublayers"
+    component, _ = component_and_label(block_name)
+    place = f"components.{block_name}.sublayers"
     if not needs_linears:
         unread = f"{place}: '{block.method}' reads none; leave it out"
         return [] if block.sublayers is None else [unread]
@@ -117,10 +119,10 @@ def chosen_roles(family: Family, component: str, block: ComponentConfig) -> Role
 
 
 def chosen_layers(
-    component: str, wanted: str | Sequence[int] | None, exist: Sequence[int]
+    block_name: str, wanted: str | Sequence[int] | None, exist: Sequence[int]
 ) -> frozenset[int]:
     """The layer numbers that `layers` of a block means, of those that exist."""
-    place = f"components.{component}.layers"
+    place = f"components.{block_name}.layers"
     if wanted is None or wanted == "all":
         return frozenset(exist)
     if not exist:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mmtrain import plugins
-from mmtrain.config.schema import ComponentConfig
+from mmtrain.config.schema import ComponentConfig, component_and_label
 from mmtrain.distributed import full_shape
+from mmtrain.errors import ConfigError
 from mmtrain.models.interface import Family
 from mmtrain.models.weights import FRESH
 from mmtrain.peft.interface import Added, Linear, Method, Target
@@ -37,6 +38,12 @@ class Attachment:
         return self.target.component
 
     @property
+    def block_name(self) -> str:
+        """Its block in the run file."""
+        label = self.target.label
+        return f"{self.component}/{label}" if label else self.component
+
+    @property
     def new_parameters(self) -> set[str]:
         """What trains and is none of the base's."""
         return set(self.added.trained) - set(self.target.parameters)
@@ -48,7 +55,7 @@ class Attachment:
 
 @dataclass(frozen=True)
 class Trainable:
-    """What trains: every parameter's component, and how adapters were attached."""
+    """What trains: every parameter's block of the run file, and how adapters were attached."""
 
     owner: dict[str, str]
     attachments: tuple[Attachment, ...]
@@ -56,16 +63,11 @@ class Trainable:
 
     def folder_of(self, attachment: Attachment) -> str:
         """Where an adapter is exported, in the run's folder."""
-        if len(self.attachments) == 1:
-            return "adapter"
-        shared = [one for one in self.attachments if one.component == attachment.component]
-        name = f"-{attachment.method_name}" if len(shared) > 1 else ""
-        return f"adapter/{attachment.component}{name}"
+        return "adapter" if len(self.attachments) == 1 else f"adapter/{attachment.target.adapter}"
 
     def full_parameters(self, component: str) -> list[str]:
-        """The trained base parameters of a component."""
-        adapted = {name for a in self.attachments for name in a.added.trained}
-        return [n for n, owner in self.owner.items() if owner == component and n not in adapted]
+        """The trained base parameters of a component that is trained in full."""
+        return [name for name, owner in self.owner.items() if owner == component]
 
 
 def make_trainable(
@@ -79,22 +81,43 @@ def make_trainable(
             names = select_parameters(family, component, block, base)
             declared.update(dict.fromkeys(names, component))
     # Every target is found in the base, before any method changes its module tree.
-    targets = [
-        (_target(model, family, component, block), block)
-        for component, block in components.items()
+    targets = {
+        block_name: _target(model, family, block_name, block)
+        for block_name, block in components.items()
         if block.mode == "peft"
-    ]
-    attachments = tuple(_attach(target, block, seed) for target, block in targets)
-    for attachment in attachments:
-        declared.update(dict.fromkeys(attachment.added.trained, attachment.component))
+    }
+    _refuse_shared_modules(targets)
+    attachments = {
+        block_name: _attach(target, components[block_name], seed)
+        for block_name, target in targets.items()
+    }
+    for block_name, attachment in attachments.items():
+        declared.update(dict.fromkeys(attachment.added.trained, block_name))
     # Order by the model, not by the run file: every rank and every resume sees the same order.
     named = dict(model.named_parameters())
     for name, parameter in named.items():
         parameter.requires_grad_(name in declared)
-    _prove_complete(model, base, declared, attachments)
+    _prove_complete(model, base, declared, tuple(attachments.values()))
     _warn_of_frozen_noise(model)
     full = tuple(c for c, block in components.items() if block.mode == "full")
-    return Trainable({n: declared[n] for n in named if n in declared}, attachments, full)
+    owner = {name: declared[name] for name in named if name in declared}
+    return Trainable(owner, tuple(attachments.values()), full)
+
+
+def _refuse_shared_modules(targets: Mapping[str, Target]) -> None:
+    """A linear carries one adapter."""
+    taken: dict[str, str] = {}
+    problems = {}
+    for block_name, target in targets.items():
+        for linear in target.linears:
+            other = taken.setdefault(linear.name, block_name)
+            if other != block_name:
+                problems[block_name, other, linear.sublayer] = (
+                    f"components.{block_name}: adapts {linear.sublayer} ({linear.name}, …), as"
+                    f" components.{other} does; give them other sublayers, roles or layers"
+                )
+    if problems:
+        raise ConfigError(list(problems.values()))
 
 
 def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -106,20 +129,21 @@ def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _target(model: Any, family: Family, component: str, block: ComponentConfig) -> Target:
+def _target(model: Any, family: Family, block_name: str, block: ComponentConfig) -> Target:
     from mmtrain.models.taps import OfferedTaps, taps_of
 
+    component, label = component_and_label(block_name)
     linears: tuple[Linear, ...] = ()
     pattern = ""
     if plugins.load("method", str(block.method)).needs_linears:
-        linears, pattern = select(family, component, block, weight_shapes(model))
+        linears, pattern = select(family, block_name, block, weight_shapes(model))
     own = (n for n, _ in model.named_parameters() if component_of(family, n) == component)
     modules = (name for name, _ in model.named_modules())
-    blocks = chosen_blocks(family, component, block, modules)
+    blocks = chosen_blocks(family, block_name, block, modules)
     has_attention = component in family.sublayers
     attention = family.code.attention(model.config, component) if has_attention else None
     taps = OfferedTaps(taps_of(model), family.taps)
-    return Target(component, model, tuple(own), linears, pattern, blocks, attention, taps)
+    return Target(component, model, tuple(own), linears, pattern, blocks, attention, taps, label)
 
 
 def _attach(target: Target, block: ComponentConfig, seed: int) -> Attachment:

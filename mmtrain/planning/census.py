@@ -11,18 +11,17 @@ import torch
 
 from mmtrain import plugins
 from mmtrain.assemble import adapt
-from mmtrain.config.schema import ComponentConfig, RunConfig
+from mmtrain.config.schema import RunConfig, component_and_label
 from mmtrain.models.building import build_on_meta, working_precision
 from mmtrain.models.interface import BatchSize, Family
 from mmtrain.peft.placement import component_of
-from mmtrain.peft.trainable import Trainable
+from mmtrain.peft.trainable import Attachment, Trainable
 from mmtrain.planning.live_bytes import peak_bytes
 from mmtrain.resolve import model_options
 
 # A question, its options and a short answer, where the data set is not known.
 TEXT_TOKENS_PER_SAMPLE = 128
 _FLASH = "flash_attention_2"
-_FROZEN = ComponentConfig(mode="freeze")
 
 
 @dataclass(frozen=True)
@@ -31,10 +30,13 @@ class ComponentCount:
 
     mode: str
     method: str | None
-    modules: int  # that the method is placed on
+    modules: int  # that methods are placed on
     params: int
     peft_params: int
     trainable_params: int
+    stored_params: int  # of adapters' files; a method may train more than it stores, or less
+    # block of the run file -> sublayer -> [modules, added parameters]; "" is outside of sublayers
+    placed: Mapping[str, Mapping[str, tuple[int, int]]]
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ def count(config: RunConfig, size: BatchSize | None = None) -> Census:
     meta = torch.device("meta")
     with meta, working_precision(config.model.dtype):
         trainable = adapt(model, family, config)
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    sizes = {name: tensor.numel() for name, tensor in tensors}
     components = {
         name: _component_count(config, name, base_params[name], sizes, trainable)
         for name in family.components
@@ -109,13 +112,30 @@ def usual_size(
 def _component_count(
     config: RunConfig, name: str, params: int, sizes: Mapping[str, int], trainable: Trainable
 ) -> ComponentCount:
-    block = config.components.get(name, _FROZEN)
+    blocks = {
+        block_name: block
+        for block_name, block in config.components.items()
+        if component_and_label(block_name)[0] == name
+    }
     attachments = [one for one in trainable.attachments if one.component == name]
     return ComponentCount(
-        mode=block.mode,
-        method=block.method,
+        mode=next((block.mode for block in blocks.values()), "freeze"),
+        method=" + ".join(one.method_name for one in attachments) or None,
         modules=sum(len(one.target.linears) for one in attachments),
         params=params,
         peft_params=sum(sizes[new] for one in attachments for new in one.new_parameters),
-        trainable_params=sum(sizes[n] for n, owner in trainable.owner.items() if owner == name),
+        trainable_params=sum(sizes[n] for n, owner in trainable.owner.items() if owner in blocks),
+        stored_params=sum(sizes[n] for one in attachments for n in one.added.kept),
+        placed={one.block_name: _placed(one, sizes) for one in attachments},
     )
+
+
+def _placed(attachment: Attachment, sizes: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """What a method added, by sublayer."""
+    found: dict[str, tuple[int, int]] = {}
+    left = {name: sizes[name] for name in attachment.new_parameters}
+    for linear in attachment.target.linears:
+        mine = [name for name in left if name.startswith(f"{linear.name}.")]
+        modules, params = found.get(linear.sublayer, (0, 0))
+        found[linear.sublayer] = modules + 1, params + sum(left.pop(name) for name in mine)
+    return found | ({"": (0, sum(left.values()))} if left else {})

@@ -118,6 +118,8 @@ def loading_snippet(config: RunConfig, trainable: Trainable, base_class: type | 
     lines = list(imports)
     if trainable.attachments:
         lines.append("from peft import PeftModel")
+        own = {module for one in trainable.attachments for module in one.method.imports}
+        lines += [f"import {module}  # makes peft know the adapter" for module in sorted(own)]
     if trainable.full_components:
         lines.append("from safetensors.torch import load_file")
     lines += ["", f"base = {base_name(config)!r}", "run = '.'  # the run folder", *loading]
@@ -133,7 +135,9 @@ def loading_snippet(config: RunConfig, trainable: Trainable, base_class: type | 
             "model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False)",
         ]
         if len(trainable.attachments) > 1:
-            lines.append("model = model.merge_and_unload()")
+            # The next one is put into the model that carries this one, or has it in its weights.
+            carrying = "merge_and_unload()" if attachment.method.merges else "base_model.model"
+            lines.append(f"model = model.{carrying}")
     # No cast of the whole model at the end: it would round rotary frequencies to bf16.
     return "\n".join([*lines, "model = model.eval()"])
 

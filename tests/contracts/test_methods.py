@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from mmtrain import plugins
 from mmtrain.assemble import Assembled, build_model
 from mmtrain.config.schema import RunConfig
-from mmtrain.errors import ConfigError
+from mmtrain.errors import ConfigError, MmtrainError
 from mmtrain.models import decoding
 from mmtrain.models.interface import BatchSize
 from mmtrain.peft import methods
@@ -24,6 +24,12 @@ from mmtrain.training.export import export_trained, merged_state
 
 CONNECTOR = "model.multi_modal_projector"
 FIRST_BLOCK = "model.vision_tower.encoder.layers.0"
+TINY_MODELS = [
+    (family, preset)
+    for family in plugins.names("family")
+    for preset in plugins.load("family", family).presets
+    if preset.startswith("tiny")
+]
 SIZE = BatchSize(samples=2, tokens=40, answer_tokens=6)
 # A learned scale per channel behind every block; in a component without blocks, behind each layer.
 SCALE = """
@@ -43,6 +49,11 @@ class Options(BaseModel):
 class Scale:
     options = Options
     needs_linears = False
+    merges = True
+    imports = ()
+
+    def conflicts(self, options, around):
+        return ("tells: not in a vision tower; leave it out",) if around.component == "gone" else ()
 
     def attach(self, target, options, seed):
         for name in self.places(target):
@@ -86,11 +97,20 @@ def scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     sys.modules.pop(f"{methods.__name__}.scale", None)
 
 
-def run_of(**components: dict[str, Any]) -> RunConfig:
-    blocks = {name: {"mode": "peft", **block} for name, block in components.items()}
-    model = {"family": "llava", "preset": "tiny", "dtype": "fp32"}
-    optim = {"global_batch": SIZE.samples, "micro_batch": SIZE.samples}
-    return resolve({"model": model, "components": blocks, "optim": optim})
+def run_of(
+    blocks: Mapping[str, dict[str, Any]] | None = None,
+    model: tuple[str, str] = ("llava", "tiny"),
+    **components: dict[str, Any],
+) -> RunConfig:
+    """A run of a tiny model; `blocks` are those whose names are no Python names."""
+    named = {**(blocks or {}), **components}
+    return resolve(
+        {
+            "model": {"family": model[0], "preset": model[1], "dtype": "fp32"},
+            "components": {name: {"mode": "peft", **block} for name, block in named.items()},
+            "optim": {"global_batch": SIZE.samples, "micro_batch": SIZE.samples},
+        }
+    )
 
 
 def loss_of(assembled: Assembled) -> torch.Tensor:
@@ -98,10 +118,11 @@ def loss_of(assembled: Assembled) -> torch.Tensor:
     return decoding.forward(assembled.family, assembled.model, batch).answer_loss_sum
 
 
+@pytest.mark.parametrize("tiny", TINY_MODELS, ids="-".join)
 @pytest.mark.parametrize("name", plugins.names("method"))
-def test_a_method_says_what_it_added(name: str) -> None:
-    config = run_of(llm={"method": name})
-    base = build_model(run_of(), None)
+def test_a_method_says_what_it_added(name: str, tiny: tuple[str, str]) -> None:
+    config = run_of(llm={"method": name}, model=tiny)
+    base = build_model(run_of(model=tiny), None)
     assembled = build_model(config, None)
     (attachment,) = assembled.trainable.attachments
     added = attachment.added
@@ -116,6 +137,82 @@ def test_a_method_says_what_it_added(name: str) -> None:
     part = examine(config, world_size=1)["components"]["llm"]
     assert part["trainable_params"] == sum(parameter.numel() for parameter in trained.values())
     assert part["modules"] == len(attachment.target.linears)
+
+
+@pytest.mark.parametrize("name", plugins.names("method"))
+def test_a_method_is_merged_or_says_why_not(name: str) -> None:
+    assembled = build_model(run_of(llm={"method": name}), None)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in assembled.trained_parameters().values():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    wanted = loss_of(assembled)
+    base = build_model(run_of(), None)
+    (attachment,) = assembled.trainable.attachments
+    assert not torch.isclose(loss_of(base), wanted, rtol=1e-4)
+    if not attachment.method.merges:
+        with pytest.raises(MmtrainError, match="cannot be folded"):
+            merged_state(assembled.model, assembled.trainable)
+        return
+    state = merged_state(assembled.model, assembled.trainable)
+    base.model.load_state_dict(state, strict=False)
+    torch.testing.assert_close(loss_of(base), wanted)
+
+
+def test_two_methods_share_a_component() -> None:
+    blocks = {
+        "llm": {"method": "lora", "sublayers": ["attn"], "r": 4},
+        "llm/mlp": {"method": "bottleneck", "sublayers": ["mlp"], "size": 8, "lr": 1e-3},
+    }
+    config = run_of(blocks)
+    assembled = build_model(config, None)
+    owners = assembled.trainable.owner
+    assert set(owners.values()) == {"llm", "llm/mlp"}
+    assert all((".mlp." in name) == (owner == "llm/mlp") for name, owner in owners.items())
+    loss_of(assembled).backward()
+    assert all(p.grad is not None for p in assembled.trained_parameters().values())
+    part = examine(config, world_size=1)["components"]["llm"]
+    assert part["method"] == "lora + bottleneck"
+    sizes = {
+        block: sum(assembled.model.get_parameter(n).numel() for n in owners if owners[n] == block)
+        for block in blocks
+    }
+    assert part["placed"] == {
+        "llm": {"attn": (16, sizes["llm"])},
+        "llm/mlp": {"mlp": (12, sizes["llm/mlp"])},
+    }
+    # Each alone gives the same adapter: nothing depends on the other's being there.
+    alone = build_model(run_of(llm=blocks["llm"]), None).trained_parameters()
+    together = assembled.trained_parameters()
+    assert all(torch.equal(together[name], parameter) for name, parameter in alone.items())
+
+
+@pytest.mark.parametrize(
+    ("blocks", "wanted"),
+    [
+        (
+            {"llm": {"method": "lora"}, "llm/b": {"method": "ia3", "sublayers": ["attn"]}},
+            r"components.llm/b: adapts attn \(.*self_attn.*, …\), as components.llm does",
+        ),
+        (
+            {"llm": {"method": "lora"}, "llm/b": {"mode": "full"}},
+            "llm and llm/b share a component, which only blocks with mode peft can",
+        ),
+        ({"llm/a b": {"method": "lora"}}, "llm/a b: give letters and digits behind '/'"),
+        ({"lm/b": {"method": "lora"}}, "lm/b: unknown component"),
+        (
+            {"llm/b": {"method": "lora", "sublayers": ["att"]}},
+            "components.llm/b.sublayers: no sublayer 'att'",
+        ),
+        (
+            {"llm": {"method": "lora", "rank_pattern": {"attn.x": 2}}},
+            "components.llm.rank_pattern: 'attn.x' fits no module; .*attn.q.* or layers",
+        ),
+    ],
+)
+def test_blocks_that_do_not_fit_together(blocks: dict[str, Any], wanted: str) -> None:
+    with pytest.raises(ConfigError, match=wanted):
+        examine(run_of(blocks), world_size=1)
 
 
 def test_a_new_method_is_one_file(scale: None) -> None:

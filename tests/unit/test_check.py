@@ -76,6 +76,8 @@ def test_published_counts(
     assert report["trainable_percent"] == pytest.approx(percent, abs=5e-5)
     width = {"llava-1.5-7b": CONNECTOR_7B, "llava-1.5-13b": CONNECTOR_13B}[preset]
     assert report["components"]["connector"]["params"] == width
+    layers, hidden = {BASE_7B: (32, 4096), BASE_13B: (40, 5120)}[base]
+    attention = layers * 128 * 8 * hidden
     assert report["components"]["llm"] == {
         "mode": "peft",
         "method": "lora",
@@ -83,6 +85,13 @@ def test_published_counts(
         "params": base - width - 303_507_456,
         "peft_params": peft,
         "trainable_params": peft,
+        "stored_params": peft,
+        "placed": {
+            "llm": {
+                "attn": [{BASE_7B: 128, BASE_13B: 160}[base], attention],
+                "mlp": [{BASE_7B: 96, BASE_13B: 120}[base], peft - attention],
+            }
+        },
     }
     assert report["components"]["vision"]["mode"] == "freeze"
 

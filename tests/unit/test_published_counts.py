@@ -64,6 +64,36 @@ TRAINED = {
     "ShareGPT4V LoRA": (("llava", "sharegpt4v-7b"), "llm", lora(128, "attn", "mlp"), 319_815_680),
     "ShareGPT4V connector": (("llava", "sharegpt4v-7b"), "connector", FULL, 20_979_712),
 }
+LLAVA_7B, LLAVA_13B = ("llava", "llava-1.5-7b"), ("llava", "llava-1.5-13b")
+IA3 = {"mode": "peft", "method": "ia3"}
+QWEN_DEFAULT = {"mode": "peft", "method": "bottleneck", "size": 256}
+
+
+def bottleneck(*sublayers: str) -> dict[str, Any]:
+    return QWEN_DEFAULT | {"sublayers": list(sublayers)}
+
+
+TRAINED |= {
+    "LLaVA bottleneck mlp": (LLAVA_7B, "llm", bottleneck("mlp"), 201_326_592),
+    "LLaVA bottleneck attn": (LLAVA_7B, "llm", bottleneck("attn"), 201_326_592 * 4 // 3),
+    "LLaVA bottleneck both": (LLAVA_7B, "llm", bottleneck("attn", "mlp"), 201_326_592 * 7 // 3),
+    "LLaVA LoRA attn": (LLAVA_7B, "llm", lora(128, "attn"), 32 * 128 * 8 * 4096),
+    "LLaVA LoRA mlp": (LLAVA_7B, "llm", lora(128, "mlp"), 32 * 128 * 3 * (4096 + 11008)),
+    "LLaVA IA3 attn": (LLAVA_7B, "llm", IA3 | {"sublayers": ["attn"]}, 32 * 2 * 4096),
+    "LLaVA IA3 mlp": (LLAVA_7B, "llm", IA3 | {"sublayers": ["mlp"]}, 32 * 11008),
+    "Qwen bottleneck": (QWEN, "llm", QWEN_DEFAULT, 201_326_592),
+    "Qwen IA3": (QWEN, "llm", IA3, 483_328),
+}
+# Table 15 of the study of four methods: percent of base and adapter, without and with connector.
+# Its adapter on 13B is 2.3020, printed as 2.301.
+TABLE_15 = {
+    "bottleneck 7B": (LLAVA_7B, bottleneck("mlp"), (2.771, 3.060)),
+    "bottleneck 13B": (LLAVA_13B, bottleneck("mlp"), (2.302, 2.532)),
+    "IA3 7B": (LLAVA_7B, IA3, (0.009, 0.306)),
+    "IA3 13B": (LLAVA_13B, IA3, (0.007, 0.243)),
+    "LoRA 7B": (LLAVA_7B, lora(128, "attn", "mlp"), (4.332, 4.616)),
+    "LoRA 13B": (LLAVA_13B, lora(128, "attn", "mlp"), (3.615, 3.842)),
+}
 
 
 def examined(base: tuple[str, str], components: dict[str, Any]) -> dict[str, Any]:
@@ -79,6 +109,7 @@ def test_presets_have_the_published_size(base: tuple[str, str]) -> None:
 
 # One row of each kind; the model behind each takes two seconds to make.
 ALWAYS = ["T5 Q-Former all", "T5 groups", "T5 norm", "Vicuna all", "Qwen LoRA", "ShareGPT4V LoRA"]
+ALWAYS += ["LLaVA bottleneck both", "LLaVA IA3 attn", "Qwen bottleneck", "Qwen IA3"]
 
 
 @pytest.mark.parametrize("row", cases(ALWAYS, list(TRAINED)))
@@ -87,6 +118,16 @@ def test_what_trains_has_the_published_size(row: str) -> None:
     report = examined(base, {component: block})
     assert report["trainable_params"] == wanted
     assert report["components"][component]["trainable_params"] == wanted
+
+
+@pytest.mark.parametrize("row", cases(["bottleneck 7B", "IA3 7B"], list(TABLE_15)))
+def test_percentages_are_those_of_table_15(row: str) -> None:
+    base, block, printed = TABLE_15[row]
+    alone, with_connector = (
+        examined(base, {"llm": block, "connector": {"mode": mode}})["trainable_percent"]
+        for mode in ("freeze", "full")
+    )
+    assert (round(alone, 3), round(with_connector, 3)) == pytest.approx(printed, abs=1e-9)
 
 
 def test_qwens_released_connector_is_embeddings_and_head() -> None:

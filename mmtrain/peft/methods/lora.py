@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
+import re
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mmtrain.peft.interface import Added, Target
+from mmtrain.errors import ConfigError
+from mmtrain.peft import injection
+from mmtrain.peft.interface import Added, Linear, Surroundings, Target
 
 if TYPE_CHECKING:
     import torch
+    from peft import LoraConfig
 
 
 class LoraOptions(BaseModel):
@@ -22,6 +26,15 @@ class LoraOptions(BaseModel):
     r: int = Field(16, ge=1, description="rank")
     alpha: float = Field(32, gt=0, description="scaling is alpha / r")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    rslora: bool = Field(False, description="scaling is alpha / sqrt(r)")
+    dora: bool = Field(False, description="DoRA: the weight's norms train apart")
+    init: Literal["kaiming", "gaussian"] = Field(
+        "kaiming", description="of A: kaiming, or gaussian, N(0, 1/r); B is zero"
+    )
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict,
+        description="other ranks: sublayer, sublayer.role or layers A-B -> r; the last that fits",
+    )
 
 
 class Lora:
@@ -29,44 +42,33 @@ class Lora:
 
     options = LoraOptions
     needs_linears = True
+    merges = True
+    imports = ()
+
+    def conflicts(self, options: Any, around: Surroundings) -> Sequence[str]:
+        """DoRA reads the norms of whole weights in every forward."""
+        if options.dora and around.zero_stage == 3:
+            return ("dora: needs whole base weights, which ZeRO-3 shards; use zero2, or no dora",)
+        return ()
 
     def attach(self, target: Target, options: Any, seed: int) -> Added:
         """Inject one adapter named after the component; A is keyed, B is zero."""
-        from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.lora import LoraLayer
-
         from mmtrain.models.dropout import KeyedDropout, scope_of
 
-        model, name = target.model, target.component
-        config = LoraConfig(
-            r=options.r,
-            lora_alpha=options.alpha,
-            lora_dropout=options.dropout,
-            bias="none",
-            target_modules=target.pattern,
-            init_lora_weights=False,  # initialised below, keyed by module name
-        )
-        with warnings.catch_warnings():
-            # One adapter per component is how several components are adapted.
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            inject_adapter_in_model(config, model, adapter_name=name)
-        for other in model.modules():
-            if isinstance(other, LoraLayer):
-                # peft activates only the adapter injected last; each layer carries exactly one.
-                other.set_adapter(list(other.lora_A.keys()))
-        for module_name, layer in _layers(target):
-            _initialise(layer.lora_A[name], layer.lora_B[name], seed, module_name)
-            setattr(layer, "forward", partial(_forward, layer, name))
-            setattr(layer.lora_A[name], "forward", partial(_narrow, layer.lora_A[name]))
+        name, scope = target.adapter, scope_of(target.model)
+        for linear, layer in injection.inject(target, _config(target, options)):
+            _initialise(layer.lora_A[name], layer.lora_B[name], options, seed, linear.name)
+            if not options.dora:  # whose norms peft's own forward computes
+                setattr(layer, "forward", partial(_forward, layer, name))
+                setattr(layer.lora_A[name], "forward", partial(_narrow, layer.lora_A[name]))
             layer.lora_dropout[name] = KeyedDropout(
-                options.dropout, module_name, name, scope_of(model)
+                options.dropout, linear.name, target.component, scope
             )
-        parts = (f"{n}.lora_{part}.{name}.weight" for n, _ in _layers(target) for part in "AB")
-        return Added(tuple(parts))
+        return Added(injection.added_names(target))
 
     def export_config(self, target: Target, options: Any, base: str) -> dict[str, Any]:
         """adapter_config.json as peft reads it."""
-        return {
+        settings = {
             "peft_type": "LORA",
             "task_type": None,
             "base_model_name_or_path": base,
@@ -77,20 +79,73 @@ class Lora:
             "target_modules": target.pattern,
             "inference_mode": True,
         }
+        if options.rslora:
+            settings["use_rslora"] = True
+        if options.dora:
+            settings["use_dora"] = True
+        if options.rank_pattern:
+            settings["rank_pattern"] = _ranks(target, options)
+        return settings
 
     def export_name(self, name: str, target: Target) -> str:
-        """peft's key: its wrapper's prefix, without the adapter's name."""
-        return "base_model.model." + name.replace(f".{target.component}.weight", ".weight")
+        """peft's key, which calls DoRA's norms by their module."""
+        key = injection.export_name(name, target)
+        return key.removesuffix(".weight") if ".lora_magnitude_vector" in key else key
 
     def merge(self, target: Target) -> None:
         """Fold the adapter into the base weights, in place."""
-        for _, layer in _layers(target):
-            layer.merge(adapter_names=[target.component])
+        injection.merge(target)
 
 
-def _layers(target: Target) -> list[tuple[str, Any]]:
-    """What stands in the place of each selected linear."""
-    return [(linear.name, target.model.get_submodule(linear.name)) for linear in target.linears]
+def _config(target: Target, options: Any) -> LoraConfig:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=options.r,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        bias="none",
+        target_modules=target.pattern,
+        # Initialised here, keyed by module name. With B zero, DoRA's norms are the base's.
+        init_lora_weights=options.dora,
+        use_rslora=options.rslora,
+        use_dora=options.dora,
+        rank_pattern=_ranks(target, options),
+    )
+
+
+def _ranks(target: Target, options: Any) -> dict[str, int]:
+    """Pattern of module names -> rank, where it is not `r`."""
+    used = {key: False for key in options.rank_pattern}
+    by_rank: dict[int, list[Linear]] = {}
+    for linear in target.linears:
+        rank = options.r
+        for key, other in options.rank_pattern.items():
+            if _fits(linear, key):
+                rank, used[key] = other, True
+        by_rank.setdefault(rank, []).append(linear)
+    place = f"components.{target.component}.rank_pattern"
+    sublayers = sorted({f"{linear.sublayer}.{linear.role}" for linear in target.linears})
+    problems = [
+        f"{place}: '{key}' fits no module; give a sublayer, a sublayer.role"
+        f" ({', '.join(sublayers)}) or layers as in 0-15"
+        for key, is_used in used.items()
+        if not is_used
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return {
+        re.escape(linear.name): rank
+        for rank, linears in by_rank.items()
+        if rank != options.r
+        for linear in linears
+    }
+
+
+def _fits(linear: Linear, key: str) -> bool:
+    if layers := re.fullmatch(r"(\d+)-(\d+)", key):
+        return linear.layer is not None and int(layers[1]) <= linear.layer <= int(layers[2])
+    return key in (linear.sublayer, f"{linear.sublayer}.{linear.role}")
 
 
 def _forward(layer: Any, name: str, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -124,18 +179,15 @@ def _is_plain(layer: Any) -> bool:
     return type(layer) is nn.Linear
 
 
-def _initialise(a: Any, b: Any, seed: int, module_name: str) -> None:
-    """Kaiming-uniform A from a generator of its own, zero B."""
-    import torch
+def _initialise(a: Any, b: Any, options: LoraOptions, seed: int, module_name: str) -> None:
+    """A from a generator of its own, zero B."""
+    from torch import nn
 
-    from mmtrain.models.dropout import stable_hash
-
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(stable_hash("lora", seed, module_name))
-        weight = torch.empty(a.weight.shape)
-        torch.nn.init.kaiming_uniform_(weight, a=5**0.5)
-        a.weight.copy_(weight)
-        b.weight.zero_()
+    draw = partial(nn.init.kaiming_uniform_, a=5**0.5)
+    if options.init == "gaussian":
+        draw = partial(nn.init.normal_, std=1 / len(a.weight))
+    injection.fill(a.weight, draw, "lora", seed, module_name)
+    nn.init.zeros_(b.weight)
 
 
 METHOD = Lora()

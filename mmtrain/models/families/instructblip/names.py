@@ -83,15 +83,24 @@ SUBLAYERS: SublayerMap = {
     },
 }
 _QUERY_AND_VALUE = ("q", "v")
+_LLM_ATTENTIONS = ("attn", "encoder_attn", "decoder_attn", "cross_attn")
 # The published fine-tuning code adapts only these where it names an attention.
 DEFAULT_ROLES: DefaultRoles = {
     "lora": {
         "qformer": {"self_attn": _QUERY_AND_VALUE},
-        "llm": {
-            sublayer: _QUERY_AND_VALUE
-            for sublayer in ("attn", "encoder_attn", "decoder_attn", "cross_attn")
+        "llm": {sublayer: _QUERY_AND_VALUE for sublayer in _LLM_ATTENTIONS},
+    },
+    # As peft places it in T5.
+    "ia3": {
+        "vision": {"attn": ("o",), "mlp": ("down",)},
+        "qformer": {
+            "self_attn": ("k", "v"),
+            "cross_attn": ("k", "v"),
+            "ffn": ("down", "down_query"),
         },
-    }
+        "llm": dict.fromkeys(_LLM_ATTENTIONS, ("k", "v"))
+        | dict.fromkeys(("ffn", "encoder_ffn", "decoder_ffn"), ("down",)),
+    },
 }
 
 # Buffers of older versions, and a bias of T5's first cross-attention that nothing ever reads.

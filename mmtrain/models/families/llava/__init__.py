@@ -42,6 +42,13 @@ FAMILY = Family(
             "mlp": {"up": rf"{_CLIP_LAYER}\.mlp\.fc1", "down": rf"{_CLIP_LAYER}\.mlp\.fc2"},
         },
     },
+    # As the study of four methods on LLaVA placed it.
+    default_roles={
+        "ia3": {
+            "llm": {"attn": ("k", "v"), "mlp": ("down",)},
+            "vision": {"attn": ("k", "v"), "mlp": ("down",)},
+        },
+    },
     row_keys={"vision": ("image_keys",), "connector": ("image_keys",), "llm": ("row_keys",)},
     taps={
         "vision_tokens": Tap(_PROJECTOR, "input"),

@@ -39,6 +39,12 @@ FAMILY = Family(
             },
         },
     },
+    default_roles={
+        "ia3": {
+            "llm": {"attn": ("k", "v"), "mlp": ("down",)},
+            "vision": {"attn": ("o",), "mlp": ("down",)},
+        },
+    },
     row_keys={"vision": ("patch_keys", "patch_index"), "llm": ("row_keys",)},
     taps={"vision_tokens": Tap(_MERGER, "input"), "connector_output": Tap(_MERGER, "output")},
 )

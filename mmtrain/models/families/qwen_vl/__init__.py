@@ -57,9 +57,14 @@ FAMILY = Family(
             },
         },
     },
-    # The released fine-tuning code leaves mlp.c_proj out.
+    # As the released fine-tuning code and the study of four methods placed them.
     default_roles={
         "lora": {"llm": {"attn": ("qkv", "o"), "mlp": ("gate", "up")}},
+        "bottleneck": {"llm": {"attn": ("o",), "mlp": ("gate", "up")}},
+        "ia3": {
+            "llm": {"attn": ("o",), "mlp": ("down",)},
+            "vision": {"attn": ("o",), "mlp": ("down",)},
+        },
     },
     row_keys={"vision": ("image_keys",), "llm": ("row_keys",)},
     taps={

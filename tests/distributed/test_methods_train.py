@@ -1,0 +1,118 @@
+"""Every method on two ranks: the same losses under ZeRO 1 and 3, resume, export read by peft.
+
+One process group trains them all; the tests below only compare what it wrote. LoRA itself is what
+the other tests train.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from mmtrain.models import decoding
+from tests.distributed.test_invariants import FILES, SPLIT_TOLERANCE, Runs, close, validated
+from tests.in_process import one_rank
+
+BLOCKS: dict[str, dict[str, dict[str, Any]]] = {
+    "ia3": {"llm": {"method": "ia3"}},
+    "bottleneck": {"llm": {"method": "bottleneck", "size": 8, "dropout": 0.1}},
+    "parallel": {
+        "llm": {"method": "bottleneck", "size": 8, "form": "parallel", "init": "identity"},
+        "vision": {"method": "bottleneck", "size": 4, "layers": "first-1", "dropout": 0.1},
+    },
+    "dora": {"llm": {"method": "lora", "r": 4, "dora": True, "dropout": 0.1}},
+    "patterned": {
+        "llm": {
+            "method": "lora",
+            "r": 4,
+            "alpha": 4,
+            "rslora": True,
+            "init": "gaussian",
+            "rank_pattern": {"attn": 2, "mlp.down": 3, "0-0": 1},
+        }
+    },
+    "two": {
+        "llm": {"method": "lora", "sublayers": ["attn"], "r": 4, "dropout": 0.1},
+        "llm/mlp": {"method": "bottleneck", "sublayers": ["mlp"], "size": 8, "dropout": 0.1},
+    },
+}
+# DoRA needs whole base weights.
+SHARDED = {case: "zero2" if case == "dora" else "zero3" for case in BLOCKS}
+
+
+def job(runs: Runs, case: str, stage: str, name: str, stop: int | None = None) -> dict[str, Any]:
+    sections = validated(runs.digits) | {"parallel": {"deepspeed": FILES[stage]}}
+    found = runs.job(f"{case}-{name}", stop=stop, **sections)
+    connector = {"connector": {"mode": "full"}}
+    blocks = {name: {"mode": "peft", **block} for name, block in BLOCKS[case].items()}
+    found["run"]["components"] = connector | blocks
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, digit_shards: Path
+) -> Runs:
+    found = Runs(tmp_path_factory.mktemp("methods"), tiny_checkpoint, digit_shards)
+    jobs = []
+    for case in BLOCKS:
+        jobs += [job(found, case, "zero1", "whole"), job(found, case, SHARDED[case], "sharded")]
+        jobs += [job(found, case, SHARDED[case], "cut", stop) for stop in (3, None)]
+    found.go("methods", 2, jobs)
+    return found
+
+
+def trained_files(runs: Runs, name: str) -> dict[str, bytes]:
+    """Everything that a run exported, by file."""
+    folder = runs.root / name
+    files = sorted(path for part in ("adapter", "full") for path in (folder / part).rglob("*.s*"))
+    assert files
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("case", BLOCKS)
+def test_same_losses_whole_and_sharded(runs: Runs, case: str) -> None:
+    losses = runs.losses(f"{case}-sharded")
+    assert close(losses, runs.losses(f"{case}-whole"), SPLIT_TOLERANCE)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("case", BLOCKS)
+def test_resume_is_bit_equal(runs: Runs, case: str) -> None:
+    assert runs.losses(f"{case}-cut") == runs.losses(f"{case}-sharded")
+    assert trained_files(runs, f"{case}-cut") == trained_files(runs, f"{case}-sharded")
+
+
+@pytest.mark.parametrize("case", BLOCKS)
+def test_the_cards_snippet_rebuilds_the_trained_model(
+    runs: Runs, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """peft's own forward on the exported weights is the one that was trained."""
+    from mmtrain.assemble import build_source
+    from mmtrain.training.inference import ready_from_argument
+
+    run = runs.root / f"{case}-whole"
+    card = next((run / "adapter").rglob("README.md")).read_text(encoding="utf-8")
+    snippet = card[card.index("```python") + len("```python") : card.rindex("```")]
+    monkeypatch.chdir(run)
+    found: dict[str, Any] = {}
+    exec(snippet, found)
+    rebuilt_model = found["model"]
+    if isinstance(rebuilt_model, PeftModel):
+        rebuilt_model = rebuilt_model.get_base_model()
+    with one_rank():
+        ready = ready_from_argument(str(run), ["parallel.deepspeed=zero0"], base=False)
+        assert ready.config.data is not None and ready.config.data.val is not None
+        source = build_source(ready.config, ready.assembled, ready.config.data.val)
+        family, processor = ready.assembled.family, ready.assembled.processor
+        batch = family.code.collate([source.example(index) for index in range(3)], processor)
+        with torch.no_grad():
+            wanted, rebuilt = (
+                decoding.forward(family, model, batch).per_sample_loss
+                for model in (ready.assembled.model, rebuilt_model)
+            )
+    assert torch.allclose(rebuilt, wanted, rtol=1e-6)
