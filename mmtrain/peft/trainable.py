@@ -61,6 +61,11 @@ class Trainable:
     attachments: tuple[Attachment, ...]
     full_components: tuple[str, ...]
 
+    @property
+    def auxiliary(self) -> dict[str, float]:
+        """Further losses of all methods, by name, with their weights."""
+        return {k: v for one in self.attachments for k, v in one.added.auxiliary.items()}
+
     def folder_of(self, attachment: Attachment) -> str:
         """Where an adapter is exported, in the run's folder."""
         return "adapter" if len(self.attachments) == 1 else f"adapter/{attachment.target.adapter}"

@@ -65,6 +65,7 @@ class Loop:
             "train/samples_per_s": batches.num_samples / elapsed_s,
             "train/tokens_per_s": result.num_tokens / elapsed_s,
             "memory/peak_gib": peak_memory_gib(),
+            **{f"train/{name}": value for name, value in result.auxiliary.items()},
         }
         trainee.record(metrics)
         return result.loss

@@ -26,6 +26,7 @@ class StepResult:
     num_answer_tokens: int
     num_tokens: int
     gradient_norm: float
+    auxiliary: dict[str, float]  # further losses of methods, divided as the loss is
 
 
 def train_step(
@@ -36,8 +37,8 @@ def train_step(
 ) -> StepResult:
     """Forward and backward over the micro-batches, then one optimizer update.
 
-    The loss is the sum over answer tokens divided by the answer tokens of the whole global batch;
-    the factor undoes DeepSpeed's division by accumulation steps and its averaging over ranks.
+    The loss is the sum over answer tokens divided by the answer tokens of the whole global batch,
+    and so is each further loss of a method, which has its weight in backward only; the factor undoes DeepSpeed's division by accumulation steps and its averaging over ranks.
     The host waits for the device once, before the optimizer.
     """
     batches = step.micro_batches
@@ -47,17 +48,19 @@ def train_step(
         dtype=torch.int64,
     )
     factor = engine.divisor / counts[0].clamp(min=1).double()
-    loss_sums: list[torch.Tensor] = []
+    sums: list[torch.Tensor] = []  # of each micro-batch: the loss, then what is auxiliary
     sample_losses: list[torch.Tensor] = []
     for number, batch in enumerate(batches):
         result = engine.forward(batch)
-        assert not result.auxiliary, "no method with auxiliary losses exists yet"
         loss = result.answer_loss_sum
+        each = [result.auxiliary[name] for name in trainee.auxiliary]
+        sums.append(torch.stack([loss.detach(), *(one.detach().to(loss) for one in each)]))
+        for further, weight in zip(each, trainee.auxiliary.values(), strict=True):
+            loss = loss + weight * further
         engine.backward(loss * factor.to(loss), number == len(batches) - 1)
-        loss_sums.append(loss.detach())
         sample_losses.append(result.per_sample_loss.detach())
         if number == len(batches) - 1:
-            found = _checked(engine, loss_sums, sample_losses, counts, batches, trainee)
+            found = _checked(engine, sums, sample_losses, counts, batches, trainee)
             if before_optimizer is not None:
                 before_optimizer()
         engine.step()
@@ -66,7 +69,7 @@ def train_step(
 
 def _checked(
     engine: Engine,
-    loss_sums: Sequence[torch.Tensor],
+    micro_sums: Sequence[torch.Tensor],
     sample_losses: Sequence[torch.Tensor],
     counts: torch.Tensor,
     batches: Sequence[Batch],
@@ -79,12 +82,14 @@ def _checked(
     losses = torch.cat(list(sample_losses))
     squared = engine.squared_gradient_norm().to(losses.device)
     # A sum that holds an infinity may be NaN: how many are bad is counted apart.
-    sums = [reduce(torch.add, loss_sums), squared.nan_to_num(0.0, 0.0, 0.0)]
+    loss_sum, *further = reduce(torch.add, micro_sums)
+    sums = [loss_sum, squared.nan_to_num(0.0, 0.0, 0.0)]
     unwritten = losses.new_full((), bool(trainee.recorder.fault))
     faults = [(~torch.isfinite(losses)).sum(), ~torch.isfinite(squared), unwritten]
-    summed = distributed.summed_over_ranks(torch.stack([one.double() for one in (*sums, *faults)]))
-    found = torch.cat([summed, counts.double()]).tolist()
-    loss_sum, squared_norm, bad_losses, bad_gradients, unwritten_lines, *counted = found
+    wanted = [one.double() for one in (*sums, *faults, *further)]
+    found = torch.cat([distributed.summed_over_ranks(torch.stack(wanted)), counts.double()])
+    loss_total, squared_norm, bad_losses, bad_gradients, unwritten_lines, *rest = found.tolist()
+    counted, further_sums = rest[-len(counts) :], rest[: -len(counts)]
     ids = [sample_id for batch in batches for sample_id in batch.ids]
     if bad_losses:
         pairs = zip(ids, losses.tolist(), strict=True)
@@ -96,5 +101,9 @@ def _checked(
     if unwritten_lines:
         on_main(trainee.recorder.refuse_fault)
     answer_tokens, tokens = map(int, counted)
-    loss = loss_sum / max(1, answer_tokens)
-    return StepResult(loss, answer_tokens, tokens, math.sqrt(squared_norm))
+    divisor = max(1, answer_tokens)
+    auxiliary = {
+        name: total / divisor for name, total in zip(trainee.auxiliary, further_sums, strict=True)
+    }
+    norm = math.sqrt(squared_norm)
+    return StepResult(loss_total / divisor, answer_tokens, tokens, norm, auxiliary)

@@ -45,7 +45,8 @@ class Trainee:
     run_dir: Path
     recorder: Recorder
     parameters: Parameters
-    owner: Mapping[str, str]  # parameter -> component
+    owner: Mapping[str, str]  # parameter -> block of the run file
+    auxiliary: Mapping[str, float]  # further losses of its methods -> weight
     scope: DropoutScope
     stopping: EarlyStopping
     steps_per_epoch: int
@@ -65,6 +66,7 @@ class Trainee:
             recorder=session.recorder,
             parameters=assembled.trained_parameters(),
             owner=assembled.trainable.owner,
+            auxiliary=assembled.trainable.auxiliary,
             scope=scope_of(assembled.model),
             stopping=EarlyStopping.of(config.validation, task),
             steps_per_epoch=per_epoch,
