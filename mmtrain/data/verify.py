@@ -33,7 +33,9 @@ _LISTED_AT_MOST = 20
 OnBytes = Callable[[int, int], None]  # bytes done, bytes in all
 
 
-def verify_folder(folder: Path, progress: OnBytes | None = None) -> list[str]:
+def verify_folder(
+    folder: Path, progress: OnBytes = lambda bytes_done, bytes_in_all: None
+) -> list[str]:
     """Every problem of a shard folder, each naming its file; an empty list if there is none.
 
     Of samples that training would refuse, the first are named and the others counted.
@@ -59,8 +61,8 @@ def verify_folder(folder: Path, progress: OnBytes | None = None) -> list[str]:
             problems.append(damage)
         for end, refusal in _looked_through(shard, task) if damage is None else ():
             refused += refusal
-            _report(progress, shard.start + end, manifest.num_bytes)
-        _report(progress, shard.start + shard.info.bytes, manifest.num_bytes)
+            progress(shard.start + end, manifest.num_bytes)
+        progress(shard.start + shard.info.bytes, manifest.num_bytes)
     return problems + shortened(refused)
 
 
@@ -68,11 +70,6 @@ def shortened(problems: list[str]) -> list[str]:
     """The first of many problems, and how many more there are."""
     more = len(problems) - _LISTED_AT_MOST
     return [*problems[:_LISTED_AT_MOST], *([f"and {more} more samples."] if more > 0 else [])]
-
-
-def _report(progress: OnBytes | None, done: int, total: int) -> None:
-    if progress is not None:
-        progress(done, total)
 
 
 @dataclass(frozen=True)
