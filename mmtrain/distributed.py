@@ -124,17 +124,10 @@ def _group_device() -> torch.device:
     return torch.device("cpu")
 
 
-def sum_over_ranks(
-    values: Sequence[float] | torch.Tensor, dtype: torch.dtype = torch.float64
-) -> list[float]:
-    """Sum a few numbers over all ranks (use dtype int64 for counts)."""
-    return summed_over_ranks(values, dtype).tolist()
-
-
 def summed_over_ranks(
     values: Sequence[float] | torch.Tensor, dtype: torch.dtype = torch.float64
 ) -> torch.Tensor:
-    """The same, left on the device: nobody waits for it."""
+    """Sums of a few numbers (counts: int64), left on the device: nobody waits for them."""
     if isinstance(values, torch.Tensor):
         tensor = values.to(_group_device(), dtype)
     else:

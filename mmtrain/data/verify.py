@@ -22,7 +22,7 @@ from mmtrain.data.manifest import (
     read_manifest,
     surplus_shards,
 )
-from mmtrain.data.tar import Run, list_members, runs
+from mmtrain.data.tar import list_members, runs
 from mmtrain.errors import DataError, MmtrainError
 from mmtrain.files import open_regular, read_at
 from mmtrain.tasks.interface import Task
@@ -99,7 +99,7 @@ def _looked_through(shard: _Shard, task: Task) -> Iterator[tuple[int, list[str]]
     """Of every sample of an intact shard: where it ends, and why training would refuse it."""
     if shard.rows is None:
         return
-    extents = [(int(row["offset"]), int(row["size"])) for row in shard.rows]
+    extents = shard.rows[["offset", "size"]].tolist()
     with open(open_regular(shard.path), "rb") as file:
         looked = examine_records(file.fileno(), shard.number, extents, task)
         for row, (offset, size), found in zip(shard.rows, extents, looked, strict=True):
@@ -163,15 +163,11 @@ def _layout_faults(file: BufferedReader, num_bytes: int, shard: _Shard) -> list[
         faults.append("the members of its samples are interleaved")
     elif len(found) != shard.info.samples:
         faults.append(f"{len(found)} samples instead of {shard.info.samples}")
-    elif shard.rows is not None and not _agree(found, shard.rows):
-        faults.append("its samples do not lie where the index says")
+    elif shard.rows is not None:
+        extents = [(run.offset, run.end - run.offset) for run in found]
+        if extents != shard.rows[["offset", "size"]].tolist():
+            faults.append("its samples do not lie where the index says")
     return faults
-
-
-def _agree(found: list[Run], rows: np.ndarray) -> bool:
-    return [(run.offset, run.end - run.offset) for run in found] == [
-        (int(row["offset"]), int(row["size"])) for row in rows
-    ]
 
 
 def _listed(names: list[str]) -> str:

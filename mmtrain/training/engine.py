@@ -1,7 +1,4 @@
-"""What trains and answers: the protocol, and its DeepSpeed form.
-
-The only caller of `deepspeed.initialize`.
-"""
+"""What trains and answers, spread over ranks. The only caller of `deepspeed.initialize`."""
 
 from __future__ import annotations
 
@@ -17,54 +14,12 @@ from mmtrain.assemble import Assembled
 from mmtrain.config.deepspeed import zero_stage
 from mmtrain.config.schema import GenerationConfig
 from mmtrain.distributed import World
-from mmtrain.evaluation.answer import Executor
 from mmtrain.models import built, decoding
 from mmtrain.models.interface import Batch, Example, Family, ForwardResult, ImageFeatures
 from mmtrain.training.numerics import nondeterminism_explained
 
 log = logging.getLogger("mmtrain")
 Parameters = Mapping[str, nn.Parameter]
-
-
-class Engine(Executor, Protocol):
-    """What answers, and trains as well: backward and step of a model that is spread over ranks.
-
-    Every rank calls the same methods in the same order.
-    """
-
-    def train_mode(self) -> None:
-        """Dropout on."""
-
-    def evaluation_mode(self) -> None:
-        """Dropout off."""
-
-    @property
-    def divisor(self) -> int:
-        """What `backward` divides a loss by: accumulation steps and ranks."""
-
-    def backward(self, loss: torch.Tensor, at_boundary: bool) -> None:
-        """Accumulate gradients; the optimizer's step comes behind the one at the boundary."""
-
-    def step(self) -> None:
-        """End a micro-step; the optimizer runs at the accumulation boundary."""
-
-    def set_learning_rates(self, rate_of_peak: Callable[[float], float]) -> float:
-        """Set every group's rate from its peak; the largest is returned, for the log."""
-
-    def squared_gradient_norm(self) -> torch.Tensor:
-        """This rank's share of the squared norm before clipping, on the device: no wait."""
-
-    def masters(self, parameters: Parameters) -> Iterator[tuple[str, torch.Tensor]]:
-        """Whole fp32 weights by name, one at a time."""
-
-    def moments(self, parameters: Parameters) -> Iterator[tuple[str, torch.Tensor]]:
-        """AdamW's moments, as `<name>.<moment>`, one at a time."""
-
-    def prepare_moments(self, step: int) -> None:
-        """The optimizer as after `step` steps, with zero moments to be set."""
-
-    def set_state(self, parameter: nn.Parameter, moment: str | None, value: torch.Tensor) -> None:
-        """Set an fp32 weight (its rounding is in the model already), or a moment."""
 
 
 class FamilyModule(nn.Module):
@@ -164,8 +119,11 @@ def _offloads_parameters(config: Mapping[str, Any]) -> bool:
     return offload.get("device", "none") != "none"
 
 
-class DeepSpeedEngine:
-    """An `Engine` under one ZeRO stage; without an optimizer it only answers."""
+class Engine:
+    """Forward, backward, step and generation of a model under one ZeRO stage.
+
+    Every rank calls the same methods in the same order. Without an optimizer it only answers.
+    """
 
     def __init__(
         self,
@@ -189,18 +147,22 @@ class DeepSpeedEngine:
         built.refuse_other_than(asked, self.model, world.device, shards)
 
     def train_mode(self) -> None:
+        """Dropout on."""
         self._module.train()
 
     def evaluation_mode(self) -> None:
+        """Dropout off."""
         self._module.eval()
 
     def image_features(self, batch: Batch) -> ImageFeatures:
+        """What evaluation asks of a batch's images, once: without gradients or dropout."""
         # No forward of DeepSpeed's runs here that would gather what the model itself owns.
         own = self.model.parameters(recurse=False)
         with nondeterminism_explained(), torch.no_grad(), distributed.gathered(own):
             return self.family.code.image_features(self.model, batch.to(self.world.device))
 
     def forward(self, batch: Batch, features: ImageFeatures | None = None) -> ForwardResult:
+        """One forward of a batch that may still be on the host."""
         with nondeterminism_explained():
             loss_sum, per_sample, auxiliary = self._module(batch.to(self.world.device), features)
         return ForwardResult(loss_sum, per_sample, batch.tensors["answer_counts"], auxiliary)
@@ -211,39 +173,47 @@ class DeepSpeedEngine:
         settings: GenerationConfig,
         features: ImageFeatures | None = None,
     ) -> list[str]:
+        """Answers to the prompts of `examples`."""
         answering = (self.model, self.processor, examples, settings, features)
         with nondeterminism_explained():
             return decoding.generate(self.family, *answering)
 
     @property
     def divisor(self) -> int:
+        """What `backward` divides a loss by: accumulation steps and ranks."""
         return self._deepspeed.gradient_accumulation_steps() * self.world.size
 
     def backward(self, loss: torch.Tensor, at_boundary: bool) -> None:
+        """Accumulate gradients; the optimizer's step comes behind the one at the boundary."""
         # Said, not counted: where bins are of tokens, steps have as many of them as they need.
         self._deepspeed.set_gradient_accumulation_boundary(at_boundary)
         with nondeterminism_explained():
             self._deepspeed.backward(loss)
 
     def step(self) -> None:
+        """End a micro-step; the optimizer runs at the accumulation boundary."""
         self._deepspeed.step()
 
     def set_learning_rates(self, rate_of_peak: Callable[[float], float]) -> float:
+        """Set every group's rate from its peak; the largest is returned, for the log."""
         groups = self._deepspeed.optimizer.param_groups
         for group in groups:
             group["lr"] = rate_of_peak(group["peak_lr"])
         return max(group["lr"] for group in groups)
 
     def squared_gradient_norm(self) -> torch.Tensor:
+        """This rank's share of the squared norm before clipping, on the device: no wait."""
         owners = self.world.size if self.stage == 0 else 1  # of each gradient
         norm = distributed.own_gradient_norm(self._deepspeed.optimizer)
         return norm.double().square() / owners
 
     def masters(self, parameters: Parameters) -> Iterator[tuple[str, torch.Tensor]]:
+        """Whole fp32 weights by name, one at a time."""
         for name, parameter in parameters.items():
             yield name, distributed.read_state(self._deepspeed.optimizer, parameter, None)
 
     def moments(self, parameters: Parameters) -> Iterator[tuple[str, torch.Tensor]]:
+        """AdamW's moments, as `<name>.<moment>`, one at a time."""
         optimizer = self._deepspeed.optimizer
         distributed.link_moments(optimizer)
         for name, parameter in parameters.items():
@@ -251,7 +221,9 @@ class DeepSpeedEngine:
                 yield f"{name}.{moment}", distributed.read_state(optimizer, parameter, moment)
 
     def prepare_moments(self, step: int) -> None:
+        """The optimizer as after `step` steps, with zero moments to be set."""
         distributed.prepare_moments(self._deepspeed.optimizer, step)
 
     def set_state(self, parameter: nn.Parameter, moment: str | None, value: torch.Tensor) -> None:
+        """Set an fp32 weight (its rounding is in the model already), or a moment."""
         distributed.write_state(self._deepspeed.optimizer, parameter, moment, value)

@@ -33,7 +33,7 @@ from mmtrain.errors import ConfigError
 from mmtrain.main_rank import on_main
 from mmtrain.tracking.fields import installed_versions
 from mmtrain.training.checkpoint import Facts
-from mmtrain.training.engine import DeepSpeedEngine, Engine, complete_config
+from mmtrain.training.engine import Engine, complete_config
 from mmtrain.training.loop import Loop, OnValidation
 from mmtrain.training.numerics import pin_numerics
 from mmtrain.training.progress import Progress
@@ -135,7 +135,7 @@ def _engine(
         start.fill_model(trainee.parameters)
     optimizer = trainee.optimizer()
     asked = asked_of(session.config)
-    engine = DeepSpeedEngine(assembled, session.world, settings, asked, optimizer)
+    engine = Engine(assembled, session.world, settings, asked, optimizer)
     if start is not None:
         start.fill_optimizer(engine, trainee.parameters)
     return engine

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -28,12 +28,7 @@ class StepResult:
     gradient_norm: float
 
 
-def train_step(
-    engine: Engine,
-    step: StepBatches,
-    trainee: Trainee,
-    before_optimizer: Callable[[], None] | None = None,
-) -> StepResult:
+def train_step(engine: Engine, step: StepBatches, trainee: Trainee) -> StepResult:
     """Forward and backward over the micro-batches, then one optimizer update.
 
     The loss is the sum over answer tokens divided by the answer tokens of the whole global batch;
@@ -58,8 +53,8 @@ def train_step(
         sample_losses.append(result.per_sample_loss.detach())
         if number == len(batches) - 1:
             found = _checked(engine, loss_sums, sample_losses, counts, batches, trainee)
-            if before_optimizer is not None:
-                before_optimizer()
+            if step.position == 0:
+                trainee.audit()
         engine.step()
     return found
 
