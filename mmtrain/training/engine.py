@@ -41,15 +41,6 @@ class FamilyModule(nn.Module):
         return result.answer_loss_sum, result.per_sample_loss, result.auxiliary
 
 
-def resolve_stage(deepspeed_config: Mapping[str, object], dtype: str) -> int:
-    """The ZeRO stage in effect: bf16 at stage 0 would silently use another optimizer."""
-    stage = zero_stage(deepspeed_config)
-    if stage == 0 and dtype == "bf16":
-        log.info("zero0 with bf16: using ZeRO stage 1, where master weights are fp32 shards")
-        return 1
-    return stage
-
-
 def complete_config(
     deepspeed_config: Mapping[str, Any],
     dtype: str,
@@ -59,7 +50,10 @@ def complete_config(
     max_grad_norm: float,
 ) -> dict[str, object]:
     """A ds_configs file plus what belongs to the run: batch sizes, precision, clipping."""
-    stage = resolve_stage(deepspeed_config, dtype)
+    stage = zero_stage(deepspeed_config)
+    if stage == 0 and dtype == "bf16":  # DeepSpeed would silently use another optimizer
+        log.info("zero0 with bf16: using ZeRO stage 1, where master weights are fp32 shards")
+        stage = 1
     config: dict[str, object] = {
         **deepspeed_config,
         "zero_optimization": {**deepspeed_config.get("zero_optimization", {}), "stage": stage},

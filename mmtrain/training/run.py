@@ -32,7 +32,7 @@ from mmtrain.distributed import World
 from mmtrain.errors import ConfigError
 from mmtrain.main_rank import on_main
 from mmtrain.tracking.fields import installed_versions
-from mmtrain.training.checkpoint import Facts
+from mmtrain.training.checkpoint import Facts, load_weights
 from mmtrain.training.engine import Engine, complete_config
 from mmtrain.training.loop import Loop, OnValidation
 from mmtrain.training.numerics import pin_numerics
@@ -132,7 +132,7 @@ def _engine(
     """The engine, and the trainee where it goes on or starts from."""
     start = find_start(trainee, assembled, initial)
     if start is not None:
-        start.fill_model(trainee.parameters)
+        load_weights(start.weights, trainee.parameters)
     optimizer = trainee.optimizer()
     asked = asked_of(session.config)
     engine = Engine(assembled, session.world, settings, asked, optimizer)

@@ -39,10 +39,6 @@ class Start:
     moments: Places = field(default_factory=dict)
     step: int = 0
 
-    def fill_model(self, parameters: Parameters) -> None:
-        """Set working weights, before the engine exists."""
-        checkpoints.load_weights(self.weights, parameters)
-
     def fill_optimizer(self, engine: Engine, parameters: Parameters) -> None:
         """Set fp32 weights, which the model has rounded, and what the optimizer knew."""
         if self.moments:

@@ -23,7 +23,6 @@ class StepResult:
     """Sums over the whole global batch, and the gradient's norm before clipping."""
 
     loss: float  # per answer token
-    num_answer_tokens: int
     num_tokens: int
     gradient_norm: float
 
@@ -92,4 +91,4 @@ def _checked(
         on_main(trainee.recorder.refuse_fault)
     answer_tokens, tokens = map(int, counted)
     loss = loss_sum / max(1, answer_tokens)
-    return StepResult(loss, answer_tokens, tokens, math.sqrt(squared_norm))
+    return StepResult(loss, tokens, math.sqrt(squared_norm))
