@@ -3,51 +3,25 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mmtrain.errors import DataError
-from mmtrain.files import lock, sync_folder
+from mmtrain.files import lock, replaced_folder
 
 
 @contextmanager
 def published(final: Path) -> Iterator[Path]:
-    """A folder beside `final` that takes its name only if the block ends well.
-
-    A killed build leaves a `.partial` folder that the next build removes; readers never see it.
-    """
-    partial = final.with_name(f".{final.name}.partial")
+    """A folder beside `final` that takes its name only if the block ends well."""
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        sync_folder(partial)
-        _replace(partial, final)
+        with replaced_folder(final) as partial:
+            yield partial
     except OSError as fault:
         raise DataError(
             f"cannot write '{fault.filename or final}': {fault.strerror};",
             "free space or choose another --out; what was there before is unchanged.",
         ) from fault
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _replace(partial: Path, final: Path) -> None:
-    """Rename `partial` to `final`; what was there goes only after the new folder is in place."""
-    replaced = final.with_name(f".{final.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():
-        final.rename(replaced)
-    try:
-        partial.rename(final)
-    except OSError:
-        if replaced.exists():
-            replaced.rename(final)
-        raise
-    sync_folder(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 @contextmanager

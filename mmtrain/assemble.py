@@ -19,7 +19,7 @@ from mmtrain.data.source import Encoder, Source
 from mmtrain.errors import CheckpointError, ConfigError
 from mmtrain.files import cache_folder, file_sha256, keep_in_cache
 from mmtrain.models.built import Asked
-from mmtrain.models.interface import Family
+from mmtrain.models.interface import Family, Processor
 from mmtrain.peft.trainable import Trainable, make_trainable
 from mmtrain.resolve import model_options
 
@@ -43,7 +43,7 @@ class Assembled:
 
     family: Family
     model: nn.Module
-    processor: Any
+    processor: Processor
     trainable: Trainable
     base_files: tuple[Path, ...]
     standard_folder: bool  # transformers reads the base's folder
@@ -55,7 +55,7 @@ class Assembled:
 
 
 def build_model(
-    config: RunConfig, zero3_config: Mapping[str, Any] | None, trains: bool = True
+    config: RunConfig, zero3_config: Mapping[str, object] | None, trains: bool = True
 ) -> Assembled:
     """Load the base, then attach and freeze (never the other way round).
 

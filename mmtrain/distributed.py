@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from mmtrain import network, ranks
 from mmtrain.errors import ConfigError, LaunchError
 
 _joined = False
+_Value = TypeVar("_Value")
 _TORCHS_LINEAR = torch.nn.functional.linear
 
 
@@ -69,23 +70,28 @@ def initialise(timeout_minutes: float = 10.0) -> World:
 
 
 def _initialise_group(place: ranks.Place, device: torch.device, timeout_minutes: float) -> None:
-    arguments: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes)}
-    if device.type == "cuda":
-        # NCCL would guess the device from the rank, which is wrong beyond the first host.
-        arguments.update(device_id=device)
+    on_cuda = device.type == "cuda"
+    rank, store = place.rank, None
     if place.size == 1 and "MASTER_ADDR" not in os.environ:
-        arguments.update(store=dist.HashStore(), rank=0, world_size=1)
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        rank, store = 0, dist.HashStore()
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
         os.environ.setdefault("MASTER_PORT", "29500")
     else:
         ranks.refuse_missing_master(place, os.environ)
-        arguments.update(init_method="env://", rank=place.rank, world_size=place.size)
-        if device.type != "cuda":
+        if not on_cuda:
             # Gloo would take whatever address the host name has, often 127.0.0.1.
             master = network.resolve(os.environ["MASTER_ADDR"])
             os.environ.setdefault("GLOO_SOCKET_IFNAME", network.interface_towards(master))
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **arguments)
+        dist.init_process_group(
+            "nccl" if on_cuda else "gloo",
+            timeout=timedelta(minutes=timeout_minutes),
+            world_size=place.size,
+            rank=rank,
+            store=store,
+            # NCCL would guess the device from the rank, which is wrong beyond the first host.
+            device_id=device if on_cuda else None,
+        )
     except (dist.DistNetworkError, dist.DistStoreError, dist.DistBackendError, ValueError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         fault = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -118,17 +124,10 @@ def _group_device() -> torch.device:
     return torch.device("cpu")
 
 
-def sum_over_ranks(
-    values: Sequence[float] | torch.Tensor, dtype: torch.dtype = torch.float64
-) -> list[float]:
-    """Sum a few numbers over all ranks (use dtype int64 for counts)."""
-    return summed_over_ranks(values, dtype).tolist()
-
-
 def summed_over_ranks(
     values: Sequence[float] | torch.Tensor, dtype: torch.dtype = torch.float64
 ) -> torch.Tensor:
-    """The same, left on the device: nobody waits for it."""
+    """Sums of a few numbers (counts: int64), left on the device: nobody waits for them."""
     if isinstance(values, torch.Tensor):
         tensor = values.to(_group_device(), dtype)
     else:
@@ -139,14 +138,14 @@ def summed_over_ranks(
     return tensor
 
 
-def gather_objects(value: Any) -> list[Any]:
+def gather_objects(value: _Value) -> list[_Value]:
     """One JSON-like value from every rank, in rank order, on every rank."""
-    gathered: list[Any] = [None] * dist.get_world_size()
+    gathered = [value] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
 
 
-def from_main(value: Any) -> Any:
+def from_main(value: _Value) -> _Value:
     """Rank 0's value, on every rank."""
     box = [value]
     dist.broadcast_object_list(box, src=0, device=_group_device())
@@ -156,14 +155,14 @@ def from_main(value: Any) -> Any:
 # --- ZeRO-3: building and touching sharded parameters ----------------------------------------
 
 
-def prepare_deepspeed(config: Mapping[str, Any]) -> None:
+def prepare_deepspeed(config: Mapping[str, object]) -> None:
     """Tell DeepSpeed of the process group; to be called before anything else of it."""
     import deepspeed
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
     try:
-        DeepSpeedZeroConfig(**config["zero_optimization"])
+        DeepSpeedZeroConfig.model_validate(config["zero_optimization"])
     except ValidationError as error:
         raise ConfigError(
             f"parallel.deepspeed: zero_optimization.{'.'.join(map(str, fault['loc']))}:"
@@ -183,7 +182,7 @@ def prepare_deepspeed(config: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def sharded_construction(deepspeed_config: Mapping[str, Any] | None) -> Iterator:
+def sharded_construction(deepspeed_config: Mapping[str, object] | None) -> Iterator[None]:
     """Inside, every module's parameters are sharded as soon as they are made (ZeRO-3 only)."""
     if deepspeed_config is None:
         # ZeRO-3 replaces it for good: a later run of this process would round as ZeRO-3 does.
@@ -203,14 +202,14 @@ def is_sharded(parameter: torch.Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
-def stored_part(parameter: Any) -> torch.Tensor:
+def stored_part(parameter: torch.Tensor) -> torch.Tensor:
     """What this rank keeps of a parameter: the piece that ZeRO-3 left it, else the whole."""
-    return parameter.ds_tensor if is_sharded(parameter) else parameter
+    return getattr(parameter, "ds_tensor", parameter)
 
 
-def full_shape(parameter: Any) -> torch.Size:
+def full_shape(parameter: torch.Tensor) -> torch.Size:
     """The parameter's shape, sharded or not."""
-    return torch.Size(parameter.ds_shape) if is_sharded(parameter) else parameter.shape
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 @contextmanager
@@ -238,63 +237,67 @@ def spans_ranks(parameter: torch.Tensor) -> bool:
     return is_sharded(parameter) and dist.get_world_size() > 1
 
 
-def restart_trace_at_each_forward(engine: Any, model: torch.nn.Module) -> None:
+def restart_trace_at_each_forward(optimizer: object, model: torch.nn.Module) -> None:
     """ZeRO-3 prefetches along a recorded order of modules, restarted at the root's forward.
 
     Generation calls the inner model, not DeepSpeed's root, so it has to restart it as well.
     """
-    offload = getattr(engine.optimizer, "parameter_offload", None)
+    offload = getattr(optimizer, "parameter_offload", None)
     if offload is None:
         return
 
-    def restart(*_: Any) -> None:
+    def restart(*_: object) -> None:
         offload.get_param_coordinator().reset_step()
 
     model.register_forward_pre_hook(restart)
 
 
 # --- the optimizer's view of a parameter: fp32 masters and moments, by name ---------------------
+# An optimizer here is AdamW at stage 0, else DeepSpeed's wrapper of it, of another class per stage.
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def _optimizer_tensors(optimizer: Any) -> list[torch.Tensor]:
+def _adamw(optimizer: object) -> torch.optim.Optimizer:
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return optimizer
+    return getattr(optimizer, "optimizer")
+
+
+def _optimizer_tensors(optimizer: object) -> list[torch.Tensor]:
     """The fp32 tensors that AdamW itself holds: flat pieces under ZeRO, else the parameters."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return list(optimizer.fp32_partitioned_groups_flat)
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return [tensor for group in inner.param_groups for tensor in group["params"]]
+    return [tensor for group in _adamw(optimizer).param_groups for tensor in group["params"]]
 
 
-def prepare_moments(engine: Any, step: int) -> None:
+def prepare_moments(optimizer: object, step: int) -> None:
     """Allocate AdamW's state as after `step` steps, with zero moments to be filled by name."""
-    optimizer = engine.optimizer
-    inner = getattr(optimizer, "optimizer", optimizer)
     for tensor in _optimizer_tensors(optimizer):
-        inner.state[tensor] = {
+        _adamw(optimizer).state[tensor] = {
             "step": torch.tensor(float(step), dtype=torch.float32),
             **{moment: torch.zeros_like(tensor) for moment in MOMENTS},
         }
-    link_moments(engine)
+    link_moments(optimizer)
 
 
-def link_moments(engine: Any) -> None:
+def link_moments(optimizer: object) -> None:
     """Before moments are read. Stages 1-2 link names to them once, too early for several groups."""
-    optimizer = engine.optimizer
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
-        optimizer._hp_optimizer_states_linked = False
+        setattr(optimizer, "_hp_optimizer_states_linked", False)
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def read_state(engine: Any, parameter: torch.nn.Parameter, moment: str | None) -> torch.Tensor:
+def read_state(
+    optimizer: object, parameter: torch.nn.Parameter, moment: str | None
+) -> torch.Tensor:
     """A whole master weight (moment None) or moment in fp32. Every rank must call."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     if moment is None:
         master = safe_get_full_fp32_param(parameter)
         return parameter.detach().float() if master is None else master
-    optimizer = engine.optimizer
-    if not hasattr(optimizer, "optimizer"):
+    if isinstance(optimizer, torch.optim.Optimizer):
         state = optimizer.state.get(parameter)
         return state[moment] if state else torch.zeros_like(parameter)
     value = safe_get_full_optimizer_state(parameter, moment)
@@ -303,7 +306,7 @@ def read_state(engine: Any, parameter: torch.nn.Parameter, moment: str | None) -
 
 
 def write_state(
-    engine: Any, parameter: torch.nn.Parameter, moment: str | None, value: torch.Tensor
+    optimizer: object, parameter: torch.nn.Parameter, moment: str | None, value: torch.Tensor
 ) -> None:
     """Set a master weight (working weights must already equal its rounding) or a moment."""
     from deepspeed.utils import (
@@ -313,8 +316,7 @@ def write_state(
         safe_set_local_optimizer_state,
     )
 
-    optimizer = engine.optimizer
-    if not hasattr(optimizer, "optimizer"):
+    if isinstance(optimizer, torch.optim.Optimizer):
         target = parameter.data if moment is None else optimizer.state[parameter][moment]
         target.copy_(value)
     elif is_sharded(parameter):
@@ -330,8 +332,8 @@ def write_state(
         safe_set_full_optimizer_state(parameter, value, moment)
 
 
-def _own_piece(parameter: Any, value: torch.Tensor) -> torch.Tensor:
-    size = parameter.ds_tensor.ds_numel
+def _own_piece(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    size: int = getattr(stored_part(parameter), "ds_numel")
     start = size * dist.get_rank()
     piece = torch.zeros(size, dtype=torch.float32, device=value.device)
     own = value.flatten()[start : start + size]
@@ -362,12 +364,11 @@ def squared_gradient_norms(parameters: Mapping[str, torch.nn.Parameter]) -> dict
     return norms
 
 
-def own_gradient_norm(engine: Any) -> torch.Tensor:
+def own_gradient_norm(optimizer: object) -> torch.Tensor:
     """Norm of what this rank's optimizer is about to use: its own share, where these are sharded.
 
     On the device: no wait, no message.
     """
-    optimizer = engine.optimizer
     if hasattr(optimizer, "norm_for_param_grads"):  # offloaded, and measured on the way
         pieces = list(optimizer.norm_for_param_grads.values())
     elif hasattr(optimizer, "averaged_gradients"):

@@ -9,10 +9,13 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import stat
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 _LOCK_RETRY_S = 0.1
 
@@ -83,9 +86,39 @@ def keep_in_cache(path: Path, content: bytes | str) -> None:
         pass
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object, sync: bool = False) -> None:
     """Replace a small JSON file."""
-    replace_file(path, json.dumps(value, indent=1))
+    replace_file(path, json.dumps(value, indent=1), sync)
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside its place that takes its name only if the block ends well.
+
+    Killed, it leaves a `.partial` folder that the next one removes; readers never see it.
+    """
+    folder = folder.absolute()
+    partial = folder.with_name(f".{folder.name}.partial")
+    before = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        sync_folder(partial)
+        # What was there goes only after the new folder is in place.
+        shutil.rmtree(before, ignore_errors=True)
+        if folder.exists():
+            folder.rename(before)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if before.exists():
+                before.rename(folder)
+            raise
+        sync_folder(folder.parent)
+        shutil.rmtree(before, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -97,7 +130,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def lock(file: IO[Any] | int, wait_s: float = 0.0) -> bool:
+def lock(file: IO[str] | IO[bytes] | int, wait_s: float = 0.0) -> bool:
     """Hold an open file or folder until it is closed; False if another process keeps it so long."""
     deadline_s = time.monotonic() + wait_s
     while True:

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 from mmtrain import distributed
 from mmtrain.errors import MmtrainError, Terminated
 from mmtrain.safe_text import presentable
 
+_Result = TypeVar("_Result")
 
-def on_main(action: Callable[[], Any]) -> Any:
+
+def on_main(action: Callable[[], _Result]) -> _Result:
     """Rank 0's result on every rank; its error, whatever it is, so that no rank is left waiting."""
-    value: Any = None
+    results: list[_Result] = []  # one, unless there is an error
     error: Exception | None = None
     text: str | None = None
     if distributed.is_main():
         try:
-            value = action()
+            results.append(action())
         except Exception as fault:
             error, text = fault, worded(fault)
-    value, text = distributed.from_main((value, text))
+    results, text = distributed.from_main((results, text))
     if error is not None:
         raise error
     if text is not None:
         raise MmtrainError(text)
-    return value
+    return results[0]
 
 
 def worded(error: BaseException) -> str:

@@ -8,18 +8,11 @@ the kernel's address table gives the interface that holds it.
 from __future__ import annotations
 
 import socket
-import struct
 from collections.abc import Iterator
 
-from mmtrain.errors import LaunchError
+import psutil
 
-_RTM_NEWADDR, _RTM_GETADDR = 20, 22
-_NLM_F_REQUEST_DUMP = 0x1 | 0x300
-_NLMSG_ERROR, _NLMSG_DONE = 2, 3
-_IFA_ADDRESS, _IFA_LOCAL = 1, 2
-_HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port
-_ADDRESS = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, interface index
-_ATTRIBUTE = struct.Struct("=HH")  # length, type
+from mmtrain.errors import LaunchError
 
 
 def resolve(name: str) -> str:
@@ -89,51 +82,8 @@ def port_is_free(port: int) -> bool:
 
 def interface_addresses() -> Iterator[tuple[str, str]]:
     """(interface, address) for every address of this machine, from the kernel."""
-    for message in _dump_addresses():
-        family, _, _, _, index = _ADDRESS.unpack_from(message)
-        attributes = dict(_attributes(message[_ADDRESS.size :]))
-        # On a point-to-point link IFA_ADDRESS is the other end; IFA_LOCAL is ours.
-        packed = attributes.get(_IFA_LOCAL, attributes.get(_IFA_ADDRESS))
-        if packed is not None and family in (socket.AF_INET, socket.AF_INET6):
-            yield socket.if_indextoname(index), socket.inet_ntop(family, packed)
-
-
-def _dump_addresses() -> list[bytes]:
-    """The payloads of the kernel's answer to 'list all addresses'."""
-    request = _HEADER.pack(_HEADER.size + _ADDRESS.size, _RTM_GETADDR, _NLM_F_REQUEST_DUMP, 1, 0)
-    payloads: list[bytes] = []
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as netlink:
-        netlink.bind((0, 0))
-        netlink.send(request + _ADDRESS.pack(socket.AF_UNSPEC, 0, 0, 0, 0))
-        while True:
-            for kind, payload in _split(netlink.recv(1 << 17)):
-                if kind == _NLMSG_DONE:
-                    return payloads
-                if kind == _NLMSG_ERROR:
-                    raise LaunchError(
-                        "the kernel did not list the network addresses of this machine.",
-                        "Name the interface in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME.",
-                    )
-                if kind == _RTM_NEWADDR:
-                    payloads.append(payload)
-
-
-def _split(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """(type, payload) of each netlink message in a datagram."""
-    while len(data) >= _HEADER.size:
-        length, kind, _, _, _ = _HEADER.unpack_from(data)
-        yield kind, data[_HEADER.size : length]
-        data = data[_aligned(length) :]
-
-
-def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """(type, value) of each attribute of a message."""
-    while len(data) >= _ATTRIBUTE.size:
-        length, kind = _ATTRIBUTE.unpack_from(data)
-        yield kind, data[_ATTRIBUTE.size : length]
-        data = data[_aligned(length) :]
-
-
-def _aligned(length: int) -> int:
-    """Netlink pads to four bytes; never zero, so that a broken answer cannot loop for ever."""
-    return max((length + 3) & ~3, 4)
+    for label, addresses in psutil.net_if_addrs().items():
+        for held in addresses:
+            if held.family in (socket.AF_INET, socket.AF_INET6):
+                # Of an alias such as eth0:1 the interface, of fe80::1%eth0 the address.
+                yield label.partition(":")[0], held.address.partition("%")[0]

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmtrain.errors import CheckpointError, MmtrainError, nearest
+from mmtrain.files import replaced_folder
 
 if TYPE_CHECKING:
     import torch
@@ -67,8 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
     quieten_libraries()
     source, target = Path(args.source), Path(args.target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise MmtrainError(f"DST {target} is not empty.", "Choose another folder, or empty it.")
+    _refuse_filled(target)
     name, family = _family_of(source, args.family)
     options = ModelOptions(
         str(source),
@@ -78,16 +77,22 @@ def run(args: argparse.Namespace) -> int:
         vision_tower=args.vision_tower,
     )
     refuse_full_disk(_bytes_to_write(family, options), target)
-    with _put_in_place(target) as folder:
+    with replaced_folder(target) as folder:
         print(f"reading {source} as {name} in {args.dtype}", flush=True)
         wanted, model_class = _write(family, options, folder)
         print("written; reading it back", flush=True)
         difference = prove(family, wanted, folder, model_class, args.dtype)
+        _refuse_filled(target)  # meanwhile
     print(f"largest difference of logits, with and without an image: {difference:.3g}")
     if not _is_of_transformers(model_class):
         print(f"transformers has no {model_class.__name__}: the folder is for mmtrain")
     print(f"wrote {target}")
     return 0
+
+
+def _refuse_filled(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise MmtrainError(f"DST {target} is not empty.", "Choose another folder, or empty it.")
 
 
 def _family_of(source: Path, chosen: str | None) -> tuple[str, Family]:
@@ -133,19 +138,6 @@ def refuse_full_disk(wanted_bytes: int, target: Path) -> None:
             f" {free_bytes / GIB:.1f} GiB free.",
             "Free some space, choose another disk, or write --dtype bf16.",
         )
-
-
-@contextmanager
-def _put_in_place(target: Path) -> Iterator[Path]:
-    """A folder beside the target that takes its place, unless anything fails."""
-    folder = target.absolute().with_name(f".{target.name}.converting")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        folder.rename(target)  # replaces an empty folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write(family: Family, options: ModelOptions, folder: Path) -> tuple[Evidence, type]:

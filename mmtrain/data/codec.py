@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from io import BytesIO
-from typing import Any
+from typing import Literal
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from pydantic import BaseModel, Field, ValidationError
 
 from mmtrain.data.tar import COPY_AGAIN, Member, split_name
 from mmtrain.errors import DataError
@@ -106,7 +107,7 @@ def encode_sample(sample: Sample, key: str) -> list[Member]:
 def decode_sample(members: Sequence[Member]) -> Sample:
     """The sample that one key's members hold. A `txt` member is an answer in plain text."""
     key = split_name(members[0][0])[0] if members else ""
-    record: dict[str, Any] | None = None
+    record: dict[str, object] | None = None
     captions: list[str] = []
     images: list[tuple[int, ImageBytes]] = []
     for name, data in members:
@@ -176,7 +177,7 @@ def _text(name: str, data: bytes) -> str:
 _WRITE_AGAIN = "correct it where the shard was made, then build or index the folder again."
 
 
-def _json_object(name: str, data: bytes) -> dict[str, Any]:
+def _json_object(name: str, data: bytes) -> dict[str, object]:
     try:
         record = json.loads(_text(name, data))
         # Escapes such as \ud800 stand for no character: no tokenizer takes them.
@@ -192,50 +193,44 @@ def _json_object(name: str, data: bytes) -> dict[str, Any]:
     return record
 
 
-def _is_text_list(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+class _Record(BaseModel):
+    """What the fields of a sample's JSON must be; others are nobody's and stay unread."""
 
-
-def _is_conversation(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        _is_text_list(turn) and len(turn) == 2 and turn[0] in ("user", "assistant")
-        for turn in value
+    id: str = Field(min_length=1, description="a text")
+    question: str = Field("", description="a text")
+    answers: tuple[str, ...] = Field((), description="a list of texts")
+    choices: tuple[str, ...] = Field((), description="a list of texts")
+    turns: tuple[tuple[Literal["user", "assistant"], str], ...] = Field(
+        (), description="a list of [user or assistant, text]"
     )
-
-
-# What the fields of a sample's JSON must be; others are nobody's and stay unread.
-_FIELDS: dict[str, tuple[Any, str, Callable[[Any], bool]]] = {
-    "id": (None, "a text", lambda value: isinstance(value, str) and value != ""),
-    "question": ("", "a text", lambda value: isinstance(value, str)),
-    "answers": ([], "a list of texts", _is_text_list),
-    "choices": ([], "a list of texts", _is_text_list),
-    "turns": ([], "a list of [user or assistant, text]", _is_conversation),
-    "meta": ({}, "an object", lambda value: isinstance(value, dict)),
-}
+    meta: dict[str, object] = Field({}, description="an object")
 
 
 def _sample(
-    record: dict[str, Any], images: tuple[ImageBytes, ...], captions: tuple[str, ...], key: str
+    record: dict[str, object], images: tuple[ImageBytes, ...], captions: tuple[str, ...], key: str
 ) -> Sample:
     """A checked Sample: JSON from a shard may hold anything."""
-    values = {name: record.get(name, default) for name, (default, _, _) in _FIELDS.items()}
-    values["id"] = record.get("id", key)
-    for name, (_, kind, fits) in _FIELDS.items():
-        if not fits(values[name]):
-            shown = json.dumps(values[name])[:_SHOWN_CHARACTERS]
-            raise DataError(f"sample {key!r}: '{name}' is {shown}, not {kind};", _WRITE_AGAIN)
+    record = {"id": key, **record}
+    try:
+        checked = _Record.model_validate(record)
+    except ValidationError as fault:
+        name = str(fault.errors()[0]["loc"][0])
+        kind, shown = _Record.model_fields[name].description, json.dumps(record[name])
+        raise DataError(
+            f"sample {key!r}: '{name}' is {shown[:_SHOWN_CHARACTERS]}, not {kind};", _WRITE_AGAIN
+        ) from fault
     expected = record.get("num_images", len(images))
     if expected != len(images):
         shown = json.dumps(expected)[:_SHOWN_CHARACTERS]
         raise DataError(f"sample {key!r} has {len(images)} images, {shown} expected;", COPY_AGAIN)
     sample = Sample(
-        id=values["id"],
+        id=checked.id,
         images=images,
-        turns=tuple(Turn(role, text) for role, text in values["turns"]),
-        question=values["question"],
-        answers=tuple(values["answers"]) or captions,
-        choices=tuple(values["choices"]),
-        meta=values["meta"],
+        turns=tuple(Turn(role, text) for role, text in checked.turns),
+        question=checked.question,
+        answers=checked.answers or captions,
+        choices=checked.choices,
+        meta=checked.meta,
     )
     return _answered(sample)
 

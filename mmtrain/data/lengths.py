@@ -11,7 +11,6 @@ import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,7 +24,7 @@ _HEADER_BYTES = 4096  # more than any header of these files
 
 def token_lengths(
     source: Source,
-    identity: Mapping[str, Any],
+    identity: Mapping[str, object],
     world: distributed.World,
     on_sample: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:

@@ -10,7 +10,6 @@ import ast
 import json
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -73,7 +72,7 @@ class Manifest(BaseModel):
     split: str
     seed: int = Field(description="keys which samples `limit` keeps")
     limit: int | None = Field(description="samples drawn from the split; null keeps all")
-    build_options: dict[str, Any] = Field(description="the task's own options")
+    build_options: dict[str, object] = Field(description="the task's own options")
     samples: int = Field(ge=1)
     shards: tuple[ShardInfo, ...]
     index_sha256: str = Field(pattern=_SHA256)
@@ -213,7 +212,7 @@ def _parse_index(data: bytes, path: Path, manifest: Manifest) -> np.ndarray:
     return np.frombuffer(rows, dtype=INDEX_DTYPE)
 
 
-def _literal(text: bytes) -> Any:
+def _literal(text: bytes) -> object:
     try:
         return ast.literal_eval(text.decode("latin-1"))
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):

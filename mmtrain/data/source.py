@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from PIL import Image
 
@@ -12,7 +11,7 @@ from mmtrain.data.codec import decode_image, image_size
 from mmtrain.data.shards import ShardFolder
 from mmtrain.errors import DataError
 from mmtrain.models.encoding import encode
-from mmtrain.models.interface import Example, Family
+from mmtrain.models.interface import Example, Family, Processor
 from mmtrain.tasks.interface import Rendered, Sample, Template
 
 
@@ -21,7 +20,7 @@ class Encoder:
     """A family's side of a run: how a rendered sample becomes an example."""
 
     family: Family
-    processor: Any
+    processor: Processor
     max_length: int
     truncation_side: str
 

@@ -52,27 +52,24 @@ class StepStream:
         if self.workers == 0:
             yield from (self.step(position) for position in range(start, stop))
             return
-        with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool:
-            pending: deque[Future[StepBatches]] = deque()
-            upcoming = iter(range(start, stop))
-            try:
-                for position in upcoming:
-                    pending.append(pool.submit(self.step, position))
-                    if len(pending) > self.workers:
-                        yield pending.popleft().result()
-                while pending:
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
+        pending: deque[Future[StepBatches]] = deque()
+        try:
+            for position in range(start, stop):
+                pending.append(pool.submit(self.step, position))
+                if len(pending) > self.workers:
                     yield pending.popleft().result()
-            finally:
-                for future in pending:
-                    future.cancel()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def equal_chunks(num_samples: int, rank: int, world_size: int, size: int) -> list[list[int]]:
     """Fixed-size chunks of this rank's samples, as many on every rank; PADDING fills them up."""
     per_round = world_size * size
-    rounds = -(-num_samples // per_round)
-    chunks = []
-    for number in range(rounds):
-        start = number * per_round + rank * size
-        chunks.append([i if i < num_samples else PADDING for i in range(start, start + size)])
-    return chunks
+    padded = -(-num_samples // per_round) * per_round
+    return [
+        [i if i < num_samples else PADDING for i in range(start, start + size)]
+        for start in range(rank * size, padded, per_round)
+    ]

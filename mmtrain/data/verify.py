@@ -22,7 +22,7 @@ from mmtrain.data.manifest import (
     read_manifest,
     surplus_shards,
 )
-from mmtrain.data.tar import Run, list_members, runs
+from mmtrain.data.tar import list_members, runs
 from mmtrain.errors import DataError, MmtrainError
 from mmtrain.files import open_regular, read_at
 from mmtrain.tasks.interface import Task
@@ -33,7 +33,9 @@ _LISTED_AT_MOST = 20
 OnBytes = Callable[[int, int], None]  # bytes done, bytes in all
 
 
-def verify_folder(folder: Path, progress: OnBytes | None = None) -> list[str]:
+def verify_folder(
+    folder: Path, progress: OnBytes = lambda bytes_done, bytes_in_all: None
+) -> list[str]:
     """Every problem of a shard folder, each naming its file; an empty list if there is none.
 
     Of samples that training would refuse, the first are named and the others counted.
@@ -59,8 +61,8 @@ def verify_folder(folder: Path, progress: OnBytes | None = None) -> list[str]:
             problems.append(damage)
         for end, refusal in _looked_through(shard, task) if damage is None else ():
             refused += refusal
-            _report(progress, shard.start + end, manifest.num_bytes)
-        _report(progress, shard.start + shard.info.bytes, manifest.num_bytes)
+            progress(shard.start + end, manifest.num_bytes)
+        progress(shard.start + shard.info.bytes, manifest.num_bytes)
     return problems + shortened(refused)
 
 
@@ -68,11 +70,6 @@ def shortened(problems: list[str]) -> list[str]:
     """The first of many problems, and how many more there are."""
     more = len(problems) - _LISTED_AT_MOST
     return [*problems[:_LISTED_AT_MOST], *([f"and {more} more samples."] if more > 0 else [])]
-
-
-def _report(progress: OnBytes | None, done: int, total: int) -> None:
-    if progress is not None:
-        progress(done, total)
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ def _looked_through(shard: _Shard, task: Task) -> Iterator[tuple[int, list[str]]
     """Of every sample of an intact shard: where it ends, and why training would refuse it."""
     if shard.rows is None:
         return
-    extents = [(int(row["offset"]), int(row["size"])) for row in shard.rows]
+    extents = shard.rows[["offset", "size"]].tolist()
     with open(open_regular(shard.path), "rb") as file:
         looked = examine_records(file.fileno(), shard.number, extents, task)
         for row, (offset, size), found in zip(shard.rows, extents, looked, strict=True):
@@ -166,15 +163,11 @@ def _layout_faults(file: BufferedReader, num_bytes: int, shard: _Shard) -> list[
         faults.append("the members of its samples are interleaved")
     elif len(found) != shard.info.samples:
         faults.append(f"{len(found)} samples instead of {shard.info.samples}")
-    elif shard.rows is not None and not _agree(found, shard.rows):
-        faults.append("its samples do not lie where the index says")
+    elif shard.rows is not None:
+        extents = [(run.offset, run.end - run.offset) for run in found]
+        if extents != shard.rows[["offset", "size"]].tolist():
+            faults.append("its samples do not lie where the index says")
     return faults
-
-
-def _agree(found: list[Run], rows: np.ndarray) -> bool:
-    return [(run.offset, run.end - run.offset) for run in found] == [
-        (int(row["offset"]), int(row["size"])) for row in rows
-    ]
 
 
 def _listed(names: list[str]) -> str:

@@ -71,7 +71,8 @@ def evaluate(
         ]
         if on_chunk is not None:
             on_chunk(number + 1, len(chunks))
-    total_loss, total_tokens = distributed.sum_over_ranks([loss_sum, num_tokens])
+    sums = distributed.summed_over_ranks([loss_sum, num_tokens])
+    total_loss, total_tokens = sums.tolist()
     everything = [one for part in distributed.gather_objects(asked) for one in part]
     scores: list[float] = []
 

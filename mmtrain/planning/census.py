@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +18,9 @@ from mmtrain.peft.placement import component_of
 from mmtrain.peft.trainable import Attachment, Trainable
 from mmtrain.planning.live_bytes import peak_bytes
 from mmtrain.resolve import model_options
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # A question, its options and a short answer, where the data set is not known.
 TEXT_TOKENS_PER_SAMPLE = 128
@@ -86,7 +89,7 @@ def count(config: RunConfig, size: BatchSize | None = None) -> Census:
     return Census(components, size, peak_bytes(family, model, batch, is_flash))
 
 
-def _planned_config(family: Family, config: RunConfig) -> Any:
+def _planned_config(family: Family, config: RunConfig) -> PretrainedConfig:
     """The package of flash attention is not needed to plan: torch's kernels keep the same."""
     options = model_options(config)
     if options.attention == _FLASH:

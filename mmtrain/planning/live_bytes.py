@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
 
 import torch
 import torch.nn.functional as functional
@@ -61,11 +61,11 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(
         self,
-        func: Callable[..., Any],
+        func: Callable[..., object],
         types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         """Run one operator and count what it made; views share a storage."""
         made = func(*args, **(kwargs or {}))
         for tensor in made if isinstance(made, (tuple, list)) else (made,):
@@ -91,13 +91,13 @@ class _MasksAreMade(TorchFunctionMode):
 
     def __torch_function__(
         self,
-        func: Callable[..., Any],
+        func: Callable[..., object],
         types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         """One call of torch's."""
-        if func is torch.Tensor.__bool__ and args[0].is_meta:
+        if func is torch.Tensor.__bool__ and isinstance(args[0], torch.Tensor) and args[0].is_meta:
             return False
         return func(*args, **(kwargs or {}))
 
@@ -109,12 +109,7 @@ def _gpu_attention(flash_attention: bool) -> Iterator[None]:
     The function itself is exchanged: recomputed blocks run where no TorchFunctionMode reaches.
     """
     written_out = functional.scaled_dot_product_attention
-
-    def fused(*args: Any, **kwargs: Any) -> torch.Tensor:
-        if flash_attention:
-            kwargs["attn_mask"] = None  # that package cuts padding out instead
-        return _fused_attention(*args, **kwargs)
-
+    fused = partial(_fused_attention, flash_attention)
     setattr(functional, "scaled_dot_product_attention", fused)
     try:
         yield
@@ -123,6 +118,7 @@ def _gpu_attention(flash_attention: bool) -> Iterator[None]:
 
 
 def _fused_attention(
+    flash_attention: bool,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -133,6 +129,8 @@ def _fused_attention(
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     """torch's choice on a GPU: flash without a mask in half precision, else memory-efficient."""
+    if flash_attention:
+        attn_mask = None  # that package cuts padding out instead
     if enable_gqa:
         copies = query.shape[1] // key.shape[1]
         key, value = (one.repeat_interleave(copies, dim=1) for one in (key, value))

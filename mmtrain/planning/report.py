@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.config.deepspeed import find_deepspeed_config, zero_stage
-from mmtrain.config.schema import DataConfig, RunConfig
+from mmtrain.config.schema import RunConfig
 from mmtrain.data.manifest import read_manifest
 from mmtrain.models.weights import check_files, has_weights
 from mmtrain.planning.census import count, usual_size
@@ -56,13 +56,9 @@ def _check_weights(config: RunConfig) -> None:
 
 def _steps(config: RunConfig) -> dict[str, int | None]:
     """Samples and steps per epoch; None where the training shards are not at hand."""
-    samples = _num_samples(config.data)
+    samples, data = None, config.data
+    if data is not None and data.train is not None and Path(data.train).is_dir():
+        samples = read_manifest(Path(data.train), data.task)[0].samples
+        samples = min(samples, data.limit or samples)
     steps = None if samples is None else -(-samples // config.optim.global_batch)
     return {"train_samples": samples, "steps_per_epoch": steps}
-
-
-def _num_samples(data: DataConfig | None) -> int | None:
-    if data is None or data.train is None or not Path(data.train).is_dir():
-        return None
-    samples = read_manifest(Path(data.train), data.task)[0].samples
-    return min(samples, data.limit or samples)

@@ -10,17 +10,18 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from mmtrain import distributed
 from mmtrain.errors import CheckpointError, TrainingError
-from mmtrain.files import file_sha256, replace_file, sync_folder
+from mmtrain.files import file_sha256, sync_folder, write_json
 from mmtrain.main_rank import worded
+from mmtrain.training.early_stopping import StoppingState
 from mmtrain.training.engine import Engine, Parameters
 from mmtrain.training.tensor_file import Place, Places, Shapes, TensorFileWriter, read_shapes
 
@@ -32,6 +33,26 @@ WEIGHTS, MOMENTS, STATE, SUMS = (
     "sha256.json",
 )
 _STEP_NAME = re.compile(r"step-(0|[1-9][0-9]*)", re.ASCII)
+
+
+class Facts(TypedDict):
+    """What a checkpoint also says of its run."""
+
+    seed: int
+    layout: dict[str, int]
+    versions: dict[str, str]
+    inputs: dict[str, str]  # digests of what a resume must find unchanged, by name
+
+
+class StoredState(Facts):
+    """state.json: all a resume needs, and all a person would ask."""
+
+    step: int
+    position: int
+    epoch: float
+    early_stopping: StoppingState
+    best_metrics: dict[str, float]
+    stopped_early: bool
 
 
 class CheckpointFolder:
@@ -50,20 +71,14 @@ class CheckpointFolder:
         """Where the checkpoint of a step lies."""
         return self.folder / f"step-{step}"
 
-    def save(
-        self,
-        engine: Engine,
-        parameters: Parameters,
-        state: Mapping[str, Any],
-        best_step: int,
-    ) -> None:
+    def save(self, engine: Engine, parameters: Parameters, state: StoredState) -> None:
         """Write one checkpoint. Every rank takes part; a failure stops all of them."""
-        step = int(state["step"])
+        step = state["step"]
         target = self.path(step)
         temporary = self.folder / f".step-{step}.writing"
         fault = ""
         if distributed.is_main():
-            fault = _guarded(lambda: self._start(temporary))
+            fault = _guarded(lambda: _start(temporary))
         fault = _write_tensors(engine, parameters, temporary, fault)
         if distributed.is_main() and not fault:
             fault = _guarded(lambda: self._finish(temporary, target, state))
@@ -76,16 +91,12 @@ class CheckpointFolder:
                 " command again to go on from the last one.",
             )
         if distributed.is_main():
-            self._prune(best_step)
+            self._prune(state["early_stopping"]["best_step"])
 
-    def _start(self, temporary: Path) -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-
-    def _finish(self, temporary: Path, target: Path, state: Mapping[str, Any]) -> None:
-        replace_file(temporary / STATE, json.dumps(state, indent=1), sync=True)
+    def _finish(self, temporary: Path, target: Path, state: StoredState) -> None:
+        write_json(temporary / STATE, state, sync=True)
         sums = {name: file_sha256(temporary / name) for name in (WEIGHTS, MOMENTS, STATE)}
-        replace_file(temporary / SUMS, json.dumps(sums, indent=1), sync=True)
+        write_json(temporary / SUMS, sums, sync=True)
         sync_folder(temporary)
         problem = find_damage(temporary)
         if problem:
@@ -119,6 +130,11 @@ class CheckpointFolder:
             log.warning("checkpoint step-%d is set aside as %s", later, aside)
 
 
+def _start(temporary: Path) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+
+
 def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
@@ -134,7 +150,7 @@ def find_damage(folder: Path) -> str | None:
     return f"{STATE} holds no usable {', '.join(wrong)}" if wrong else None
 
 
-def _unusable(state: Mapping[str, Any]) -> list[str]:
+def _unusable(state: StoredState) -> list[str]:
     """Keys of state.json that training cannot go on from: its sum may fit a stranger."""
     stopping, number = state["early_stopping"], int | float
     usable = {
@@ -189,7 +205,7 @@ def tensor_shapes(parameters: Parameters) -> tuple[Shapes, Shapes]:
     return weights, {f"{n}.{key}": s for n, s in weights.items() for key in distributed.MOMENTS}
 
 
-def read_state_file(folder: Path) -> dict[str, Any]:
+def read_state_file(folder: Path) -> StoredState:
     """state.json of a checkpoint."""
     return json.loads((folder / STATE).read_text())
 

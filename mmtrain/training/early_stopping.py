@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 from mmtrain.config.schema import ValidateConfig
 from mmtrain.errors import TrainingError, nearest
 from mmtrain.tasks.interface import Metric, Task, validation_metrics
+
+
+class StoppingState(TypedDict):
+    """What a checkpoint keeps of it."""
+
+    best_value: float | None
+    best_step: int
+    since_best: int
 
 
 @dataclass
@@ -34,10 +42,8 @@ class EarlyStopping:
         if name not in metrics:
             short = name.removeprefix("val/")
             known = [key.removeprefix("val/") for key in metrics if key.startswith("val/")]
-            raise TrainingError(
-                f"validate.metric: validation gives no '{short}';",
-                nearest(short, known),
-            )
+            fault = f"validate.metric: validation gives no '{short}';"
+            raise TrainingError(fault, nearest(short, known))
         value = metrics[name]
         better = (
             self.best_value is None
@@ -56,11 +62,13 @@ class EarlyStopping:
             return False
         return self.since_best >= self.patience
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> StoppingState:
         """What a checkpoint keeps."""
-        return {name: getattr(self, name) for name in ("best_value", "best_step", "since_best")}
+        return StoppingState(
+            best_value=self.best_value, best_step=self.best_step, since_best=self.since_best
+        )
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: StoppingState) -> None:
         """Continue from a checkpoint."""
         self.best_value = state["best_value"]
         self.best_step = state["best_step"]

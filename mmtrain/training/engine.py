@@ -1,7 +1,4 @@
-"""What trains and answers: the protocol, and its DeepSpeed form.
-
-The only caller of `deepspeed.initialize`.
-"""
+"""What trains and answers, spread over ranks. The only caller of `deepspeed.initialize`."""
 
 from __future__ import annotations
 
@@ -15,6 +12,7 @@ from torch import nn
 from mmtrain import distributed
 from mmtrain.assemble import Assembled
 from mmtrain.config.deepspeed import zero_stage
+from mmtrain.config.schema import GenerationConfig
 from mmtrain.distributed import World
 from mmtrain.models import built, decoding
 from mmtrain.models.interface import Batch, Example, Family, ForwardResult, ImageFeatures
@@ -22,62 +20,6 @@ from mmtrain.training.numerics import nondeterminism_explained
 
 log = logging.getLogger("mmtrain")
 Parameters = Mapping[str, nn.Parameter]
-
-
-class Engine(Protocol):
-    """Forward, backward, step and generation of a model that is spread over ranks.
-
-    Every rank calls the same methods in the same order.
-    """
-
-    family: Any
-    processor: Any
-    world: Any
-
-    def train_mode(self) -> None:
-        """Dropout on."""
-
-    def evaluation_mode(self) -> None:
-        """Dropout off."""
-
-    def image_features(self, batch: Batch) -> ImageFeatures:
-        """What evaluation asks of a batch's images, once: without gradients or dropout."""
-
-    def forward(self, batch: Batch, features: ImageFeatures | None = None) -> ForwardResult:
-        """One forward of a batch that may still be on the host."""
-
-    def generate(
-        self, examples: Sequence[Example], settings: Any, features: ImageFeatures | None = None
-    ) -> list[str]:
-        """Answers to the prompts of `examples`."""
-
-    @property
-    def divisor(self) -> int:
-        """What `backward` divides a loss by: accumulation steps and ranks."""
-
-    def backward(self, loss: torch.Tensor, at_boundary: bool) -> None:
-        """Accumulate gradients; the optimizer's step comes behind the one at the boundary."""
-
-    def step(self) -> None:
-        """End a micro-step; the optimizer runs at the accumulation boundary."""
-
-    def set_learning_rates(self, rate_of_peak: Callable[[float], float]) -> float:
-        """Set every group's rate from its peak; the largest is returned, for the log."""
-
-    def squared_gradient_norm(self) -> torch.Tensor:
-        """This rank's share of the squared norm before clipping, on the device: no wait."""
-
-    def masters(self, parameters: Parameters) -> Iterator[tuple[str, torch.Tensor]]:
-        """Whole fp32 weights by name, one at a time."""
-
-    def moments(self, parameters: Parameters) -> Iterator[tuple[str, torch.Tensor]]:
-        """AdamW's moments, as `<name>.<moment>`, one at a time."""
-
-    def prepare_moments(self, step: int) -> None:
-        """The optimizer as after `step` steps, with zero moments to be set."""
-
-    def set_state(self, parameter: nn.Parameter, moment: str | None, value: torch.Tensor) -> None:
-        """Set an fp32 weight (its rounding is in the model already), or a moment."""
 
 
 class FamilyModule(nn.Module):
@@ -91,19 +33,12 @@ class FamilyModule(nn.Module):
         self.family = family
         self.model = model
 
-    def forward(self, batch: Batch, features: ImageFeatures | None) -> tuple[Any, ...]:
+    def forward(
+        self, batch: Batch, features: ImageFeatures | None
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """From images and ids to sums of losses."""
         result = decoding.forward(self.family, self.model, batch, features)
         return result.answer_loss_sum, result.per_sample_loss, result.auxiliary
-
-
-def resolve_stage(deepspeed_config: Mapping[str, Any], dtype: str) -> int:
-    """The ZeRO stage in effect: bf16 at stage 0 would silently use another optimizer."""
-    stage = zero_stage(deepspeed_config)
-    if stage == 0 and dtype == "bf16":
-        log.info("zero0 with bf16: using ZeRO stage 1, where master weights are fp32 shards")
-        return 1
-    return stage
 
 
 def complete_config(
@@ -113,18 +48,23 @@ def complete_config(
     accumulation: int,
     world_size: int,
     max_grad_norm: float,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """A ds_configs file plus what belongs to the run: batch sizes, precision, clipping."""
-    config = {key: value for key, value in deepspeed_config.items()}
-    stage = resolve_stage(deepspeed_config, dtype)
-    config["zero_optimization"] = {**config.get("zero_optimization", {}), "stage": stage}
-    config["train_micro_batch_size_per_gpu"] = micro_batch
-    config["gradient_accumulation_steps"] = accumulation
-    config["train_batch_size"] = micro_batch * accumulation * world_size
-    config["gradient_clipping"] = max_grad_norm
-    config["bf16"] = {"enabled": dtype == "bf16"}
-    config["zero_allow_untested_optimizer"] = True
-    config["steps_per_print"] = 10**9
+    stage = zero_stage(deepspeed_config)
+    if stage == 0 and dtype == "bf16":  # DeepSpeed would silently use another optimizer
+        log.info("zero0 with bf16: using ZeRO stage 1, where master weights are fp32 shards")
+        stage = 1
+    config: dict[str, object] = {
+        **deepspeed_config,
+        "zero_optimization": {**deepspeed_config.get("zero_optimization", {}), "stage": stage},
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro_batch * accumulation * world_size,
+        "gradient_clipping": max_grad_norm,
+        "bf16": {"enabled": dtype == "bf16"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
     if stage > 0:
         # Sums over micro-steps and ranks in fp32: the split of a batch must not change a loss.
         config["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -132,13 +72,24 @@ def complete_config(
     return config
 
 
+class _DeepSpeed(Protocol):
+    """What is used of DeepSpeed's engine."""
+
+    optimizer: torch.optim.Optimizer  # in name: under ZeRO a wrapper that has its param_groups
+
+    def gradient_accumulation_steps(self) -> int: ...
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None: ...
+    def backward(self, loss: torch.Tensor) -> object: ...
+    def step(self) -> object: ...
+
+
 def _initialise(
     module: nn.Module,
     optimizer: torch.optim.Optimizer | None,
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     device: torch.device,
-) -> Any:
-    """DeepSpeed's engine around the module.
+) -> tuple[nn.Module, _DeepSpeed]:
+    """DeepSpeed's engine around the module: one object, which is a module as well.
 
     No HfDeepSpeedConfig: while one is alive, transformers shards every model it builds, a later
     run's too. Families tell generation themselves to keep ranks in step.
@@ -154,7 +105,7 @@ def _initialise(
     for name, value in buffers.items():
         owner_name, _, leaf = name.rpartition(".")
         module.get_submodule(owner_name)._buffers[leaf] = value.to(device)
-    return engine
+    return engine, engine
 
 
 def _offloads_parameters(config: Mapping[str, Any]) -> bool:
@@ -162,91 +113,111 @@ def _offloads_parameters(config: Mapping[str, Any]) -> bool:
     return offload.get("device", "none") != "none"
 
 
-class DeepSpeedEngine:
-    """An `Engine` under one ZeRO stage; without an optimizer it only answers."""
+class Engine:
+    """Forward, backward, step and generation of a model under one ZeRO stage.
+
+    Every rank calls the same methods in the same order. Without an optimizer it only answers.
+    """
 
     def __init__(
         self,
         assembled: Assembled,
         world: World,
-        config: Mapping[str, Any],
+        config: Mapping[str, object],
         asked: built.Asked,
         optimizer: torch.optim.Optimizer | None,
     ) -> None:
         self.family, self.processor, self.world = assembled.family, assembled.processor, world
         self.model = assembled.model
         self.stage = zero_stage(config)
-        module = FamilyModule(self.family, self.model)
-        self.deepspeed: Any = None
+        self._module: nn.Module = FamilyModule(self.family, self.model)
         if optimizer is None and self.stage < 3:
-            self._module: Any = module.to(world.device)
+            self._module.to(world.device)
         else:
-            self._module = self.deepspeed = _initialise(module, optimizer, config, world.device)
-            distributed.restart_trace_at_each_forward(self.deepspeed, self.model)
+            made = _initialise(self._module, optimizer, config, world.device)
+            self._module, self._deepspeed = made
+            distributed.restart_trace_at_each_forward(self._deepspeed.optimizer, self.model)
         shards = torch.device("cpu") if _offloads_parameters(config) else world.device
         built.refuse_other_than(asked, self.model, world.device, shards)
 
     def train_mode(self) -> None:
+        """Dropout on."""
         self._module.train()
 
     def evaluation_mode(self) -> None:
+        """Dropout off."""
         self._module.eval()
 
     def image_features(self, batch: Batch) -> ImageFeatures:
+        """What evaluation asks of a batch's images, once: without gradients or dropout."""
         # No forward of DeepSpeed's runs here that would gather what the model itself owns.
         own = self.model.parameters(recurse=False)
         with nondeterminism_explained(), torch.no_grad(), distributed.gathered(own):
             return self.family.code.image_features(self.model, batch.to(self.world.device))
 
     def forward(self, batch: Batch, features: ImageFeatures | None = None) -> ForwardResult:
+        """One forward of a batch that may still be on the host."""
         with nondeterminism_explained():
             loss_sum, per_sample, auxiliary = self._module(batch.to(self.world.device), features)
         return ForwardResult(loss_sum, per_sample, batch.tensors["answer_counts"], auxiliary)
 
     def generate(
-        self, examples: Sequence[Example], settings: Any, features: ImageFeatures | None = None
+        self,
+        examples: Sequence[Example],
+        settings: GenerationConfig,
+        features: ImageFeatures | None = None,
     ) -> list[str]:
+        """Answers to the prompts of `examples`."""
         answering = (self.model, self.processor, examples, settings, features)
         with nondeterminism_explained():
             return decoding.generate(self.family, *answering)
 
     @property
     def divisor(self) -> int:
-        return int(self.deepspeed.gradient_accumulation_steps()) * self.world.size
+        """What `backward` divides a loss by: accumulation steps and ranks."""
+        return self._deepspeed.gradient_accumulation_steps() * self.world.size
 
     def backward(self, loss: torch.Tensor, at_boundary: bool) -> None:
+        """Accumulate gradients; the optimizer's step comes behind the one at the boundary."""
         # Said, not counted: where bins are of tokens, steps have as many of them as they need.
-        self.deepspeed.set_gradient_accumulation_boundary(at_boundary)
+        self._deepspeed.set_gradient_accumulation_boundary(at_boundary)
         with nondeterminism_explained():
-            self.deepspeed.backward(loss)
+            self._deepspeed.backward(loss)
 
     def step(self) -> None:
-        self.deepspeed.step()
+        """End a micro-step; the optimizer runs at the accumulation boundary."""
+        self._deepspeed.step()
 
     def set_learning_rates(self, rate_of_peak: Callable[[float], float]) -> float:
-        rates = []
-        for group in self.deepspeed.optimizer.param_groups:
+        """Set every group's rate from its peak; the largest is returned, for the log."""
+        groups = self._deepspeed.optimizer.param_groups
+        for group in groups:
             group["lr"] = rate_of_peak(group["peak_lr"])
-            rates.append(group["lr"])
-        return max(rates)
+        return max(group["lr"] for group in groups)
 
     def squared_gradient_norm(self) -> torch.Tensor:
+        """This rank's share of the squared norm before clipping, on the device: no wait."""
         owners = self.world.size if self.stage == 0 else 1  # of each gradient
-        return distributed.own_gradient_norm(self.deepspeed).double().square() / owners
+        norm = distributed.own_gradient_norm(self._deepspeed.optimizer)
+        return norm.double().square() / owners
 
     def masters(self, parameters: Parameters) -> Iterator[tuple[str, torch.Tensor]]:
+        """Whole fp32 weights by name, one at a time."""
         for name, parameter in parameters.items():
-            yield name, distributed.read_state(self.deepspeed, parameter, None)
+            yield name, distributed.read_state(self._deepspeed.optimizer, parameter, None)
 
     def moments(self, parameters: Parameters) -> Iterator[tuple[str, torch.Tensor]]:
-        distributed.link_moments(self.deepspeed)
+        """AdamW's moments, as `<name>.<moment>`, one at a time."""
+        optimizer = self._deepspeed.optimizer
+        distributed.link_moments(optimizer)
         for name, parameter in parameters.items():
             for moment in distributed.MOMENTS:
-                value = distributed.read_state(self.deepspeed, parameter, moment)
-                yield f"{name}.{moment}", value
+                yield f"{name}.{moment}", distributed.read_state(optimizer, parameter, moment)
 
     def prepare_moments(self, step: int) -> None:
-        distributed.prepare_moments(self.deepspeed, step)
+        """The optimizer as after `step` steps, with zero moments to be set."""
+        distributed.prepare_moments(self._deepspeed.optimizer, step)
 
     def set_state(self, parameter: nn.Parameter, moment: str | None, value: torch.Tensor) -> None:
-        distributed.write_state(self.deepspeed, parameter, moment, value)
+        """Set an fp32 weight (its rounding is in the model already), or a moment."""
+        distributed.write_state(self._deepspeed.optimizer, parameter, moment, value)

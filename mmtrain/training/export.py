@@ -6,11 +6,8 @@ Written from a checkpoint's masters; never the source of a resume.
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -19,6 +16,7 @@ from torch import nn
 from mmtrain import plugins
 from mmtrain.assemble import Assembled
 from mmtrain.config.schema import RunConfig
+from mmtrain.files import replaced_folder
 from mmtrain.peft.trainable import Attachment, Trainable
 from mmtrain.resolve import model_options
 from mmtrain.training.checkpoint import WEIGHTS
@@ -34,12 +32,12 @@ def export_trained(
     written = []
     for attachment in trainable.attachments:
         written.append(run_dir / trainable.folder_of(attachment))
-        with _replaced(written[-1]) as folder:
+        with replaced_folder(written[-1]) as folder:
             _write_adapter(checkpoint, folder, config, attachment, base_class)
             card = model_card(config, trainable, attachment, base_class)
             (folder / "README.md").write_text(card, encoding="utf-8")
     if trainable.full_components:
-        with _replaced(run_dir / "full") as folder:
+        with replaced_folder(run_dir / "full") as folder:
             for component in trainable.full_components:
                 names = {name: name for name in trainable.full_parameters(component)}
                 _copy_tensors(checkpoint, folder / f"{component}.safetensors", names, {})
@@ -92,17 +90,6 @@ def _copy_tensors(
         for new in sorted(shapes):
             writer.write(new, buffers[new] if new in buffers else reader.get_tensor(names[new]))
         writer.close()
-
-
-@contextmanager
-def _replaced(folder: Path) -> Iterator[Path]:
-    """A folder that takes the place of the old one when it is complete."""
-    temporary = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    yield temporary
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
 
 
 def base_name(config: RunConfig) -> str:
@@ -166,7 +153,7 @@ def _base_lines(config: RunConfig, base_class: type | None) -> tuple[list[str], 
     ]
 
 
-def _own_options(config: RunConfig) -> dict[str, Any]:
+def _own_options(config: RunConfig) -> dict[str, object]:
     """What the family loaded the base with."""
     model = config.model
     tower = str(Path(model.vision_tower).resolve()) if model.vision_tower else None

@@ -19,7 +19,7 @@ from mmtrain.main_rank import on_main
 from mmtrain.resolve import is_run_folder
 from mmtrain.training import checkpoint as checkpoints
 from mmtrain.training.checkpoint import WEIGHTS, CheckpointFolder
-from mmtrain.training.engine import DeepSpeedEngine, Engine, complete_config
+from mmtrain.training.engine import Engine, complete_config
 from mmtrain.training.numerics import pin_numerics
 from mmtrain.training.progress import Progress
 from mmtrain.training.run_folder import read_status
@@ -35,16 +35,6 @@ class Ready:
     engine: Engine
     assembled: Assembled
     run_dir: Path | None
-
-
-def find_run(path: str) -> tuple[Path | None, Path]:
-    """(run folder or None, run file) of an argument that names either."""
-    given = Path(path)
-    if given.is_dir():
-        if not is_run_folder(given):
-            raise MmtrainError(f"{given}: no run folder (no run.yaml there).", "Give a run folder.")
-        return given, given / "run.yaml"
-    return None, given
 
 
 def chosen_checkpoint(run_dir: Path) -> Path:
@@ -86,15 +76,18 @@ def build_ready(config: RunConfig, checkpoint: Path | None, run_dir: Path | None
         checkpoints.load_weights(places, parameters)
     for parameter in assembled.model.parameters():
         parameter.requires_grad_(False)
-    engine = DeepSpeedEngine(assembled, world, settings, asked_of(config), None)
+    engine = Engine(assembled, world, settings, asked_of(config), None)
     engine.evaluation_mode()
     return Ready(config, engine, assembled, run_dir)
 
 
 def ready_from_argument(path: str, overrides: list[str], base: bool) -> Ready:
     """What a command's RUN argument means: a run folder's best model, or a file's base."""
-    run_dir, run_file = find_run(path)
-    config = load_run_file(run_file, overrides)
+    given = Path(path)
+    run_dir = given if given.is_dir() else None
+    if run_dir is not None and not is_run_folder(run_dir):
+        raise MmtrainError(f"{given}: no run folder (no run.yaml there).", "Give a run folder.")
+    config = load_run_file(given if run_dir is None else run_dir / "run.yaml", overrides)
     checkpoint = None if base else chosen_checkpoint(run_dir or Path(config.run_dir))
     return build_ready(config, checkpoint, run_dir)
 

@@ -54,8 +54,7 @@ class Loop:
 
     def _step(self, trainee: Trainee, batches: StepBatches, began_s: float) -> float:
         rate = trainee.begin_step(self.engine)
-        audit = trainee.audit if batches.position == 0 else None
-        result = train_step(self.engine, batches, trainee, audit)
+        result = train_step(self.engine, batches, trainee)
         trainee.state.step = batches.position + 1
         elapsed_s = time.perf_counter() - began_s
         metrics = {

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
@@ -17,21 +17,24 @@ def parameter_groups(
     owner: Mapping[str, str],
     components: Mapping[str, ComponentConfig],
     optim: OptimConfig,
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """One group per component and weight decay; biases and norms are not decayed."""
-    groups: dict[tuple[str, float], dict[str, Any]] = {}
+    members: dict[tuple[str, float], list[torch.nn.Parameter]] = defaultdict(list)
     for name, parameter in parameters.items():
-        block = components[owner[name]]
-        decay = optim.weight_decay if block.weight_decay is None else block.weight_decay
-        if len(full_shape(parameter)) < 2:
-            decay = 0.0
-        peak = block.lr or optim.lr
-        key = (owner[name], decay)
-        group = groups.setdefault(
-            key, {"params": [], "lr": peak, "peak_lr": peak, "weight_decay": decay, "name": key[0]}
-        )
-        group["params"].append(parameter)
-    return list(groups.values())
+        decay = components[owner[name]].weight_decay
+        decay = optim.weight_decay if decay is None else decay
+        members[owner[name], decay if len(full_shape(parameter)) > 1 else 0.0].append(parameter)
+    peaks = {name: block.lr or optim.lr for name, block in components.items()}
+    return [
+        {
+            "params": group,
+            "lr": peaks[component],
+            "peak_lr": peaks[component],
+            "weight_decay": decay,
+            "name": component,
+        }
+        for (component, decay), group in members.items()
+    ]
 
 
 def total_steps(optim: OptimConfig, steps_per_epoch: int) -> int:

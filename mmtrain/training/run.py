@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +32,8 @@ from mmtrain.distributed import World
 from mmtrain.errors import ConfigError
 from mmtrain.main_rank import on_main
 from mmtrain.tracking.fields import installed_versions
-from mmtrain.training.engine import DeepSpeedEngine, Engine, complete_config
+from mmtrain.training.checkpoint import Facts, load_weights
+from mmtrain.training.engine import Engine, complete_config
 from mmtrain.training.loop import Loop, OnValidation
 from mmtrain.training.numerics import pin_numerics
 from mmtrain.training.progress import Progress
@@ -85,7 +85,7 @@ def _train(
     return trainee.state.best_metrics
 
 
-def _planned(config: RunConfig, world: World) -> tuple[Layout, dict[str, Any]]:
+def _planned(config: RunConfig, world: World) -> tuple[Layout, dict[str, object]]:
     """How the batch is cut and the state spread; what is wrong is known before long loading."""
     refuse_preset(config)
     data, optim = data_section(config), config.optim
@@ -125,25 +125,25 @@ def _lengths(
 def _engine(
     session: Session,
     assembled: Assembled,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, object],
     trainee: Trainee,
     initial: Sequence[Path],
 ) -> Engine:
     """The engine, and the trainee where it goes on or starts from."""
     start = find_start(trainee, assembled, initial)
     if start is not None:
-        start.fill_model(trainee.parameters)
+        load_weights(start.weights, trainee.parameters)
     optimizer = trainee.optimizer()
     asked = asked_of(session.config)
-    engine = DeepSpeedEngine(assembled, session.world, settings, asked, optimizer)
+    engine = Engine(assembled, session.world, settings, asked, optimizer)
     if start is not None:
         start.fill_optimizer(engine, trainee.parameters)
     return engine
 
 
 def _facts(
-    config: RunConfig, layout: Layout, settings: Mapping[str, Any], inputs: Mapping[str, str]
-) -> dict[str, Any]:
+    config: RunConfig, layout: Layout, settings: Mapping[str, object], inputs: dict[str, str]
+) -> Facts:
     return {
         "seed": config.seed,
         "layout": {
@@ -154,7 +154,7 @@ def _facts(
             "threads": torch.get_num_threads(),
         },
         "versions": installed_versions(),
-        "inputs": dict(inputs),
+        "inputs": inputs,
     }
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 from mmtrain.config.load import difference, dump_run, flatten_run, load_run_file
 from mmtrain.config.schema import RunConfig
@@ -36,11 +36,22 @@ class InUse(MmtrainError):
     """Another process trains in this folder."""
 
 
-def read_status(run_dir: Path) -> dict[str, Any]:
+class RunStatus(TypedDict, total=False):
+    """status.json. A finished run has metrics, best_step and step, a failed one its reason."""
+
+    state: str
+    time_s: float
+    metrics: dict[str, float]
+    best_step: int
+    step: int
+    reason: str
+
+
+def read_status(run_dir: Path) -> RunStatus:
     """status.json; an empty status where there is none yet."""
     path = run_dir / _STATUS
     try:
-        status = json.loads(path.read_text())
+        status: RunStatus = json.loads(path.read_text())
         usable = status["state"] in ("running", "failed") or (
             status["state"] == "finished"
             and isinstance(status["best_step"], int)
@@ -62,7 +73,7 @@ def _unusable_status(path: Path, fault: str) -> MmtrainError:
     )
 
 
-def write_status(run_dir: Path, state: str, **facts: Any) -> None:
+def write_status(run_dir: Path, state: str, **facts: object) -> None:
     """Say what became of the run: running, finished or failed."""
     write_json(run_dir / _STATUS, {"state": state, "time_s": time.time(), **facts})
 
@@ -162,9 +173,8 @@ def refuse_other_run(config: RunConfig, stored: Path) -> None:
         )
 
 
-def check_inputs(state: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
+def check_inputs(stored: Mapping[str, str], inputs: Mapping[str, str]) -> None:
     """A resume needs the same base and the same shards, bit for bit."""
-    stored: Mapping[str, str] = state["inputs"]
     problems = [
         f"{name}: has changed since the checkpoint was written"
         f" ({old[:12]} -> {inputs.get(name, 'gone')[:12]})"

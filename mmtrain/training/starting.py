@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from mmtrain.assemble import Assembled, base_digests
 from mmtrain.config.schema import RunConfig
@@ -16,7 +15,13 @@ from mmtrain.main_rank import on_main
 from mmtrain.peft.trainable import Trainable
 from mmtrain.resolve import adapter_files, is_run_folder
 from mmtrain.training import checkpoint as checkpoints
-from mmtrain.training.checkpoint import MOMENTS, WEIGHTS, CheckpointFolder, read_state_file
+from mmtrain.training.checkpoint import (
+    MOMENTS,
+    WEIGHTS,
+    CheckpointFolder,
+    StoredState,
+    read_state_file,
+)
 from mmtrain.training.engine import Engine, Parameters
 from mmtrain.training.inference import chosen_checkpoint
 from mmtrain.training.run_folder import BASE_FILE, check_inputs
@@ -33,10 +38,6 @@ class Start:
     weights: Places
     moments: Places = field(default_factory=dict)
     step: int = 0
-
-    def fill_model(self, parameters: Parameters) -> None:
-        """Set working weights, before the engine exists."""
-        checkpoints.load_weights(self.weights, parameters)
 
     def fill_optimizer(self, engine: Engine, parameters: Parameters) -> None:
         """Set fp32 weights, which the model has rounded, and what the optimizer knew."""
@@ -69,7 +70,7 @@ def find_start(trainee: Trainee, assembled: Assembled, initial: Sequence[Path]) 
     )
 
 
-def find_resume(folder: CheckpointFolder, inputs: Mapping[str, str]) -> dict[str, Any] | None:
+def find_resume(folder: CheckpointFolder, inputs: Mapping[str, str]) -> StoredState | None:
     """The newest good checkpoint's state, on every rank; what lies beyond it is set aside."""
     state = on_main(lambda: _newest_state(folder, inputs))
     if state is not None:
@@ -77,11 +78,11 @@ def find_resume(folder: CheckpointFolder, inputs: Mapping[str, str]) -> dict[str
     return state
 
 
-def _newest_state(folder: CheckpointFolder, inputs: Mapping[str, str]) -> dict[str, Any] | None:
+def _newest_state(folder: CheckpointFolder, inputs: Mapping[str, str]) -> StoredState | None:
     path = folder.newest_good()
     state = None if path is None else read_state_file(path)
     if state is not None:
-        check_inputs(state, inputs)
+        check_inputs(state["inputs"], inputs)
     elif folder.steps():
         log.warning("no checkpoint is good: training starts again from step 0")
     folder.set_aside_beyond(-1 if state is None else state["step"])

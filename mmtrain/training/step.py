@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -23,23 +23,18 @@ class StepResult:
     """Sums over the whole global batch, and the gradient's norm before clipping."""
 
     loss: float  # per answer token
-    num_answer_tokens: int
     num_tokens: int
     gradient_norm: float
     auxiliary: dict[str, float]  # further losses of methods, divided as the loss is
 
 
-def train_step(
-    engine: Engine,
-    step: StepBatches,
-    trainee: Trainee,
-    before_optimizer: Callable[[], None] | None = None,
-) -> StepResult:
+def train_step(engine: Engine, step: StepBatches, trainee: Trainee) -> StepResult:
     """Forward and backward over the micro-batches, then one optimizer update.
 
-    The loss is the sum over answer tokens divided by the answer tokens of the whole global batch,
-    and so is each further loss of a method, which has its weight in backward only; the factor undoes DeepSpeed's division by accumulation steps and its averaging over ranks.
-    The host waits for the device once, before the optimizer.
+    The loss is the sum over answer tokens divided by the answer tokens of the whole global batch;
+    the factor undoes DeepSpeed's division by accumulation steps and its averaging over ranks. A
+    method's further losses are divided alike, and weighed in backward. The host waits for the
+    device once, before the optimizer.
     """
     batches = step.micro_batches
     # Counted where batches are prepared, summed on the device.
@@ -61,8 +56,8 @@ def train_step(
         sample_losses.append(result.per_sample_loss.detach())
         if number == len(batches) - 1:
             found = _checked(engine, sums, sample_losses, counts, batches, trainee)
-            if before_optimizer is not None:
-                before_optimizer()
+            if step.position == 0:
+                trainee.audit()
         engine.step()
     return found
 
@@ -106,4 +101,4 @@ def _checked(
         name: total / divisor for name, total in zip(trainee.auxiliary, further_sums, strict=True)
     }
     norm = math.sqrt(squared_norm)
-    return StepResult(loss_total / divisor, answer_tokens, tokens, norm, auxiliary)
+    return StepResult(loss_total / divisor, tokens, norm, auxiliary)

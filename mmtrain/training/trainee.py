@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,7 +16,7 @@ from mmtrain.evaluation.evaluate import Evaluation, write_evaluation
 from mmtrain.main_rank import on_main
 from mmtrain.models.dropout import DropoutScope, scope_of
 from mmtrain.training.audit import component_gradient_norms, refuse_dead_components
-from mmtrain.training.checkpoint import CheckpointFolder, find_damage
+from mmtrain.training.checkpoint import CheckpointFolder, Facts, StoredState, find_damage
 from mmtrain.training.early_stopping import EarlyStopping
 from mmtrain.training.engine import Engine, Parameters
 from mmtrain.training.export import export_trained
@@ -50,13 +49,11 @@ class Trainee:
     scope: DropoutScope
     stopping: EarlyStopping
     steps_per_epoch: int
-    facts: Mapping[str, Any]  # what checkpoints also say: seed, layout, versions, inputs
+    facts: Facts
     state: RunState = field(default_factory=RunState)
 
     @classmethod
-    def of(
-        cls, session: Session, assembled: Assembled, per_epoch: int, facts: Mapping[str, Any]
-    ) -> Trainee:
+    def of(cls, session: Session, assembled: Assembled, per_epoch: int, facts: Facts) -> Trainee:
         """The one trainee of a run, before its first step."""
         config = session.config
         task = plugins.load("task", data_section(config).task)
@@ -146,26 +143,21 @@ class Trainee:
         folder, step = self.checkpoints, self.state.step
         if distributed.is_main() and folder.path(step).exists():
             log.info("checkpoint step-%d is written again", step)
-        folder.save(engine, self.parameters, self._stored_state(), self.stopping.best_step)
-
-    def _stored_state(self) -> dict[str, Any]:
-        """state.json: all a resume needs, and all a person would ask."""
-        return {
-            "step": self.state.step,
-            "position": self.state.step,
+        state: StoredState = {
+            "step": step,
+            "position": step,
             "epoch": self.epoch,
             "early_stopping": self.stopping.state(),
             "best_metrics": self.state.best_metrics,
             "stopped_early": self.state.stopped_early,
             **self.facts,
         }
+        folder.save(engine, self.parameters, state)
 
-    def restore(self, stored: Mapping[str, Any]) -> None:
+    def restore(self, stored: StoredState) -> None:
         """Go on from what a checkpoint's state.json says."""
         self.stopping.restore(stored["early_stopping"])
-        self.state = RunState(
-            int(stored["step"]), stored["best_metrics"], bool(stored["stopped_early"])
-        )
+        self.state = RunState(int(stored["step"]), stored["best_metrics"], stored["stopped_early"])
 
     def export(self, assembled: Assembled) -> tuple[int, list[Path]]:
         """Export the best intact checkpoint; its step, and what was written. Rank 0 only."""

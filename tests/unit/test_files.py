@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mmtrain.files import lock, replace_file
+from mmtrain.files import lock, replace_file, replaced_folder
 from mmtrain.tracking import client as client_module
 from mmtrain.tracking.client import TrackingError, parent_run
 
@@ -30,6 +30,26 @@ def test_a_file_is_replaced_whole(
         with pytest.raises(OSError, match="No space left"):
             replace_file(path, "lost", sync=True)
         assert path.read_bytes() == b"new"
+
+
+def test_a_folder_that_cannot_take_its_place_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, rename = tmp_path / "folder", Path.rename
+    for content in ("old", "new"):
+        with replaced_folder(folder) as partial:
+            (partial / "file").write_text(content)
+    assert (folder / "file").read_text() == "new" and list(tmp_path.iterdir()) == [folder]
+
+    def refused(path: Path, target: Path) -> Path:
+        if path.name.endswith(".partial"):
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(OSError, match="Input/output"), replaced_folder(folder) as partial:
+        (partial / "file").write_text("lost")
+    assert (folder / "file").read_text() == "new" and list(tmp_path.iterdir()) == [folder]
 
 
 def test_one_holds_a_file_or_a_folder_at_a_time(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from mmtrain.errors import LaunchError, TrainingError
 from mmtrain.models.built import Asked
 from mmtrain.models.interface import Batch
 from mmtrain.resolve import resolve
-from mmtrain.training.engine import DeepSpeedEngine
+from mmtrain.training.engine import Engine
 from mmtrain.training.numerics import pin_numerics
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
@@ -97,10 +97,10 @@ def test_what_torch_cannot_repeat_is_named_with_the_remedy() -> None:
     assembled: Any = SimpleNamespace(
         family=Unrepeatable(), model=torch.nn.Linear(1, 1), processor=None
     )
-    engine = DeepSpeedEngine(assembled, world, settings, Asked("fp32", "sdpa"), None)
+    engine = Engine(assembled, world, settings, Asked("fp32", "sdpa"), None)
     for compute in (lambda: engine.forward(Batch({}, [], 0, 0)), lambda: engine.generate([], None)):
         with pytest.raises(TrainingError, match="torch computes put_ differently") as caught:
             compute()
         assert "deterministic: false" in caught.value.remedy
     with pytest.raises(TrainingError, match="model.dtype bf16 was asked for"):
-        DeepSpeedEngine(assembled, world, settings, Asked("bf16", "sdpa"), None)
+        Engine(assembled, world, settings, Asked("bf16", "sdpa"), None)

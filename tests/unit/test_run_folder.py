@@ -130,10 +130,10 @@ def test_a_launch_whose_ranks_were_killed_says_so_in_the_folder(tmp_path: Path) 
 
 def test_changed_added_and_removed_files_of_the_base_are_named() -> None:
     stored = {"base": "a" * 64, "base/config.json": "b" * 64, "base/tokenizer.json": "c" * 64}
-    check_inputs({"inputs": stored}, stored)
+    check_inputs(stored, stored)
     now = {"base": "a" * 64, "base/config.json": "d" * 64, "base/added_tokens.json": "e" * 64}
     with pytest.raises(ConfigError) as caught:
-        check_inputs({"inputs": stored}, now)
+        check_inputs(stored, now)
     found = [problem.partition(":")[0] for problem in caught.value.problems[:-1]]
     assert found == ["base/config.json", "base/tokenizer.json", "base/added_tokens.json"]
-    check_inputs({"inputs": {"base": "a" * 64}}, now)  # a checkpoint that knows no small files
+    check_inputs({"base": "a" * 64}, now)  # a checkpoint that knows no small files
