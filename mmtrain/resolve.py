@@ -157,7 +157,7 @@ def _block_problems(family: Family | None, name: str, raw: Mapping[str, Any]) ->
         options = {key: raw[key] for key in raw if key not in RESERVED_COMPONENT_KEYS}
         problems += checked(method.options, options, place, sorted(RESERVED_COMPONENT_KEYS))[1]
     block, _ = checked(ComponentConfig, raw)
-    if family and block and block.mode == "peft":
+    if family and block and (block.mode == "peft" or block.sublayers is not None):
         needs_linears = method is None or method.needs_linears
         problems += sublayer_problems(family, name, block, needs_linears)
     return problems

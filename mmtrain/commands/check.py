@@ -83,6 +83,12 @@ def _print_tables(report: dict[str, Any], config: RunConfig) -> None:
         f" ({memory['answer_tokens_per_sample']} of the answer) per forward{recompute};"
         " plan others with --world-size N, --tokens N, --answer-tokens N"
     )
+    flops = report["flops_per_sample"]
+    console.print(
+        f"{flops['counted'] / 1e12:.2f} TFLOPs per sample to train, counted (gradients of"
+        f" activations through frozen weights included); {flops['by_formula'] / 1e12:.2f} by"
+        " (2 frozen + 4 trained parameters) x tokens"
+    )
 
 
 def _component_table(report: dict[str, Any], title: str) -> Table:

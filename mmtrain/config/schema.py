@@ -120,12 +120,10 @@ class ComponentConfig(BaseModel):
     def _method_matches_mode(self) -> ComponentConfig:
         if self.mode == "peft" and self.method is None:
             raise ValueError("mode 'peft' needs a 'method', e.g. lora")
-        if self.mode != "peft" and (self.method or self.sublayers or self.model_extra):
-            given = [
-                key
-                for key in ("method", "sublayers", *(self.model_extra or {}))
-                if key in (self.model_extra or {}) or getattr(self, key, None)
-            ]
+        extra = self.model_extra or {}
+        unread = ("method",) if self.mode == "full" else ("method", "sublayers")
+        given = [key for key in (*unread, *extra) if key in extra or getattr(self, key, None)]
+        if self.mode != "peft" and given:
             raise ValueError(f"mode '{self.mode}' takes no {', '.join(given)}; use mode 'peft'")
         return self
 

@@ -51,7 +51,9 @@ def select(
     empty = [sublayer for sublayer in block.sublayers or () if sublayer not in filled]
     if empty or not playing:
         place = f"components.{block_name}.sublayers"
-        asked = f"'{block.method}' on {', '.join(empty or wanted) or 'every sublayer'}"
+        asked = (
+            f"'{block.method or block.mode}' on {', '.join(empty or wanted) or 'every sublayer'}"
+        )
         problem = f"{asked} selects no module; {what_exists(family, component)}"
         raise ConfigError([f"{place}: {problem}; name roles, as in {{attn: [q, v]}}"])
     selected = {one.name: one for one in reversed(playing)}
@@ -155,9 +157,14 @@ def select_parameters(
 ) -> tuple[str, ...]:
     """The base parameters a `mode: full` block trains: the component, or some of its layers.
 
-    With `layers`, what lies outside of numbered blocks (embeddings, last norm, head) stays frozen.
+    With `layers`, what lies outside of numbered blocks (embeddings, last norm, head) stays frozen;
+    with `sublayers`, all but the weights and biases of these linears.
     """
     owned = tuple(name for name in parameter_names if component_of(family, name) == component)
+    if block.sublayers is not None:
+        shapes: dict[str, tuple[int, ...]] = {name.rpartition(".")[0]: () for name in owned}
+        chosen = {linear.name for linear in select(family, component, block, shapes)[0]}
+        return tuple(name for name in owned if name.rpartition(".")[0] in chosen)
     if block.layers is None or block.layers == "all":
         return owned
     layer_of = layer_numbers(family, component, owned)

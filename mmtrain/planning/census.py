@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +16,7 @@ from mmtrain.models.building import build_on_meta, working_precision
 from mmtrain.models.interface import BatchSize, Family
 from mmtrain.peft.placement import component_of
 from mmtrain.peft.trainable import Attachment, Trainable
-from mmtrain.planning.live_bytes import peak_bytes
+from mmtrain.planning.live_bytes import watch
 from mmtrain.resolve import model_options
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ class ComponentCount:
     params: int
     peft_params: int
     trainable_params: int
-    stored_params: int  # of adapters' files; a method may train more than it stores, or less
+    stored_params: int = 0  # of adapters' files; a method may train more than it stores, or less
     # block of the run file -> sublayer -> [modules, added parameters]; "" is outside of sublayers
-    placed: Mapping[str, Mapping[str, tuple[int, int]]]
+    placed: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Census:
     components: Mapping[str, ComponentCount]
     size: BatchSize  # of the micro-batch that was measured
     activation_bytes: int
+    flops: int = 0  # of the micro-batch: forward and backward as they are, recomputation included
+    flops_by_formula: int = 0  # of the same: (2 frozen + 4 trained parameters) x tokens
 
     @property
     def base_params(self) -> int:
@@ -86,7 +88,11 @@ def count(config: RunConfig, size: BatchSize | None = None) -> Census:
     size = size or usual_size(config)
     batch = family.code.planned_batch(model_config, size).to(meta)
     is_flash = config.model.attention == _FLASH
-    return Census(components, size, peak_bytes(family, model, batch, is_flash))
+    seen = watch(family, model, batch, is_flash)
+    trained = sum(sizes[name] for name in trainable.owner)
+    frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
+    by_formula = (2 * frozen + 4 * trained) * size.samples * size.tokens
+    return Census(components, size, seen.peak_bytes, seen.flops, by_formula)
 
 
 def _planned_config(family: Family, config: RunConfig) -> PretrainedConfig:

@@ -1,4 +1,4 @@
-"""The bytes that a forward and a backward pass hold at once, counted on the meta device.
+"""What a forward and a backward pass hold at once and compute, counted on the meta device.
 
 Nothing is computed there, but every tensor is made, saved for backward and freed as on a GPU:
 what a model keeps is watched, not described by a formula.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,13 +17,22 @@ import torch.nn.functional as functional
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from mmtrain.models import decoding
 from mmtrain.models.interface import Batch, Family
 
 
-def peak_bytes(family: Family, model: nn.Module, batch: Batch, flash_attention: bool) -> int:
-    """The most that is alive at once beside parameters, gradients, buffers and batch.
+@dataclass(frozen=True)
+class Watched:
+    """One forward and backward pass."""
+
+    peak_bytes: int  # the most that is alive beside parameters, gradients, buffers and batch
+    flops: int  # of matrix products, convolutions and attention
+
+
+def watch(family: Family, model: nn.Module, batch: Batch, flash_attention: bool) -> Watched:
+    """A training step's passes without its optimizer.
 
     All are on the meta device. The model is left in training mode, with its gradients dropped.
     """
@@ -42,7 +52,7 @@ def peak_bytes(family: Family, model: nn.Module, batch: Batch, flash_attention: 
     finally:
         for hook in hooks:
             hook.remove()
-    return counted.peak
+    return Watched(counted.peak, counted.flops)
 
 
 def _drop_gradient(parameter: torch.Tensor) -> None:
@@ -51,11 +61,12 @@ def _drop_gradient(parameter: torch.Tensor) -> None:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that are made inside and still in use."""
+    """Counts the storages that are made inside and still in use, and the operations of products."""
 
     def __init__(self, known: Iterable[torch.Tensor]) -> None:
         super().__init__()
         self.peak = 0
+        self.flops = 0
         self._now = 0
         self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
 
@@ -68,6 +79,8 @@ class LiveBytes(TorchDispatchMode):
     ) -> object:
         """Run one operator and count what it made; views share a storage."""
         made = func(*args, **(kwargs or {}))
+        if formula := flop_registry.get(getattr(func, "_overloadpacket", None)):
+            self.flops += formula(*args, **(kwargs or {}), out_val=made)
         for tensor in made if isinstance(made, (tuple, list)) else (made,):
             if isinstance(tensor, torch.Tensor):
                 self._count(tensor.untyped_storage())

@@ -33,6 +33,10 @@ def examine(
         "trainable_percent": 100 * census.trainable_params / total,
         "components": {name: vars(part) for name, part in census.components.items()},
         **_steps(config),
+        "flops_per_sample": {
+            "counted": census.flops / size.samples,
+            "by_formula": census.flops_by_formula / size.samples,
+        },
         "memory": {
             "world_size": world_size,
             "micro_batch": size.samples,

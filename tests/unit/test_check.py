@@ -74,6 +74,11 @@ def test_published_counts(
     assert report["total_params"] == base + peft
     assert report["trainable_params"] == trainable
     assert report["trainable_percent"] == pytest.approx(percent, abs=5e-5)
+    tokens, flops = report["memory"]["tokens_per_sample"], report["flops_per_sample"]
+    frozen = base + peft - trainable
+    assert flops["by_formula"] == (2 * frozen + 4 * trainable) * tokens
+    # Frozen weights pass gradients on, too.
+    assert flops["counted"] == pytest.approx((4 * frozen + 6 * trainable) * tokens, rel=0.05)
     width = {"llava-1.5-7b": CONNECTOR_7B, "llava-1.5-13b": CONNECTOR_13B}[preset]
     assert report["components"]["connector"]["params"] == width
     layers, hidden = {BASE_7B: (32, 4096), BASE_13B: (40, 5120)}[base]

@@ -78,13 +78,22 @@ def allocated_bytes(config: RunConfig) -> int:
     return peak
 
 
+def refuse_other_than_measured(estimated: int, config: RunConfig) -> None:
+    """On a busy machine the profiler loses events now and then: it may look three times."""
+    for _ in range(3):
+        measured = allocated_bytes(config)
+        if estimated == pytest.approx(measured, rel=TOLERANCE):
+            return
+    assert estimated == pytest.approx(measured, rel=TOLERANCE)
+
+
 @pytest.mark.parametrize("kind", ["lora", "recomputed"])
 @pytest.mark.parametrize(("name", "preset"), TINY_MODELS)
 def test_a_step_holds_what_was_estimated(name: str, preset: str, kind: str) -> None:
     sections = RECOMPUTED if kind == "recomputed" else {}
     config = run_of(name, preset, mixed(name, LORA), model=MODEL_OF[kind], **sections)
     found = count(config, SIZE).activation_bytes
-    assert found == pytest.approx(allocated_bytes(config), rel=TOLERANCE)
+    refuse_other_than_measured(found, config)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +110,7 @@ def test_so_it_is_whatever_trains(components: dict[str, Any], dtype: str) -> Non
     config = run_of("llava", "tiny", components, model={"dtype": dtype})
     found = count(config, SIZE).activation_bytes
     if components:
-        assert found == pytest.approx(allocated_bytes(config), rel=TOLERANCE)
+        refuse_other_than_measured(found, config)
     else:
         assert 0 < found < count(run_of("llava", "tiny", {"llm": LORA}), SIZE).activation_bytes / 3
 
@@ -130,7 +139,7 @@ def test_flash_attention_needs_no_package_here_and_no_mask() -> None:
 
 
 CENSUS = Census(
-    {"llm": ComponentCount("full", None, 0, params=1000, peft_params=0, trainable_params=100)},
+    {"llm": ComponentCount("full", None, 0, 1000, 0, trainable_params=100)},
     SIZE,
     activation_bytes=5000,
 )

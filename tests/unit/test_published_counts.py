@@ -81,6 +81,14 @@ TRAINED |= {
     "LLaVA LoRA mlp": (LLAVA_7B, "llm", lora(128, "mlp"), 32 * 128 * 3 * (4096 + 11008)),
     "LLaVA IA3 attn": (LLAVA_7B, "llm", IA3 | {"sublayers": ["attn"]}, 32 * 2 * 4096),
     "LLaVA IA3 mlp": (LLAVA_7B, "llm", IA3 | {"sublayers": ["mlp"]}, 32 * 11008),
+    # The heads that PETAL was compared with: as its paper counts, and as its code trains.
+    "T5 last block": (FLAN_T5_XL, "qformer", FULL | {"layers": "last-1"}, 11_811_840),
+    "T5 last intermediate": (
+        FLAN_T5_XL,
+        "qformer",
+        FULL | {"layers": "last-1", "sublayers": {"ffn": ["up", "up_query"]}},
+        4_724_736,
+    ),
     "Qwen bottleneck": (QWEN, "llm", QWEN_DEFAULT, 201_326_592),
     "Qwen IA3": (QWEN, "llm", IA3, 483_328),
 }
@@ -109,7 +117,14 @@ def test_presets_have_the_published_size(base: tuple[str, str]) -> None:
 
 # One row of each kind; the model behind each takes two seconds to make.
 ALWAYS = ["T5 Q-Former all", "T5 groups", "T5 norm", "Vicuna all", "Qwen LoRA", "ShareGPT4V LoRA"]
-ALWAYS += ["LLaVA bottleneck both", "LLaVA IA3 attn", "Qwen bottleneck", "Qwen IA3"]
+ALWAYS += [
+    "T5 last block",
+    "T5 last intermediate",
+    "LLaVA bottleneck both",
+    "LLaVA IA3 attn",
+    "Qwen bottleneck",
+    "Qwen IA3",
+]
 
 
 @pytest.mark.parametrize("row", cases(ALWAYS, list(TRAINED)))
