@@ -8,7 +8,6 @@ from hashlib import file_digest, sha256
 from io import BufferedReader, BytesIO
 from os import SEEK_END
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -119,7 +118,7 @@ def write_manifest(
     split: str,
     seed: int = 0,
     limit: int | None = None,
-    build_options: Mapping[str, Any] | None = None,
+    build_options: Mapping[str, object] | None = None,
 ) -> Manifest:
     """Write the index, then the manifest that pins it and all shards."""
     assert not inventory.problems and inventory.rows

@@ -9,7 +9,6 @@ import os
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 from data_shards.index import take_inventory, write_manifest
 from mmtrain.data.codec import encode_sample
@@ -41,7 +40,12 @@ class ShardWriter:
             self._close()
 
     def finish(
-        self, task: str, split: str, seed: int, limit: int | None, build_options: Mapping[str, Any]
+        self,
+        task: str,
+        split: str,
+        seed: int,
+        limit: int | None,
+        build_options: Mapping[str, object],
     ) -> Manifest:
         """Write what is left, look at all of it as training will, then pin it by the manifest."""
         self._close()

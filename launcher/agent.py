@@ -38,10 +38,10 @@ class Wire:
         self.fd_in, self.fd_out = fd_in, fd_out
         self.lost = False
         self._pending = b""
-        self._messages: list[dict[str, Any]] = []
+        self._messages: list[dict[str, object]] = []
         self._heard_s = time.monotonic()
 
-    def send(self, kind: str, **fields: Any) -> None:
+    def send(self, kind: str, **fields: object) -> None:
         """Send one message; a launcher that is gone makes the wire lost, nothing else."""
         data = encode(kind, **fields)
         try:

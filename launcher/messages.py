@@ -8,7 +8,6 @@ Framing rank output as JSON keeps it apart from these messages, whatever a rank 
 from __future__ import annotations
 
 import json
-from typing import Any
 
 # The launcher gives a sign of life this often; an agent that misses it for longer than the
 # limit stops its ranks, so that a lost network leaves no orphans either.
@@ -16,12 +15,12 @@ ALIVE_EVERY_S = 10.0
 SILENCE_LIMIT_S = 120.0
 
 
-def encode(kind: str, **fields: Any) -> bytes:
+def encode(kind: str, **fields: object) -> bytes:
     """A message as one line of bytes."""
     return json.dumps({"kind": kind, **fields}, ensure_ascii=True).encode("ascii") + b"\n"
 
 
-def decode(line: bytes) -> dict[str, Any] | None:
+def decode(line: bytes) -> dict[str, object] | None:
     """The message in a line, or None for a line that is none (a login banner, a warning)."""
     try:
         message = json.loads(line)

@@ -65,7 +65,7 @@ class Agent:
 
     spec: HostSpec
     process: subprocess.Popen[bytes]
-    answers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    answers: dict[str, dict[str, object]] = field(default_factory=dict)
     stderr: list[str] = field(default_factory=list)
     exit_code: int | None = None
 
@@ -74,7 +74,7 @@ class Agent:
         """The host's name."""
         return self.spec.host
 
-    def send(self, kind: str, **fields: Any) -> None:
+    def send(self, kind: str, **fields: object) -> None:
         """Send a message; an agent that is gone is noticed when its output ends."""
         assert self.process.stdin is not None
         with contextlib.suppress(OSError, ValueError):
@@ -141,7 +141,7 @@ class Launch:
         for line in agent.process.stderr:
             self.events.put((agent, "stderr", line.decode("utf-8", "replace").rstrip()))
 
-    def next_event(self, limit_s: float) -> tuple[Agent, str, Any] | None:
+    def next_event(self, limit_s: float) -> tuple[Agent, str, object] | None:
         """Take in the next event, giving signs of life meanwhile; None when the time is over."""
         deadline_s = time.monotonic() + limit_s
         while True:

@@ -28,7 +28,7 @@ from mmtrain.tracking.uri import DISABLED, URI_EXAMPLES, uri_problem
 
 
 def resolve(
-    source: str | Path | Mapping[str, Any],
+    source: str | Path | Mapping[str, object],
     overrides: Sequence[str] = (),
     world_size: int | None = None,
 ) -> RunConfig:
@@ -85,13 +85,13 @@ def method_options(block: ComponentConfig) -> Any:
     return plugins.load("method", block.method).options(**block.method_options)
 
 
-def _section(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def _section(data: Mapping[str, object], key: str) -> Mapping[str, Any]:
     """A section of raw data; wrong shapes are reported by the schema."""
     section = data.get(key)
     return section if isinstance(section, Mapping) else {}
 
 
-def _plugin(kind: str, name: Any, place: str) -> tuple[Any, list[str]]:
+def _plugin(kind: str, name: object, place: str) -> tuple[Any, list[str]]:
     if not isinstance(name, str):
         return None, []
     try:
@@ -100,7 +100,7 @@ def _plugin(kind: str, name: Any, place: str) -> tuple[Any, list[str]]:
         return None, [f"{place}: {error}"]
 
 
-def _model_problems(model: Mapping[str, Any], components: Mapping[str, Any]) -> list[str]:
+def _model_problems(model: Mapping[str, object], components: Mapping[str, object]) -> list[str]:
     """Unknown family, preset, components, and what is wrong inside each component block."""
     family, problems = _plugin("family", model.get("family"), "model.family")
     preset = model.get("preset")
@@ -120,9 +120,9 @@ def _model_problems(model: Mapping[str, Any], components: Mapping[str, Any]) -> 
     return problems + _shared_component_problems(components)
 
 
-def _shared_component_problems(components: Mapping[str, Any]) -> list[str]:
+def _shared_component_problems(components: Mapping[str, object]) -> list[str]:
     """A component may be adapted in several ways, or trained in full, or frozen."""
-    modes: dict[str, dict[str, Any]] = {}
+    modes: dict[str, dict[str, object]] = {}
     for name, block in components.items():
         if isinstance(block, Mapping):
             modes.setdefault(component_and_label(name)[0], {})[name] = block.get("mode")
@@ -134,7 +134,7 @@ def _shared_component_problems(components: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _own_option_problems(family: Family, model: Mapping[str, Any]) -> list[str]:
+def _own_option_problems(family: Family, model: Mapping[str, object]) -> list[str]:
     """Keys that only some families read: ignoring one would be silent."""
     families = {name: plugins.load("family", name) for name in plugins.names("family")}
     special = {key for each in families.values() for key in each.own_options}
@@ -149,7 +149,7 @@ def _own_option_problems(family: Family, model: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _block_problems(family: Family | None, name: str, raw: Mapping[str, Any]) -> list[str]:
+def _block_problems(family: Family | None, name: str, raw: Mapping[str, object]) -> list[str]:
     """What the method and the family say about one component block."""
     place = f"components.{name}"
     method, problems = _plugin("method", raw.get("method"), f"{place}.method")
@@ -179,7 +179,7 @@ def _method_conflicts(config: RunConfig) -> list[str]:
     return problems
 
 
-def _data_problems(data: Mapping[str, Any]) -> list[str]:
+def _data_problems(data: Mapping[str, object]) -> list[str]:
     task, problems = _plugin("task", data.get("task"), "data.task")
     template = data.get("template")
     if task and isinstance(template, str) and template not in task.templates:
@@ -188,7 +188,7 @@ def _data_problems(data: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _validation_problems(validate: Mapping[str, Any], data: Mapping[str, Any]) -> list[str]:
+def _validation_problems(validate: Mapping[str, object], data: Mapping[str, object]) -> list[str]:
     """A metric that no validation gives, or patience without validation: known before training."""
     problems: list[str] = []
     task, _ = _plugin("task", data.get("task"), "data.task")
@@ -207,7 +207,7 @@ def _validation_problems(validate: Mapping[str, Any], data: Mapping[str, Any]) -
     return problems
 
 
-def _tracking_problems(tracking: Mapping[str, Any]) -> list[str]:
+def _tracking_problems(tracking: Mapping[str, object]) -> list[str]:
     uri = tracking.get("uri")
     problem = uri_problem(uri) if isinstance(uri, str) and uri != DISABLED else None
     return [f"tracking.uri: {problem}; use {URI_EXAMPLES}"] if problem else []
@@ -224,7 +224,7 @@ def adapter_files(folder: Path) -> list[Path]:
     return sorted([*folder.glob(name), *folder.glob(f"*/{name}")])
 
 
-def _initial_problems(given: Any, config: RunConfig | None) -> list[str]:
+def _initial_problems(given: object, config: RunConfig | None) -> list[str]:
     """What is wrong with the folder that training is to start from, without reading a tensor."""
     if not isinstance(given, str):
         return []
@@ -242,7 +242,7 @@ def _initial_problems(given: Any, config: RunConfig | None) -> list[str]:
     return []
 
 
-def _layout_problems(data: Mapping[str, Any], world_size: int | None) -> list[str]:
+def _layout_problems(data: Mapping[str, object], world_size: int | None) -> list[str]:
     """The DeepSpeed file, and whether the batch can be dealt out to the ranks."""
     problems: list[str] = []
     deepspeed = _section(data, "parallel").get("deepspeed", "zero1")

@@ -66,7 +66,7 @@ def redact(text: str) -> str:
     return text
 
 
-def redacted(value: Any, place: str = "") -> Any:
+def redacted(value: object, place: str = "") -> Any:
     """Plain data without secrets: `redact` in every text, *** for what a telling key holds."""
     if value not in (None, "") and is_secret_key(place):
         return HIDDEN

@@ -114,7 +114,7 @@ def _conclude(study: Study, journal: Journal, uri: str, out: Console) -> int:
     return 0
 
 
-def _listing(study: Study, trials: list[Trial]) -> Any:
+def _listing(study: Study, trials: list[Trial]) -> object:
     from rich.table import Table
     from rich.text import Text
 

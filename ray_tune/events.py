@@ -33,7 +33,9 @@ class StudyCallback(Callback):
         self._started_s: dict[str, float] = {}
         self._without_ranks: dict[str, float] = {}
 
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_start(
+        self, iteration: int, trials: list[Any], trial: object, **info: object
+    ) -> None:
         """The trial's driver runs; its ranks still have to find room."""
         record = self._record(trial)
         record.status, record.reason = RUNNING, ""
@@ -43,7 +45,12 @@ class StudyCallback(Callback):
         self._view.started(record)
 
     def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+        self,
+        iteration: int,
+        trials: list[Any],
+        trial: object,
+        result: dict[str, Any],
+        **info: object,
     ) -> None:
         """A validation, which the scheduler has kept, or news of another kind."""
         record = self._record(trial)
@@ -54,7 +61,9 @@ class StudyCallback(Callback):
             self._settle(record, str(result[FAILURE]))
         self._view.refresh()
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_complete(
+        self, iteration: int, trials: list[Any], trial: object, **info: object
+    ) -> None:
         """The trial's driver has ended, or the scheduler ended it."""
         record = self._record(trial)
         if record.status == RUNNING:
@@ -65,7 +74,7 @@ class StudyCallback(Callback):
         self._view.ended(record)
         drop_checkpoints(self._study, self._journal)
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: object) -> None:
         """The trial's driver itself died."""
         record = self._record(trial)
         # Where Ray writes it first; `get_error` reads a copy that is not made yet.
@@ -77,7 +86,7 @@ class StudyCallback(Callback):
         self._journal.save(record)
         self._view.ended(record)
 
-    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+    def on_step_end(self, iteration: int, trials: list[Any], **info: object) -> None:
         """Say so when a trial finds no room for its ranks."""
         now_s = time.time()
         for name, since_s in self._without_ranks.items():

@@ -50,7 +50,7 @@ class Record:
 
     name: str
     id: str
-    params: dict[str, Any]
+    params: dict[str, object]
     status: str = WAITING
     reports: list[Report] = field(default_factory=list)
     attempts: int = 0
@@ -182,7 +182,7 @@ def _stored_study(path: Path) -> dict[str, Any]:
     return redacted(stored)
 
 
-def _refuse_difference(stored: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+def _refuse_difference(stored: Mapping[str, object], now: Mapping[str, object], path: Path) -> None:
     changed = [
         f"{key}: the folder's study says {shown(stored.get(key))}, this one {shown(now.get(key))}"
         for key in sorted({*stored, *now} - _FREE_KEYS)
@@ -209,6 +209,6 @@ def _result_path(folder: Path, name: str) -> Path:
     return folder / "results" / f"{name}.json"
 
 
-def _write_json(path: Path, value: Any) -> None:
+def _write_json(path: Path, value: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps(value, indent=1) + "\n", sync=True)

@@ -69,7 +69,7 @@ def compare_trials(study: Study, journal: Journal) -> Comparison:
     )
 
 
-def _row(study: Study, journal: Journal, record: Record) -> dict[str, Any]:
+def _row(study: Study, journal: Journal, record: Record) -> dict[str, object]:
     found = record.best(journal.metric)
     path = journal.folder / "trials" / record.name / JOURNAL_NAME
     entries = RunJournal.read(path) if path.exists() else []
@@ -80,7 +80,7 @@ def _row(study: Study, journal: Journal, record: Record) -> dict[str, Any]:
     return {**params, "name": record.name, study.metric: value, "curve": curve[::every]}
 
 
-def _cell(value: Any) -> Any:
+def _cell(value: object) -> object:
     return json.dumps(value) if isinstance(value, list | dict) else value
 
 

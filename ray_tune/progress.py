@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
@@ -23,7 +21,7 @@ class View:
         self._live: Live | None = None
         self.at_a_time = 1
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return (View, (self._journal,))
 
     def __enter__(self) -> View:

@@ -45,7 +45,7 @@ class Rungs:
         """Whether the trial continues after its validation of this number, counted from 1."""
         if self._asha is None or self._metric not in metrics:
             return True
-        trial: Any = SimpleNamespace(trial_id=name)
+        trial: object = SimpleNamespace(trial_id=name)
         if name not in self._known:
             self._known.add(name)
             self._asha.on_trial_add(None, trial)
@@ -72,7 +72,7 @@ class StudyScheduler(FIFOScheduler):
         self._rungs = Rungs(study.scheduler, journal.metric)
         self._rungs.replay(journal.records)
 
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+    def on_trial_result(self, tune_controller: object, trial: Any, result: dict[str, Any]) -> str:
         """Keep the validation and decide."""
         if STEP not in result:
             return TrialScheduler.CONTINUE

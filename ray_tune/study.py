@@ -98,7 +98,9 @@ class Study(Section):
     """One study file."""
 
     name: str = Field(pattern=RUN_NAME_PATTERN, description="name of the study and its folder")
-    base: dict[str, Any] = Field(description="the run that all trials share: a path, or a mapping")
+    base: dict[str, object] = Field(
+        description="the run that all trials share: a path, or a mapping"
+    )
     search: dict[str, SearchKey] = Field(min_length=1, description="run key: what it may be")
     algorithm: Literal["grid", "random"] = Field(
         "grid", description="random draws num_samples points and crosses them with the grid keys"
@@ -189,7 +191,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     return study
 
 
-def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
+def _read(path: Path) -> tuple[dict[str, object], list[str]]:
     data, problems = yaml_text.parse(yaml_text.read_text(path, "give the path of a study file"))
     if not isinstance(data, dict):
         fault = f"the file holds {shown(data)}; a study file is a mapping with 'base' and 'search'"
@@ -197,7 +199,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
     return data, problems
 
 
-def _with_base(data: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], list[str]]:
+def _with_base(data: Mapping[str, object], folder: Path) -> tuple[dict[str, object], list[str]]:
     """The study with the base run file's content in place of its path."""
     base = data.get("base")
     if not isinstance(base, str):

@@ -28,7 +28,7 @@ class Trial:
 
     id: str
     name: str
-    params: Mapping[str, Any]
+    params: Mapping[str, object]
     run: Mapping[str, Any]
 
     @property
@@ -96,7 +96,7 @@ def _ranking_metric(study: Study, config: RunConfig) -> Metric:
     return metric
 
 
-def _points(study: Study) -> Iterator[dict[str, Any]]:
+def _points(study: Study) -> Iterator[dict[str, object]]:
     """Every combination of parameters: draws outside, grid keys inside, in the file's order."""
     grids = {key: entry.grid for key, entry in study.search.items() if entry.grid is not None}
     drawn = {key: entry for key, entry in study.search.items() if entry.grid is None}
@@ -116,7 +116,7 @@ def keyed_fraction(seed: int, sample: int, key: str) -> float:
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
-def draw(entry: SearchKey, fraction: float) -> Any:
+def draw(entry: SearchKey, fraction: float) -> object:
     """The value of a search key at a fraction in [0, 1)."""
     if entry.choice is not None:
         return entry.choice[int(fraction * len(entry.choice))]
@@ -136,7 +136,7 @@ def _rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _trial(study: Study, params: Mapping[str, Any]) -> Trial:
+def _trial(study: Study, params: Mapping[str, object]) -> Trial:
     run = _copied(study.base)
     for key, value in params.items():
         _set(run, key, value)
@@ -150,7 +150,7 @@ def _trial(study: Study, params: Mapping[str, Any]) -> Trial:
     return Trial(trial_id, name, dict(params), run)
 
 
-def _tracking(study: Study, of_base: Any) -> Any:
+def _tracking(study: Study, of_base: Any) -> object:
     """The base's settings with the study's; what is no such thing is left to the run's check."""
     tags = of_base.get("tags") if isinstance(of_base, Mapping) else of_base
     if not isinstance(tags, Mapping | None):
@@ -162,11 +162,11 @@ def _tracking(study: Study, of_base: Any) -> Any:
     return tracking
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: object) -> Any:
     return {k: _copied(v) for k, v in value.items()} if isinstance(value, Mapping) else value
 
 
-def _set(run: dict[str, Any], key: str, value: Any) -> None:
+def _set(run: dict[str, Any], key: str, value: object) -> None:
     *sections, last = key.split(".")
     here = run
     for depth, section in enumerate(sections, start=1):
@@ -180,12 +180,12 @@ def _set(run: dict[str, Any], key: str, value: Any) -> None:
     here[last] = value
 
 
-def _label(params: Mapping[str, Any]) -> str:
+def _label(params: Mapping[str, object]) -> str:
     """`r4-lr0.002-seed1`: the shortest endings of the keys that tell them apart, with values."""
     return "-".join(f"{_short(key, params)}{_value_text(value)}" for key, value in params.items())
 
 
-def _short(key: str, keys: Mapping[str, Any]) -> str:
+def _short(key: str, keys: Mapping[str, object]) -> str:
     parts = key.split(".")
     for length in range(1, len(parts) + 1):
         ending = parts[-length:]
@@ -194,7 +194,7 @@ def _short(key: str, keys: Mapping[str, Any]) -> str:
     return _slug(key)
 
 
-def _value_text(value: Any) -> str:
+def _value_text(value: object) -> str:
     if isinstance(value, float):
         return re.sub(r"e\+0*", "e", f"{value:g}")  # names hold no plus sign
     if isinstance(value, str):  # of a path, its last part tells more than its first

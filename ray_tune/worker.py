@@ -33,7 +33,7 @@ _LOCK_WAIT_S = 120.0
 class Plan:
     """What every trial of a study shares; the trial itself is a run file as data."""
 
-    runs: Mapping[str, Mapping[str, Any]]
+    runs: Mapping[str, Mapping[str, object]]
     ranks: int
     resources_per_rank: Mapping[str, float]
     cwd: str
@@ -136,7 +136,7 @@ def train_rank(config: Mapping[str, Any]) -> float:
             raise RankFailure(redact(kind + " ".join(str(error).split()))) from None
 
 
-def with_threads(run: Mapping[str, Any], cpus_per_rank: float) -> Mapping[str, Any]:
+def with_threads(run: Mapping[str, object], cpus_per_rank: float) -> Mapping[str, object]:
     """The run with as many threads as its rank has CPUs, unless it says how many.
 
     A run alone takes all cores of the machine; trials beside each other would fight for them.
@@ -147,7 +147,7 @@ def with_threads(run: Mapping[str, Any], cpus_per_rank: float) -> Mapping[str, A
     return {**run, "parallel": {**parallel, "threads": max(1, int(cpus_per_rank))}}
 
 
-def _train(run: Mapping[str, Any], ranks: int) -> float:
+def _train(run: Mapping[str, object], ranks: int) -> float:
     import ray.train
 
     from mmtrain.resolve import resolve

@@ -141,7 +141,7 @@ def _memory_table(memory: dict[str, Any]) -> Table:
     return table
 
 
-def _steps_line(report: dict[str, Any], config: RunConfig) -> str:
+def _steps_line(report: dict[str, object], config: RunConfig) -> str:
     if report["steps_per_epoch"] is None:
         missing = (
             "no training shards named"

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mmtrain.errors import MmtrainError, nearest
 
@@ -108,8 +108,8 @@ def _check_names(runs: Sequence[StoredRun], by: Sequence[str], metric: str) -> N
 
 def _row(
     store: RunStore, run: StoredRun, args: argparse.Namespace, metric: Metric
-) -> dict[str, Any]:
-    row: dict[str, Any] = {
+) -> dict[str, object]:
+    row: dict[str, object] = {
         **run.params,
         "name": run.name,
         args.metric: run.metrics.get(args.metric),

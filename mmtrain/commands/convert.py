@@ -172,7 +172,7 @@ def _is_of_transformers(model_class: type) -> bool:
     return model_class.__module__.startswith("transformers.")
 
 
-def _evidence(family: Family, model: Any, processor: Any) -> Evidence:
+def _evidence(family: Family, model: Any, processor: object) -> Evidence:
     """Logits of the answers' tokens, caught where the head computes them."""
     import torch
 
@@ -235,7 +235,7 @@ def _checked_difference(wanted: Evidence, found: Evidence, dtype: str) -> float:
     return difference
 
 
-def _by_transformers(model_class: Any, folder: Path, dtype: str) -> Any:
+def _by_transformers(model_class: Any, folder: Path, dtype: str) -> object:
     """The folder as anybody else loads it."""
     import torch
 

@@ -70,7 +70,7 @@ def _fields(model: type[BaseModel]) -> str:
     return _table([_row(name, field) for name, field in model.model_fields.items()])
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
+def _section_of(annotation: object) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     arguments = typing.get_args(annotation)
@@ -95,7 +95,7 @@ def _default(field: FieldInfo) -> str:
     return "" if default is None else f"`{shown(default)}`"
 
 
-def _values(annotation: Any, metadata: list[Any]) -> list[str]:
+def _values(annotation: Any, metadata: list[object]) -> list[str]:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (types.UnionType, typing.Union):
         return [
@@ -121,12 +121,12 @@ def _values(annotation: Any, metadata: list[Any]) -> list[str]:
     return [f"{names[annotation]}{_bounds(metadata)}"]
 
 
-def _text_form(metadata: list[Any]) -> str:
+def _text_form(metadata: list[object]) -> str:
     patterns = (getattr(item, "pattern", None) for item in metadata)
     return next((PATTERN_WORDS[found] for found in patterns if found in PATTERN_WORDS), "text")
 
 
-def _bounds(metadata: list[Any]) -> str:
+def _bounds(metadata: list[object]) -> str:
     signs = {
         annotated_types.Ge: ("ge", "≥"),
         annotated_types.Gt: ("gt", ">"),

@@ -60,7 +60,7 @@ def _is_tiny(preset: str) -> bool:
     return preset.startswith("tiny")
 
 
-def _examined(name: str, preset: str) -> dict[str, Any]:
+def _examined(name: str, preset: str) -> dict[str, object]:
     run = {
         "model": {"family": name, "preset": preset},
         "components": {"llm": _LORA},

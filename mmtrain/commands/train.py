@@ -8,7 +8,6 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 from mmtrain.commands.arguments import positive
 from mmtrain.config.load import load_run_file
@@ -109,7 +108,7 @@ def _plot(run_dir: Path) -> None:
         log.warning("plot.png was not drawn (%s: %s)", type(error).__name__, error)
 
 
-def _quick(args: argparse.Namespace, config: RunConfig, world_size: int) -> dict[str, Any]:
+def _quick(args: argparse.Namespace, config: RunConfig, world_size: int) -> dict[str, object]:
     """Changes of a quick look: its own folder, no tracker; nothing where none is asked for."""
     name, data, optim = config.name, config.data, config.optim
     if args.max_steps is not None:

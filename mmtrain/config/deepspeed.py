@@ -95,7 +95,7 @@ def _text_of(name_or_path: str) -> str:
         raise _problem(name_or_path, "is no path: it holds a NUL character") from None
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """A JSON object; of a key that stands there twice, json would silently take the last."""
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -123,7 +123,7 @@ def _problems(settings: Mapping[str, Any]) -> Iterator[str]:
         yield 'offload_optimizer needs "zero_force_ds_cpu_optimizer": false: torch\'s AdamW trains'
 
 
-def _autos(value: Any, place: str) -> Iterator[str]:
+def _autos(value: object, place: str) -> Iterator[str]:
     if value == "auto":
         yield place
     elif isinstance(value, dict):

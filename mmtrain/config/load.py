@@ -24,7 +24,9 @@ def load_run_file(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
-def read_data(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], list[str]]:
+def read_data(
+    path: str | Path, overrides: Sequence[str] = ()
+) -> tuple[dict[str, object], list[str]]:
     """The raw mapping of a run file with overrides, and the problems met on the way."""
     remedy = "give the path of a run file; `mmtrain init` writes one"
     data, problems = yaml_text.parse(yaml_text.read_text(path, remedy))
@@ -38,8 +40,8 @@ def read_data(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str
 
 
 def with_overrides(
-    data: Mapping[str, Any], overrides: Sequence[str]
-) -> tuple[dict[str, Any], list[str]]:
+    data: Mapping[str, object], overrides: Sequence[str]
+) -> tuple[dict[str, object], list[str]]:
     """A copy of the data with each `a.b=c` set; the value is read as YAML.
 
     A section left empty (`optim:` with every line commented out) takes its defaults.
@@ -58,7 +60,7 @@ def with_overrides(
     return {key: value for key, value in merged.items() if value is not None}, problems
 
 
-def _copied(data: Mapping[str, Any]) -> dict[str, Any]:
+def _copied(data: Mapping[str, object]) -> dict[str, object]:
     return {
         key: _copied(value) if isinstance(value, Mapping) else value for key, value in data.items()
     }
@@ -84,10 +86,10 @@ def dump_run(config: RunConfig) -> str:
     return yaml_text.dump(config.model_dump(mode="json", by_alias=True))
 
 
-def flatten_run(config: RunConfig) -> dict[str, Any]:
+def flatten_run(config: RunConfig) -> dict[str, object]:
     """The run as dotted keys and plain values; empty sections are left out."""
-    flat: dict[str, Any] = {}
-    pending: list[tuple[str, Any]] = [("", config.model_dump(mode="json", by_alias=True))]
+    flat: dict[str, object] = {}
+    pending: list[tuple[str, object]] = [("", config.model_dump(mode="json", by_alias=True))]
     while pending:
         prefix, value = pending.pop()
         if isinstance(value, dict):

@@ -70,7 +70,7 @@ PATTERN_WORDS = {
 
 
 def checked(
-    model: type[Model], data: Any, prefix: str = "", siblings: Sequence[str] = ()
+    model: type[Model], data: object, prefix: str = "", siblings: Sequence[str] = ()
 ) -> tuple[Model | None, list[str]]:
     """`data` as `model`, or None and every problem. `siblings`: keys valid beside the model's.
 
@@ -86,7 +86,7 @@ def checked(
 
 
 def _conflicts_behind(
-    error: ValidationError, model: type[BaseModel], data: Any, prefix: str, known: Sequence[str]
+    error: ValidationError, model: type[BaseModel], data: object, prefix: str, known: Sequence[str]
 ) -> list[str]:
     """Conflicts between keys, which pydantic looks for only where every single key is valid."""
     paths = [_real_path(item, data) for item in error.errors(include_url=False)]
@@ -102,7 +102,7 @@ def _conflicts_behind(
     return []
 
 
-def _without(data: Any, path: Sequence[str | int]) -> None:
+def _without(data: object, path: Sequence[str | int]) -> None:
     """Drop the value at a path, or the list it is an entry of."""
     keys = [step for step in path if isinstance(step, str)]
     for key in keys[:-1]:
@@ -112,11 +112,15 @@ def _without(data: Any, path: Sequence[str | int]) -> None:
 
 
 def _in_words(
-    error: ValidationError, model: type[BaseModel], data: Any, prefix: str, siblings: Sequence[str]
+    error: ValidationError,
+    model: type[BaseModel],
+    data: object,
+    prefix: str,
+    siblings: Sequence[str],
 ) -> list[str]:
     """One sentence per place; a union's several findings at one place become one."""
     expectations: dict[str, list[str]] = {}
-    seen: dict[str, Any] = {}
+    seen: dict[str, object] = {}
     sentences: dict[str, str] = {}
     for item in error.errors(include_url=False):
         path = _real_path(item, data)
@@ -164,13 +168,13 @@ def _expected(item: Any, place: str) -> str:
     return _EXPECTED.get(item["type"], item["msg"]).format(**context)
 
 
-def _number(value: Any) -> Any:
+def _number(value: object) -> Any:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:g}" if isinstance(value, float) else value
 
 
-def _real_path(item: Any, data: Any) -> list[str | int]:
+def _real_path(item: Any, data: object) -> list[str | int]:
     """The location without the union branches that pydantic inserts between the keys."""
     path: list[str | int] = []
     here = data
@@ -211,7 +215,7 @@ def valid_keys(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:
     return [field.alias or name for name, field in here.model_fields.items()] if here else []
 
 
-def _model_of(annotation: Any) -> type[BaseModel] | None:
+def _model_of(annotation: object) -> type[BaseModel] | None:
     """The model inside `Model`, `Model | None` or `dict[str, Model]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
@@ -223,7 +227,7 @@ def _model_of(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def shown(value: Any, place: str = "") -> str:
+def shown(value: object, place: str = "") -> str:
     """A value as the user wrote it, without secrets and cut to a readable length."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)

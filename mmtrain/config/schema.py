@@ -6,7 +6,7 @@ the plug-in's own options model in `mmtrain.resolve`; everything else is checked
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -112,7 +112,7 @@ class ComponentConfig(BaseModel):
     weight_decay: float | None = Field(None, ge=0, description="weight decay of this component")
 
     @property
-    def method_options(self) -> dict[str, Any]:
+    def method_options(self) -> dict[str, object]:
         """The keys that belong to the method's own options model."""
         return dict(self.model_extra or {})
 

@@ -130,7 +130,7 @@ class _Loader(yaml.SafeLoader):
             raise _fault(node, f"a whole number has at most {_MAX_INTEGER_DIGITS} digits")
         return super().construct_yaml_int(node)
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
         """A mapping whose keys are text as written."""
         self.flatten_mapping(node)
         return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
@@ -155,11 +155,11 @@ class _Dumper(yaml.SafeDumper):
 
     yaml_implicit_resolvers = _resolvers_of_both_versions()
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: object) -> bool:
         return True
 
 
-def parse(text: str) -> tuple[Any, list[str]]:
+def parse(text: str) -> tuple[object, list[str]]:
     """The plain data of a YAML text, and what is wrong with it (then the data may be None)."""
     duplicates: list[str] = []
     try:

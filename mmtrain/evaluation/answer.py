@@ -26,7 +26,7 @@ class Executor(Protocol):
         """The model's."""
 
     @property
-    def processor(self) -> Any:
+    def processor(self) -> object:
         """The model's."""
 
     @property
@@ -55,7 +55,7 @@ class Answers:
 
 
 def answer(
-    executor: Executor, source: Source, questions: Sequence[Question], settings: Any
+    executor: Executor, source: Source, questions: Sequence[Question], settings: object
 ) -> Answers:
     """As the template asks: by speaking, or by the candidate that costs least."""
     examples = [question.example for question in questions]

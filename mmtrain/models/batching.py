@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -101,7 +100,7 @@ def make_batch(
     examples: Sequence[Example],
     tensors: Mapping[str, torch.Tensor],
     num_decoder_tokens: int = 0,
-    **host: Any,
+    **host: object,
 ) -> Batch:
     """The batch with its counts; samples of weight zero are in it, but not counted."""
     counts = tensors.get("answer_counts")
@@ -112,7 +111,7 @@ def make_batch(
 
 
 def planned_examples(
-    size: BatchSize, image_ids: Sequence[int], pixels: torch.Tensor, extras: Mapping[str, Any]
+    size: BatchSize, image_ids: Sequence[int], pixels: torch.Tensor, extras: Mapping[str, object]
 ) -> list[Example]:
     """Samples of this size for a decoder-only model: an image, then text that ends in answers."""
     num_text = max(size.tokens - len(image_ids), size.answer_tokens + 1)

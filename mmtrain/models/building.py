@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -20,14 +20,18 @@ from mmtrain.models.patches import use_patch_linears
 from mmtrain.models.sentencepiece_file import cut_as_sentencepiece, read_where_alone
 from mmtrain.models.weights import DTYPES, WeightFolder, initialise_weights, load_weights
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
 _SHARD_BYTES = 5 * 10**9
 
 
 def build_empty(
     skeleton: Callable[[Any], nn.Module],
-    config: Any,
+    config: PretrainedConfig,
     dtype_name: str,
-    zero3_config: Mapping[str, Any] | None,
+    zero3_config: Mapping[str, object] | None,
 ) -> nn.Module:
     """The module tree in its working precision on this rank's device, sharded under ZeRO-3."""
     device = (
@@ -47,7 +51,9 @@ def build_empty(
     return model.eval()
 
 
-def build_on_meta(skeleton: Callable[[Any], nn.Module], config: Any, dtype_name: str) -> nn.Module:
+def build_on_meta(
+    skeleton: Callable[[Any], nn.Module], config: PretrainedConfig, dtype_name: str
+) -> nn.Module:
     """The same tree without any numbers."""
     with working_precision(dtype_name), torch.device("meta"):
         model = skeleton(config)
@@ -66,7 +72,9 @@ def working_precision(dtype_name: str) -> Iterator[None]:
         torch.set_default_dtype(previous)
 
 
-def _restore_buffers(model: nn.Module, skeleton: Callable[[Any], nn.Module], config: Any) -> None:
+def _restore_buffers(
+    model: nn.Module, skeleton: Callable[[Any], nn.Module], config: PretrainedConfig
+) -> None:
     """Sharded construction computes buffers in bf16, too: take them from an unsharded copy.
 
     The copy's parameters are on the meta device and cost nothing.
@@ -141,7 +149,7 @@ def refuse_larger_tokenizer(folder: Path, num_tokens: int, num_rows: int) -> Non
 
 
 def save_folder(
-    config: Any, processor: Any, state: Mapping[str, torch.Tensor], folder: Path
+    config: PretrainedConfig, processor: Any, state: Mapping[str, torch.Tensor], folder: Path
 ) -> None:
     """Write config, processor files and sharded safetensors under today's module names."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ def forward(
 
 
 def hidden_states(
-    family: Family, model: Any, batch: Batch, features: ImageFeatures | None = None
+    family: Family, model: object, batch: Batch, features: ImageFeatures | None = None
 ) -> tuple[torch.Tensor, Tensors]:
     """What the head reads, and the batch's tensors as they are behind inserted prompts."""
     _key_rows(family, model, batch.tensors)
@@ -59,7 +59,7 @@ def generate(
     model: Any,
     processor: Processor,
     examples: Sequence[Example],
-    settings: Any,
+    settings: object,
     features: ImageFeatures | None = None,
 ) -> list[str]:
     """Answers to the prompts of `examples`, all in one batch with a KV cache.
@@ -141,7 +141,7 @@ def answer_loss(hidden_rtc: torch.Tensor, head: Any, tensors: Tensors) -> Forwar
     return ForwardResult(losses_a.sum(), per_sample, tensors["answer_counts"])
 
 
-def _generation_config(settings: Any, processor: Processor) -> Any:
+def _generation_config(settings: Any, processor: Processor) -> object:
     """Greedy or beam search, as the run file says."""
     from transformers import GenerationConfig
 

@@ -7,7 +7,6 @@ sample meets the same mask on any rank, in any micro-batch, after any resume.
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +17,7 @@ from mmtrain.models.dropout_mask import MaskKey, drop, drop_then_linear, to_int3
 KEYED_ATTENTION = "mmtrain_keyed"  # the attention implementation that drops by key
 
 
-def stable_hash(*parts: Any) -> int:
+def stable_hash(*parts: object) -> int:
     """63 bits that depend on the parts' text alone."""
     text = "\x1f".join(str(part) for part in parts).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1

@@ -70,26 +70,28 @@ def drop_then_linear(x: torch.Tensor, weight: torch.Tensor, key: MaskKey) -> tor
 
 class _Drop(torch.autograd.Function):
     @staticmethod
-    def forward(context: Any, x: torch.Tensor, *key: Any) -> torch.Tensor:
+    def forward(context: object, x: torch.Tensor, *key: object) -> torch.Tensor:
         return mask_of(x, _save(context, x, key))(x)
 
     @staticmethod
     @once_differentiable
-    def backward(context: Any, gradient: torch.Tensor) -> Any:
+    def backward(context: object, gradient: torch.Tensor) -> object:
         _, key = _saved(context)
         return mask_of(gradient, key)(gradient), *_NO_GRADIENTS
 
 
 class _DropThenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(context: Any, x: torch.Tensor, weight: torch.Tensor, *key: Any) -> torch.Tensor:
+    def forward(
+        context: object, x: torch.Tensor, weight: torch.Tensor, *key: object
+    ) -> torch.Tensor:
         # A parameter that is saved is read again in backward: ZeRO-3 has then gathered it anew.
         ready = _save(context, x, key, x, weight)
         return functional.linear(mask_of(x, ready)(x), weight)
 
     @staticmethod
     @once_differentiable
-    def backward(context: Any, gradient: torch.Tensor) -> Any:
+    def backward(context: Any, gradient: torch.Tensor) -> object:
         (x, weight), key = _saved(context)
         mask, of_x, of_weight = mask_of(x, key), None, None
         if context.needs_input_grad[1]:

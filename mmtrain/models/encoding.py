@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mmtrain.models.interface import Example, Family
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def encode(
     family: Family,
-    processor: Any,
+    processor: object,
     sample_id: str,
     rendered: Rendered,
     images: Sequence[Image],

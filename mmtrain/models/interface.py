@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
+    from transformers import PretrainedConfig
 
     from mmtrain.tasks.interface import Rendered
 
@@ -41,7 +42,7 @@ class ModelOptions:
     seed: int = 42
     vision_tower: str | None = None  # folder, for checkpoints that keep their tower apart
     # component -> {hidden_size, layers, heads, intermediate_size, activation}
-    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    overrides: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     allow_reinit: bool = False
     max_pixels: int | None = None  # cap on an image's size, in families that keep its own
     grounding_tokens: bool = False  # whether texts hold the control tokens of grounding data
@@ -129,8 +130,8 @@ class LoadedModel:
     """A built base with its processor (tokenizer and image side)."""
 
     model: torch.nn.Module
-    processor: Any
-    config: Any
+    processor: object
+    config: PretrainedConfig
     weight_files: tuple[Path, ...] = ()  # what the base was read from
     standard_folder: bool = True  # False where transformers' from_pretrained cannot read the folder
 
@@ -176,21 +177,21 @@ class FamilyCode(Protocol):
     def model_config(self, options: ModelOptions) -> Any:
         """The transformers configuration of a checkpoint folder or preset."""
 
-    def skeleton(self, config: Any) -> torch.nn.Module:
+    def skeleton(self, config: PretrainedConfig) -> torch.nn.Module:
         """The module tree, built wherever the caller's device context says (meta for check)."""
 
-    def load(self, options: ModelOptions, zero3_config: Mapping[str, Any] | None) -> LoadedModel:
+    def load(self, options: ModelOptions, zero3_config: Mapping[str, object] | None) -> LoadedModel:
         """Build and fill the base, one tensor at a time; sharded when `zero3_config` is given."""
 
-    def attention(self, config: Any, component: str) -> AttentionShape:
+    def attention(self, config: PretrainedConfig, component: str) -> AttentionShape:
         """The attention shape of a component."""
 
-    def image_tokens(self, config: Any, component: str) -> int:
+    def image_tokens(self, config: PretrainedConfig, component: str) -> int:
         """Tokens that an image of the usual size makes in a component: memory depends on it."""
 
     def encode_text(
         self,
-        processor: Any,
+        processor: object,
         sample_id: str,
         rendered: Rendered,
         sizes: Sequence[Size],
@@ -202,29 +203,29 @@ class FamilyCode(Protocol):
         Image tokens are never cut: that is an error.
         """
 
-    def pixels(self, processor: Any, images: Sequence[Image]) -> list[torch.Tensor]:
+    def pixels(self, processor: object, images: Sequence[Image]) -> list[torch.Tensor]:
         """The images as the tower reads them."""
 
     def collate(
-        self, examples: Sequence[Example], processor: Any, generating: bool = False
+        self, examples: Sequence[Example], processor: object, generating: bool = False
     ) -> Batch:
         """Pad to one batch, of prompts alone when `generating`.
 
         Any mix of samples with and without images gives the same calls.
         """
 
-    def planned_batch(self, config: Any, size: BatchSize) -> Batch:
+    def planned_batch(self, config: PretrainedConfig, size: BatchSize) -> Batch:
         """A batch of this size with images of the usual size, to measure what it costs."""
 
-    def image_features(self, model: Any, batch: Batch) -> ImageFeatures:
+    def image_features(self, model: object, batch: Batch) -> ImageFeatures:
         """Tower and connector once each, whatever the batch holds."""
 
-    def decoder(self, model: Any) -> Any:
+    def decoder(self, model: object) -> Any:
         """The part that has embeddings, a head and `generate`, as transformers names them."""
 
     def hidden_states(
         self,
-        model: Any,
+        model: object,
         embeds: torch.Tensor,
         tensors: Mapping[str, torch.Tensor],
         features: ImageFeatures,
@@ -232,8 +233,8 @@ class FamilyCode(Protocol):
         """What the head reads [rows, tokens, channels], from embeddings of the same shape."""
 
     def generation_inputs(
-        self, model: Any, tensors: Mapping[str, torch.Tensor], features: ImageFeatures
-    ) -> dict[str, Any]:
+        self, model: object, tensors: Mapping[str, torch.Tensor], features: ImageFeatures
+    ) -> dict[str, object]:
         """What `generate` is given beside embedded prompts and their mask."""
 
     def processor_code(self, options: ModelOptions) -> ProcessorCode | None:
@@ -247,7 +248,7 @@ class FamilyCode(Protocol):
     def save(
         self,
         model: torch.nn.Module,
-        processor: Any,
+        processor: object,
         state: Mapping[str, torch.Tensor],
         folder: Path,
     ) -> None:
@@ -260,7 +261,7 @@ class Family:
 
     module: str  # where its code is
     # `tiny…` presets are tiny models of the real classes, which `write_tiny` gives a tokenizer.
-    presets: Mapping[str, Mapping[str, Any]]
+    presets: Mapping[str, Mapping[str, object]]
     model_types: tuple[str, ...]  # `model_type` in the config.json of its checkpoints
     default_max_length: int  # of data.max_length
     components: Mapping[str, tuple[str, ...]]  # regexes that partition every parameter

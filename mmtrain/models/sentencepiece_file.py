@@ -9,10 +9,14 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmtrain.errors import CheckpointError
 from mmtrain.models.weights import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 _SPACE = "\u2581"  # as pieces spell it
 # Spaces, lines, bytes and what a normalisation would change. None begins with a space.
@@ -71,7 +75,7 @@ def _is_legacy(folder: Path) -> bool:
     return legacy
 
 
-def cut_as_sentencepiece(tokenizer: Any, file: SentencePieceFile) -> None:
+def cut_as_sentencepiece(tokenizer: PreTrainedTokenizerBase, file: SentencePieceFile) -> None:
     """Give a byte-pair tokenizer that transformers made of the file the right merges.
 
     Equal ids but for one case, which transformers decides for both of its classes: without
@@ -121,7 +125,7 @@ def cut_as_sentencepiece(tokenizer: Any, file: SentencePieceFile) -> None:
     _refuse_another_cut(tokenizer, file)
 
 
-def _refuse_another_cut(tokenizer: Any, file: SentencePieceFile) -> None:
+def _refuse_another_cut(tokenizer: PreTrainedTokenizerBase, file: SentencePieceFile) -> None:
     """A file may put no space before a text, normalise it, or have symbols of its maker's own."""
     probes = [
         *_PROBES,

@@ -81,7 +81,7 @@ class OfferedTaps:
         self.taps.add_loss(name, loss)
 
 
-def _replaced(listener: Listener, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def _replaced(listener: Listener, inputs: tuple[Any, ...]) -> tuple[object, ...] | None:
     found = listener(inputs[0])
     return None if found is None else (found, *inputs[1:])
 

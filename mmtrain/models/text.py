@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mmtrain.errors import DataError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from mmtrain.tasks.interface import Rendered
 
 IGNORED = -100
@@ -34,7 +36,9 @@ def conversation(rendered: Rendered) -> Turns:
     return [*turns, ("assistant", rendered.target)]
 
 
-def tokenise(tokenizer: Any, pieces: Sequence[Piece]) -> tuple[list[int], list[int]]:
+def tokenise(
+    tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece]
+) -> tuple[list[int], list[int]]:
     """Token ids and labels (-100 outside answers) of the pieces, begin-of-text token included."""
     text, spans = "", []
     for piece in pieces:

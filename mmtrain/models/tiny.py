@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
 
 Skeleton = Callable[[Any], Any]
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>"]
@@ -44,7 +48,11 @@ def train_tokenizer(texts: Sequence[str], image_token: str, vocabulary: int = 51
 
 
 def write_llava_folder(
-    skeleton: Skeleton, config: Any, tokenizer: Any, folder: Path, seed: int
+    skeleton: Skeleton,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    seed: int,
 ) -> None:
     """Weights, configuration, tokenizer and processor of a LLaVA-shaped model."""
     from transformers import CLIPImageProcessorPil, LlavaProcessor
@@ -67,7 +75,7 @@ def write_llava_folder(
 
 def write_model(
     skeleton: Skeleton,
-    config: Any,
+    config: PretrainedConfig,
     folder: Path,
     seed: int,
     weight_spread: float,
@@ -85,6 +93,6 @@ def write_model(
     model.save_pretrained(str(folder))
 
 
-def config_image_token(tokenizer: Any, config: Any) -> str:
+def config_image_token(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> str:
     """The text of the configuration's image token."""
     return str(tokenizer.convert_ids_to_tokens(config.image_token_id))

@@ -83,7 +83,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         active = [name for name in self.active_adapters if name in self.bottleneck_down]
         if self.disable_adapters:
             active = []

@@ -72,14 +72,14 @@ def export_name(name: str, target: Target) -> str:
     return _PREFIX + re.sub(rf"\.{re.escape(target.adapter)}(?=(\.weight)?$)", "", name)
 
 
-def export_config(config: PeftConfig, base: str) -> dict[str, Any]:
+def export_config(config: PeftConfig, base: str) -> dict[str, object]:
     """adapter_config.json of an adapter that is only read from now on."""
     settings = config.to_dict()
     settings |= {"base_model_name_or_path": base, "inference_mode": True, "task_type": None}
     return {key: _plain(value) for key, value in settings.items()}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     return sorted(value) if isinstance(value, set) else value
 
 

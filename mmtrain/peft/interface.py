@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pydantic import BaseModel
 
@@ -89,13 +89,13 @@ class Method(Protocol):
     merges: bool  # whether what it adds can be folded into base weights
     imports: tuple[str, ...]  # modules that make peft know its adapters, for who loads one
 
-    def conflicts(self, options: Any, around: Surroundings) -> Sequence[str]:
+    def conflicts(self, options: object, around: Surroundings) -> Sequence[str]:
         """Why it cannot go there; what to do behind each reason."""
 
-    def attach(self, target: Target, options: Any, seed: int) -> Added:
+    def attach(self, target: Target, options: object, seed: int) -> Added:
         """Add parameters in place, initialised by (seed, module name); on meta, to be counted."""
 
-    def export_config(self, target: Target, options: Any, base: str) -> dict[str, Any]:
+    def export_config(self, target: Target, options: object, base: str) -> dict[str, object]:
         """The adapter_config.json of the standard PEFT format."""
 
     def export_name(self, name: str, target: Target) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from mmtrain.config.deepspeed import find_deepspeed_config, zero_stage
 from mmtrain.config.schema import RunConfig
@@ -18,7 +17,7 @@ def examine(
     world_size: int,
     num_tokens: int | None = None,
     num_answer_tokens: int | None = None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Everything `check` reports, as JSON data."""
     size = usual_size(config, num_tokens, num_answer_tokens)
     census = count(config, size)

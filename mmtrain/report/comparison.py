@@ -69,7 +69,7 @@ class Statistics:
 
 
 def compare(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, object]],
     by: Sequence[str],
     metric: Metric,
     baseline: float | None = None,
@@ -98,7 +98,7 @@ def compare(
     )
 
 
-def _check_names(rows: Sequence[Mapping[str, Any]], by: Sequence[str], metric: str) -> None:
+def _check_names(rows: Sequence[Mapping[str, object]], by: Sequence[str], metric: str) -> None:
     if not rows:
         raise MmtrainError("there are no runs to compare.", "Run some, or look elsewhere.")
     known = {name for row in rows for name in row} - {"name", "curve"}
@@ -109,7 +109,7 @@ def _check_names(rows: Sequence[Mapping[str, Any]], by: Sequence[str], metric: s
         raise MmtrainError(f"no run has the metric '{metric}':", nearest(metric, known - set(by)))
 
 
-def _has_number(row: Mapping[str, Any], metric: str) -> bool:
+def _has_number(row: Mapping[str, object], metric: str) -> bool:
     value = row.get(metric)
     return isinstance(value, int | float) and math.isfinite(value)
 

@@ -92,7 +92,7 @@ def _last_values(entries: list[JournalEntry]) -> dict[str, float]:
     return last | medians
 
 
-def _decides(config: Mapping[str, Any]) -> str:
+def _decides(config: Mapping[str, object]) -> str:
     section = config.get("validate")
     metric = section.get("metric", LOSS.name) if isinstance(section, dict) else LOSS.name
     return f"val/{metric}"

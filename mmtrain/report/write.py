@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mmtrain.report import html, tables
 from mmtrain.report.comparison import Statistics, compare, headline, label, short_keys
@@ -38,7 +38,7 @@ class Comparison:
 
 
 def write_comparison(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, object]],
     by: Sequence[str],
     metric: Metric,
     out_dir: Path,

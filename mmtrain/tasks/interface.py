@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from pydantic import BaseModel
 
@@ -44,7 +44,7 @@ class Sample:
     question: str = ""
     answers: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Task(Protocol):
     metrics: tuple[Metric, ...]  # all that `score` can return
     primary_metric: Metric  # the one of `metrics` that decides; `score` always returns it
 
-    def read(self, raw: Path | None, split: str, options: Any) -> Iterator[Sample]:
+    def read(self, raw: Path | None, split: str, options: object) -> Iterator[Sample]:
         """Yield every sample of a split, in a fixed order."""
 
     def score(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from mmtrain.errors import DataError
 from mmtrain.tasks.interface import Metric
@@ -17,7 +16,7 @@ DECLARED_NAME = "declared_metrics.json"
 _TAG_PREFIX = "mmtrain.metric."
 
 
-def as_fields(metrics: Iterable[Metric]) -> dict[str, dict[str, Any]]:
+def as_fields(metrics: Iterable[Metric]) -> dict[str, dict[str, object]]:
     """The contents of declared_metrics.json: recorded name -> direction and unit."""
     return {
         metric.name: {"larger_is_better": metric.larger_is_better, "unit": metric.unit}
@@ -59,7 +58,7 @@ def declared_in_tags(tags: Mapping[str, str]) -> dict[str, Metric]:
     return declared
 
 
-def _metric(name: str, fields: Mapping[str, Any]) -> Metric:
+def _metric(name: str, fields: Mapping[str, object]) -> Metric:
     larger, unit = fields["larger_is_better"], fields["unit"]
     if not isinstance(larger, bool) or not isinstance(unit, str):
         raise ValueError(f"{name}: {fields!r} is no direction and unit")

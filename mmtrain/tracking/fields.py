@@ -11,7 +11,6 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from mmtrain.safe_text import redacted
 
@@ -22,7 +21,7 @@ _INVALID_KEY_CHARS = re.compile(r"[^A-Za-z0-9_\-. :/]")
 _VERSIONED = ("torch", "transformers", "deepspeed", "peft", "mlflow", "mmtrain")
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flatten(config: Mapping[str, object], prefix: str = "") -> dict[str, str]:
     """Nested settings as dotted keys: {optim: {lr: 2e-4}} is {'optim.lr': '0.0002'}."""
     flat: dict[str, str] = {}
     for name, value in config.items():
@@ -34,7 +33,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _as_text(value: Any) -> str:
+def _as_text(value: object) -> str:
     if value is None or isinstance(value, str | Path):
         return "none" if value is None else str(value)
     if isinstance(value, bool | Mapping) or (isinstance(value, Sequence)):

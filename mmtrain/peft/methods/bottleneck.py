@@ -45,7 +45,7 @@ class Bottleneck:
     merges = False
     imports = ("mmtrain.peft.bottleneck_tuner",)
 
-    def conflicts(self, options: Any, around: Surroundings) -> Sequence[str]:
+    def conflicts(self, options: object, around: Surroundings) -> Sequence[str]:
         """It goes wherever there are linears."""
         return ()
 
@@ -68,7 +68,7 @@ class Bottleneck:
             injection.fill(up, of_up, "bottleneck", "up", seed, linear.name)
         return Added(injection.added_names(target), starts_at_identity=starts_at_identity)
 
-    def export_config(self, target: Target, options: Any, base: str) -> dict[str, Any]:
+    def export_config(self, target: Target, options: object, base: str) -> dict[str, object]:
         """adapter_config.json as our tuner reads it."""
         return injection.export_config(_config(target, options), base)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
@@ -31,11 +31,11 @@ class Ia3:
     merges = True
     imports = ()
 
-    def conflicts(self, options: Any, around: Surroundings) -> Sequence[str]:
+    def conflicts(self, options: object, around: Surroundings) -> Sequence[str]:
         """It goes wherever there are linears."""
         return ()
 
-    def attach(self, target: Target, options: Any, seed: int) -> Added:
+    def attach(self, target: Target, options: object, seed: int) -> Added:
         """Scales of one: nothing is drawn."""
         injection.inject(target, self._config(target))
         return Added(injection.added_names(target))
@@ -49,7 +49,7 @@ class Ia3:
             feedforward_modules=injection.pattern_of(ends) or [],
         )
 
-    def export_config(self, target: Target, options: Any, base: str) -> dict[str, Any]:
+    def export_config(self, target: Target, options: object, base: str) -> dict[str, object]:
         """adapter_config.json as peft reads it."""
         return injection.export_config(self._config(target), base)
 

@@ -66,7 +66,7 @@ class Lora:
             )
         return Added(injection.added_names(target))
 
-    def export_config(self, target: Target, options: Any, base: str) -> dict[str, Any]:
+    def export_config(self, target: Target, options: Any, base: str) -> dict[str, object]:
         """adapter_config.json as peft reads it."""
         settings = {
             "peft_type": "LORA",
@@ -148,7 +148,9 @@ def _fits(linear: Linear, key: str) -> bool:
     return key in (linear.sublayer, f"{linear.sublayer}.{linear.role}")
 
 
-def _forward(layer: Any, name: str, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _forward(
+    layer: Any, name: str, x: torch.Tensor, *args: object, **kwargs: object
+) -> torch.Tensor:
     """peft's sum, scaled where it is narrow and added in place: two passes over the output less.
 
     The branches are still called as modules: under ZeRO-3 their weights arrive by module hooks.
@@ -172,7 +174,7 @@ def _narrow(linear: Any, x: torch.Tensor, dropout: Any = None) -> torch.Tensor:
     return dropout.then_linear(x, linear.weight)
 
 
-def _is_plain(layer: Any) -> bool:
+def _is_plain(layer: object) -> bool:
     """Whether a layer's output is its own, and its backward pass does not read it."""
     from torch import nn
 

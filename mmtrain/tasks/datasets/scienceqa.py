@@ -161,8 +161,8 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _problems_of_split(
-    raw: Path, problems: Mapping[str, Any], split: str
-) -> Iterator[tuple[str, dict[str, Any]]]:
+    raw: Path, problems: Mapping[str, object], split: str
+) -> Iterator[tuple[str, dict[str, object]]]:
     path = raw / "pid_splits.json"
     splits = _object(path)
     if split not in splits:
@@ -176,7 +176,7 @@ def _problems_of_split(
         yield problem_id, _checked(problem_id, problems[problem_id])
 
 
-def _checked(problem_id: str, problem: Any) -> dict[str, Any]:
+def _checked(problem_id: str, problem: Any) -> dict[str, object]:
     """A problem whose answer points at one of its two to five choices."""
     try:
         choices, answer = problem["choices"], problem["answer"]
@@ -199,18 +199,18 @@ def _checked(problem_id: str, problem: Any) -> dict[str, Any]:
     return problem
 
 
-def _wanted(problem: Mapping[str, Any], images: str) -> bool:
+def _wanted(problem: Mapping[str, object], images: str) -> bool:
     has_image = bool(problem.get("image"))
     return images == "all" or has_image == (images == "only")
 
 
-def _image_path(raw: Path, problem_id: str, problem: Mapping[str, Any]) -> Path:
+def _image_path(raw: Path, problem_id: str, problem: Mapping[str, object]) -> Path:
     parts = (str(problem.get("split", "")), problem_id, str(problem["image"]))
     # Names only: a raw file must not lead to files outside its own folder.
     return raw.joinpath("images", *(Path(part).name for part in parts))
 
 
-def _check_images(raw: Path, chosen: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+def _check_images(raw: Path, chosen: Sequence[tuple[str, Mapping[str, object]]]) -> None:
     """Fail before anything is written, and name the gaps."""
     paths = [_image_path(raw, key, problem) for key, problem in chosen if problem.get("image")]
     missing = [str(path) for path in paths if not path.is_file()]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from mmtrain.models import batching
 from mmtrain.models.families.instructblip.processing import Processor
 from mmtrain.models.interface import Batch, BatchSize, Example
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def collate(examples: Sequence[Example], processor: Processor, generating: bool = False) -> Batch:
@@ -33,7 +36,7 @@ def collate(examples: Sequence[Example], processor: Processor, generating: bool 
     return batching.make_batch(examples, tensors, num_decoder_tokens)
 
 
-def planned_batch(config: Any, size: BatchSize) -> Batch:
+def planned_batch(config: PretrainedConfig, size: BatchSize) -> Batch:
     """A batch of this size, to measure what it costs; its prompt is the instruction, too."""
     side, text = config.vision_config.image_size, config.text_config
     image = [config.image_token_id] * config.num_query_tokens

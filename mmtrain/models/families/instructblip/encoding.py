@@ -14,6 +14,7 @@ from mmtrain.tasks.interface import Rendered, Turn
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
+    from transformers import PreTrainedTokenizerBase
 
 IMAGE_TOKEN = "<image>"
 _EARLIER = {"user": "Question", "assistant": "Answer"}
@@ -86,7 +87,9 @@ def _refuse_control_tokens(
         refuse_control_tokens(processor.qformer_control_tokens, sample_id, told)
 
 
-def _within(tokenizer: Any, text: str, room: int, side: str) -> list[int] | None:
+def _within(
+    tokenizer: PreTrainedTokenizerBase, text: str, room: int, side: str
+) -> list[int] | None:
     """The text's tokens, cut on one side to `room`; the tokenizer's own frame around it stays."""
     encoded = tokenizer(text, return_special_tokens_mask=True, verbose=False)
     ids, is_frame = list(encoded["input_ids"]), encoded["special_tokens_mask"]
@@ -100,5 +103,5 @@ def _within(tokenizer: Any, text: str, room: int, side: str) -> list[int] | None
     return [token for position, token in enumerate(ids) if position not in cut]
 
 
-def _frame(tokenizer: Any) -> list[int]:
+def _frame(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(tokenizer("")["input_ids"])

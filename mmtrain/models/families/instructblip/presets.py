@@ -48,7 +48,7 @@ _TINY_QFORMER = _QFORMER | dict(
 )
 
 
-def _flan_t5(hidden: int, intermediate: int, heads: int, **others: Any) -> dict[str, Any]:
+def _flan_t5(hidden: int, intermediate: int, heads: int, **others: object) -> dict[str, object]:
     return dict(
         model_type="t5",
         d_model=hidden,
@@ -68,7 +68,7 @@ def _flan_t5(hidden: int, intermediate: int, heads: int, **others: Any) -> dict[
     ) | dict(others)
 
 
-def _vicuna(hidden: int, intermediate: int, layers: int, heads: int, **others: Any) -> dict:
+def _vicuna(hidden: int, intermediate: int, layers: int, heads: int, **others: object) -> dict:
     return dict(
         model_type="llama",
         hidden_size=hidden,
@@ -82,7 +82,7 @@ def _vicuna(hidden: int, intermediate: int, layers: int, heads: int, **others: A
     ) | dict(others)
 
 
-def _preset(text: dict[str, Any], image_token: int, **others: Any) -> dict[str, Any]:
+def _preset(text: dict[str, object], image_token: int, **others: object) -> dict[str, object]:
     return dict(
         vision_config=_EVA_G,
         qformer_config=_QFORMER,
@@ -92,7 +92,7 @@ def _preset(text: dict[str, Any], image_token: int, **others: Any) -> dict[str, 
     ) | dict(others)
 
 
-def _tiny(text: dict[str, Any]) -> dict[str, Any]:
+def _tiny(text: dict[str, object]) -> dict[str, object]:
     return _preset(
         text,
         image_token=4,

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmtrain.errors import CheckpointError
 from mmtrain.models import building
 from mmtrain.models.families.instructblip.encoding import IMAGE_TOKEN
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.txt")
 
@@ -32,12 +36,12 @@ class Processor:
         return self.hf.tokenizer
 
     @property
-    def qformer_tokenizer(self) -> Any:
+    def qformer_tokenizer(self) -> object:
         """Of instructions."""
         return self.hf.qformer_tokenizer
 
     @property
-    def image_processor(self) -> Any:
+    def image_processor(self) -> object:
         """Resizes and normalises."""
         return self.hf.image_processor
 
@@ -51,7 +55,7 @@ class Processor:
         self.hf.save_pretrained(folder)
 
 
-def load_processor(folder: Path, config: Any) -> Processor:
+def load_processor(folder: Path, config: PretrainedConfig) -> Processor:
     """The folder's processor, and what encoding needs to know of the model."""
     _refuse_missing_tokenizers(folder)
     hf = building.load_processor(folder, IMAGE_TOKEN, config.image_token_id)
@@ -87,7 +91,7 @@ def _decoder_start(folder: Path, text: Any) -> int | None:
     return int(start)
 
 
-def _control_tokens(tokenizer: Any) -> tuple[str, ...]:
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """The spellings that do not stand for themselves; T5's marks of gaps are among them."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return tuple(sorted(added.union(tokenizer.all_special_tokens)))
@@ -104,7 +108,7 @@ def _refuse_missing_tokenizers(folder: Path) -> None:
             )
 
 
-def _refuse_other_sizes(folder: Path, processor: Any, config: Any) -> None:
+def _refuse_other_sizes(folder: Path, processor: Any, config: PretrainedConfig) -> None:
     """Every token but the image's is looked up."""
     words = set(processor.tokenizer.get_vocab().values()) - {config.image_token_id}
     building.refuse_larger_tokenizer(folder, max(words) + 1, config.text_config.vocab_size)

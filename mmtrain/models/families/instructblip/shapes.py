@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration
@@ -17,14 +17,20 @@ from mmtrain.models.families.instructblip.presets import MODEL_TYPES, PRESETS
 from mmtrain.models.interface import AttentionShape, ModelOptions
 from mmtrain.models.weights import weight_files
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
 HEAD = "language_model.lm_head.weight"
 _LANGUAGE_MODELS = ("t5", "llama")
 
 
-def read_config(options: ModelOptions) -> Any:
+def read_config(options: ModelOptions) -> PretrainedConfig:
     """The configuration of a checkpoint folder or of a preset."""
     if options.checkpoint is None:
-        config: Any = InstructBlipConfig(**deepcopy(dict(PRESETS[str(options.preset)])))
+        config: PretrainedConfig = InstructBlipConfig(
+            **deepcopy(dict(PRESETS[str(options.preset)]))
+        )
     else:
         folder = Path(options.checkpoint)
         stored = configuration.stored_config(folder, MODEL_TYPES)
@@ -43,7 +49,7 @@ def read_config(options: ModelOptions) -> Any:
     return config
 
 
-def _refuse_other_language_model(folder: Path, config: Any) -> None:
+def _refuse_other_language_model(folder: Path, config: PretrainedConfig) -> None:
     found = config.text_config.model_type
     if found not in _LANGUAGE_MODELS:
         raise CheckpointError(
@@ -72,7 +78,7 @@ def _has_own_head(options: ModelOptions, text: Any) -> bool:
     return HEAD in weight_files(Path(options.checkpoint))
 
 
-def _settle_base_dropout(config: Any, options: ModelOptions) -> None:
+def _settle_base_dropout(config: PretrainedConfig, options: ModelOptions) -> None:
     vision, qformer, text = config.vision_config, config.qformer_config, config.text_config
     is_t5 = text.model_type == "t5"
     configuration.settle_attention_dropout([vision] if is_t5 else [vision, text], options)
@@ -116,7 +122,7 @@ def _make_biases_members(model: Any) -> None:
             layer.self_attn.qkv = nn.Linear(fused.in_features, fused.out_features, bias=True)
 
 
-def attention_shape(config: Any, component: str) -> AttentionShape:
+def attention_shape(config: PretrainedConfig, component: str) -> AttentionShape:
     """The attention shape of `vision`, `qformer` or `llm`; T5's stacks are numbered alike."""
     names = {"vision": "vision_config", "qformer": "qformer_config", "llm": "text_config"}
     part = getattr(config, names[component])
@@ -127,7 +133,7 @@ def attention_shape(config: Any, component: str) -> AttentionShape:
     return AttentionShape(layers, heads, kv_heads, head_dim, hidden)
 
 
-def image_tokens(config: Any, component: str) -> int:
+def image_tokens(config: PretrainedConfig, component: str) -> int:
     """Patches and the class token in the tower; behind it the queries."""
     vision = config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2

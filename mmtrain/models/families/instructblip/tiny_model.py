@@ -7,10 +7,14 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from string import printable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmtrain.models import tiny
 from mmtrain.models.families.instructblip.encoding import IMAGE_TOKEN
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 
 VOCABULARY = 384
 _ROUND_TO = 64  # published embeddings have more rows than the tokenizer has tokens
@@ -18,7 +22,7 @@ _CHARACTERS = sorted(set(printable) - set("\t\n\r\x0b\x0c"))
 
 
 def write(
-    skeleton: tiny.Skeleton, config: Any, texts: Sequence[str], seed: int, folder: Path
+    skeleton: tiny.Skeleton, config: PretrainedConfig, texts: Sequence[str], seed: int, folder: Path
 ) -> None:
     """Weights, configuration, tokenizers and image processor of a tiny model."""
     from transformers import InstructBlipProcessor

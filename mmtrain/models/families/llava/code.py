@@ -234,7 +234,7 @@ def write_tiny(folder: Path, texts: Sequence[str], seed: int, preset: str = "tin
     tiny.write_llava_folder(skeleton, config, tokenizer, folder, seed)
 
 
-def save(model: nn.Module, processor: Processor, state: Tensors, folder: Path) -> None:
+def save(model: Any, processor: Processor, state: Tensors, folder: Path) -> None:
     """A standard Hugging Face folder, its vocabulary padded if it lacks the image token.
 
     Whoever reads it by transformers gets the images and prompts of training.

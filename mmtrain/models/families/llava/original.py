@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmtrain.errors import CheckpointError
 from mmtrain.models import configuration, weights
@@ -16,6 +16,10 @@ from mmtrain.models.families.llava.layouts import is_tower_of_original, rename_c
 from mmtrain.models.families.llava.shapes import CLIP_L_336
 from mmtrain.models.interface import ModelOptions
 from mmtrain.models.sentencepiece_file import cut_as_sentencepiece, read_where_alone
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 
 _LLAMA_KEYS = (
     "attention_bias attention_dropout bos_token_id eos_token_id head_dim hidden_act hidden_size"
@@ -28,14 +32,14 @@ _PROJECTOR = "mlp2x_gelu"
 _FEATURES = {"patch": "default", "cls_patch": "full"}
 
 
-def is_original(stored: Mapping[str, Any]) -> bool:
+def is_original(stored: Mapping[str, object]) -> bool:
     """Whether config.json is of LLaVA's own code, not of transformers."""
     return "text_config" not in stored and (
         "mm_vision_tower" in stored or stored.get("model_type") != "llava"
     )
 
 
-def original_config(stored: Mapping[str, Any], options: ModelOptions) -> Any:
+def original_config(stored: Mapping[str, Any], options: ModelOptions) -> PretrainedConfig:
     """The configuration of transformers' class for such a checkpoint."""
     from transformers import LlavaConfig
 
@@ -60,8 +64,8 @@ def original_config(stored: Mapping[str, Any], options: ModelOptions) -> Any:
     return configuration.parsed(LlavaConfig, translated, folder)
 
 
-def _refuse_other_shapes(folder: Path, stored: Mapping[str, Any]) -> None:
-    expected: dict[str, tuple[Any, tuple[Any, ...]]] = {
+def _refuse_other_shapes(folder: Path, stored: Mapping[str, object]) -> None:
+    expected: dict[str, tuple[object, tuple[object, ...]]] = {
         "mm_projector_type": (stored.get("mm_projector_type", "linear"), (_PROJECTOR,)),
         "mm_vision_select_feature": (
             stored.get("mm_vision_select_feature", "patch"),
@@ -77,7 +81,7 @@ def _refuse_other_shapes(folder: Path, stored: Mapping[str, Any]) -> None:
             )
 
 
-def tower_folder(folder: Path, stored: Mapping[str, Any], options: ModelOptions) -> Path | None:
+def tower_folder(folder: Path, stored: Mapping[str, object], options: ModelOptions) -> Path | None:
     """Where the vision tower lies: `model.vision_tower`, or `mm_vision_tower` if it is a folder."""
     if options.vision_tower is not None:
         chosen = Path(options.vision_tower)
@@ -92,7 +96,7 @@ def tower_folder(folder: Path, stored: Mapping[str, Any], options: ModelOptions)
     return inside if named and inside.is_dir() else None
 
 
-def _tower_config(tower: Path) -> dict[str, Any]:
+def _tower_config(tower: Path) -> dict[str, object]:
     """The vision side of a CLIP folder's config.json."""
     stored = weights.read_json(tower / "config.json")
     vision = stored.get("vision_config", stored)
@@ -107,7 +111,7 @@ def _tower_config(tower: Path) -> dict[str, Any]:
     return {**known, "model_type": "clip_vision_model"}
 
 
-def sources(stored: Mapping[str, Any], options: ModelOptions) -> list[weights.WeightFolder]:
+def sources(stored: Mapping[str, object], options: ModelOptions) -> list[weights.WeightFolder]:
     """The folders that hold the weights. A tower inside the checkpoint was tuned: it wins."""
     folder = Path(str(options.checkpoint))
     own: list[weights.WeightFolder] = [(folder, rename_original)]
@@ -124,7 +128,7 @@ def sources(stored: Mapping[str, Any], options: ModelOptions) -> list[weights.We
 
 
 def original_processor(
-    stored: Mapping[str, Any], options: ModelOptions, config: Any, image_token: str
+    stored: Mapping[str, object], options: ModelOptions, config: PretrainedConfig, image_token: str
 ) -> Any:
     """Tokenizer of the checkpoint, images as the tower's folder says, in transformers' class."""
     from transformers import LlavaProcessor
@@ -192,7 +196,7 @@ def _tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _image_processor(tower: Path | None, config: Any) -> Any:
+def _image_processor(tower: Path | None, config: PretrainedConfig) -> object:
     """As the tower's folder says; without one, the published size and CLIP's mean and deviation."""
     from transformers import CLIPImageProcessorPil
 

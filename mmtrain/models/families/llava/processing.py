@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmtrain.models.families.llava import prompts
 from mmtrain.models.families.llava.shapes import tokens_per_image
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Processor:
         self.hf.save_pretrained(folder)
 
 
-def make_processor(hf: Any, config: Any) -> Processor:
+def make_processor(hf: Any, config: PretrainedConfig) -> Processor:
     """The facts of transformers' processor and this configuration."""
     return Processor(
         hf=hf,

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mmtrain.models.text import Piece, Turns
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -52,7 +56,7 @@ def _behind_images(said: str, num_images: int, gap: str) -> str:
     return turn.replace(IMAGE_TOKEN, IMAGE_TOKEN + gap)
 
 
-def gap_behind_images(tokenizer: Any) -> str:
+def gap_behind_images(tokenizer: PreTrainedTokenizerBase) -> str:
     """What makes a tokenizer begin the text behind an image as it begins a text.
 
     LLaVA's code tokenises it apart. A tokenizer that puts a space before the first text only must
@@ -66,7 +70,7 @@ def gap_behind_images(tokenizer: Any) -> str:
     return " " if ids(f"{IMAGE_TOKEN}\n")[1:] != apart == ids(f"{IMAGE_TOKEN} \n")[1:] else ""
 
 
-def num_cue_tokens(tokenizer: Any) -> int:
+def num_cue_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens of the answer's cue behind a question."""
     question, both = (len(tokenizer(text)["input_ids"]) for text in ("?", f"?{ANSWER_CUE}"))
     return both - question

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 
 MODEL_TYPES = ("llava", "llava_llama", "share4v")
-CLIP_L_336: dict[str, Any] = dict(
+CLIP_L_336: dict[str, object] = dict(
     model_type="clip_vision_model",
     hidden_size=1024,
     intermediate_size=4096,
@@ -16,7 +20,7 @@ CLIP_L_336: dict[str, Any] = dict(
     patch_size=14,
     projection_dim=768,
 )
-_TINY_VISION: dict[str, Any] = dict(
+_TINY_VISION: dict[str, object] = dict(
     model_type="clip_vision_model",
     hidden_size=64,
     intermediate_size=128,
@@ -30,7 +34,7 @@ _TINY_VISION: dict[str, Any] = dict(
 
 def _vicuna(
     hidden: int, intermediate: int, layers: int, heads: int, vocabulary: int = 32000
-) -> dict[str, Any]:
+) -> dict[str, object]:
     return dict(
         model_type="llama",
         hidden_size=hidden,
@@ -45,8 +49,8 @@ def _vicuna(
 
 
 def _preset(
-    text: dict[str, Any], vision: dict[str, Any], image_token: int = 32000
-) -> dict[str, Any]:
+    text: dict[str, object], vision: dict[str, object], image_token: int = 32000
+) -> dict[str, object]:
     return dict(
         text_config=text,
         vision_config=vision,
@@ -66,7 +70,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def tokens_per_image(config: Any) -> int:
+def tokens_per_image(config: PretrainedConfig) -> int:
     """Features one image contributes to the sequence: patches, and the class token if kept."""
     vision = config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 
 _MULTIPLE = 64  # as in the published Hugging Face folders: 32000 becomes 32064
 _ROWS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 
 
 def with_image_token(
-    config: Any, state: Mapping[str, torch.Tensor]
-) -> tuple[Any, Mapping[str, torch.Tensor]]:
+    config: PretrainedConfig, state: Mapping[str, torch.Tensor]
+) -> tuple[PretrainedConfig, Mapping[str, torch.Tensor]]:
     """Configuration and tensors whose vocabulary holds the image token, too.
 
     transformers' own forward looks the token up before it replaces it. New rows are the mean of

@@ -6,12 +6,16 @@ import copy
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmtrain.errors import CheckpointError, ConfigError
 from mmtrain.models import configuration
 from mmtrain.models.families.qwen2_vl.presets import CLASSES, PRESETS
 from mmtrain.models.interface import AttentionShape, ModelOptions
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 
 log = logging.getLogger("mmtrain")
 # Lists of vision blocks by number, which a change of depth must respect.
@@ -26,7 +30,7 @@ def transformers_class(model_type: str, suffix: str) -> Any:
     return getattr(transformers, f"{CLASSES[model_type]}{suffix}")
 
 
-def read_config(options: ModelOptions) -> Any:
+def read_config(options: ModelOptions) -> PretrainedConfig:
     """The configuration of a checkpoint folder or of a preset, with all that `options` changes."""
     if options.checkpoint is None:
         # The classes write into the dictionaries that they are given.
@@ -54,7 +58,7 @@ def read_config(options: ModelOptions) -> Any:
     return config
 
 
-def _override(config: Any, parts: Mapping[str, Any], options: ModelOptions) -> None:
+def _override(config: PretrainedConfig, parts: Mapping[str, object], options: ModelOptions) -> None:
     """Change shapes, and what hangs on them: the merger's output, and lists by layer."""
     text, vision = config.text_config, config.vision_config
     if config.model_type == "qwen2_vl":
@@ -87,7 +91,7 @@ def _share_out_rotary(text: Any, head_dim: int) -> None:
         text.rope_parameters["mrope_section"] = kept
 
 
-def _problems(config: Any) -> list[str]:
+def _problems(config: PretrainedConfig) -> list[str]:
     """Why the shapes do not fit each other; transformers would fail in the first forward."""
     problems = []
     llm, vision = attention_shape(config, "llm"), attention_shape(config, "vision")
@@ -113,7 +117,7 @@ def _problems(config: Any) -> list[str]:
     return problems
 
 
-def attention_shape(config: Any, component: str) -> AttentionShape:
+def attention_shape(config: PretrainedConfig, component: str) -> AttentionShape:
     """The attention shape of `llm` or `vision`."""
     if component == "vision":
         vision = config.vision_config
@@ -129,7 +133,7 @@ def attention_shape(config: Any, component: str) -> AttentionShape:
     )
 
 
-def image_tokens(config: Any, component: str) -> int:
+def image_tokens(config: PretrainedConfig, component: str) -> int:
     """Patches (vision) or merged tokens (llm) of a square image of the usual size."""
     vision = config.vision_config
     merged = (USUAL_IMAGE_SIDE // (vision.patch_size * vision.spatial_merge_size)) ** 2

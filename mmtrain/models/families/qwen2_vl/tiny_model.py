@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmtrain.models import tiny
 from mmtrain.models.families.qwen2_vl.processing import (
@@ -17,6 +17,10 @@ from mmtrain.models.families.qwen2_vl.processing import (
     VISION_START,
     make_processor,
 )
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 
 TEXT_END = "<|endoftext|>"
 VIDEO_TOKEN = "<|video_pad|>"
@@ -88,7 +92,7 @@ def chat_template(system: str | None) -> str:
 
 
 def write(
-    skeleton: tiny.Skeleton, config: Any, texts: Sequence[str], seed: int, folder: Path
+    skeleton: tiny.Skeleton, config: PretrainedConfig, texts: Sequence[str], seed: int, folder: Path
 ) -> None:
     """Weights, configuration, tokenizer and image processor of a tiny model."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (

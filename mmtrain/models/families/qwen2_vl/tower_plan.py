@@ -15,7 +15,7 @@ from transformers.utils.generic import get_max_seqlen, is_flash_attention_reques
 _LONGEST = {"cu_seqlens": "max_seqlen", "cu_window_seqlens": "max_window_seqlen"}
 
 
-def plan(tower: Any, grid: torch.Tensor, device: torch.device) -> dict[str, Any]:
+def plan(tower: Any, grid: torch.Tensor, device: torch.device) -> dict[str, object]:
     """The arguments that make a tower compute none of this, from a grid on the host."""
     merge = tower.spatial_merge_size
     tensors = {"position_ids": vision_utils.get_vision_position_ids(grid, merge)}

@@ -41,7 +41,7 @@ def _explicit(
     value: torch.Tensor,
     mask: torch.Tensor | None,
     scaling: float,
-    **_: Any,
+    **_: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`eager`: the whole table of weights, softmax in fp32. Its masks are there and additive."""
     scores = query @ key.transpose(-1, -2) * scaling

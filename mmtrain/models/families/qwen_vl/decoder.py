@@ -93,7 +93,7 @@ class QWenBlock(GradientCheckpointingLayer):
         mask: torch.Tensor | None,
         *,
         positions: Positions,
-        past_key_values: Any = None,
+        past_key_values: object = None,
     ) -> torch.Tensor:
         """[rows, tokens, channels] to the same."""
         given = {"positions": positions, "past_key_values": past_key_values}
@@ -180,7 +180,7 @@ class QWenLMHeadModel(PreTrainedModel, GenerationMixin):
         use_cache: bool = False,
         row_lengths: torch.Tensor | None = None,
         logits_to_keep: int = 0,
-        **_: Any,
+        **_: object,
     ) -> CausalLMOutputWithPast:
         """Logits of the last `logits_to_keep` tokens (0: of all) from ids of text or embeddings."""
         if inputs_embeds is None:

@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 
 _MOST_DOUBLINGS = 16
 
@@ -38,7 +42,7 @@ class Positions:
 
 
 def tables(
-    config: Any, position_ids: torch.Tensor, num_tokens: int, row_lengths: torch.Tensor
+    config: PretrainedConfig, position_ids: torch.Tensor, num_tokens: int, row_lengths: torch.Tensor
 ) -> Positions:
     """The tables of some tokens of rows that hold up to `num_tokens`, padding included.
 
