@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ TINY_MODELS = [
     for preset in plugins.load("family", family).presets
     if preset.startswith("tiny")
 ]
+# What a method cannot be put into, and what is said.
+REFUSED = {("prefix", "instructblip", "tiny"): "'prefix' needs a decoder alone"}
 SIZE = BatchSize(samples=2, tokens=40, answer_tokens=6)
 # A learned scale per channel behind every block; in a component without blocks, behind each layer.
 SCALE = """
@@ -122,6 +125,11 @@ def loss_of(assembled: Assembled) -> torch.Tensor:
 @pytest.mark.parametrize("name", plugins.names("method"))
 def test_a_method_says_what_it_added(name: str, tiny: tuple[str, str]) -> None:
     config = run_of(llm={"method": name}, model=tiny)
+    if reason := REFUSED.get((name, *tiny)):
+        for refusing in (partial(examine, world_size=1), partial(build_model, zero3_config=None)):
+            with pytest.raises(ConfigError, match=reason):
+                refusing(config)
+        return
     base = build_model(run_of(model=tiny), None)
     assembled = build_model(config, None)
     (attachment,) = assembled.trainable.attachments
