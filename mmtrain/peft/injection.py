@@ -16,16 +16,23 @@ if TYPE_CHECKING:
 _PREFIX = "base_model.model."
 
 
-def inject(target: Target, config: PeftConfig) -> list[tuple[Linear, Any]]:
-    """Wrap the selected linears by one adapter that has the target's name; linear, wrapper."""
+def inject(target: Target, config: PeftConfig, seed: int = 0) -> list[tuple[Linear, Any]]:
+    """Wrap the selected linears by one adapter that has the target's name; linear, wrapper.
+
+    What peft draws, it draws from a generator of its own, keyed by seed and adapter.
+    """
     import torch
-    from peft import inject_adapter_in_model
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from mmtrain.models.dropout import stable_hash
 
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         # One adapter per component is how several components are adapted.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        inject_adapter_in_model(config, target.model, adapter_name=target.adapter)
+        torch.manual_seed(stable_hash("peft", seed, target.adapter))
+        # As `inject_adapter_in_model`, which refuses tuners that keep state for all their layers.
+        PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](target.model, config, target.adapter)
     for layer in target.model.modules():
         if isinstance(layer, BaseTunerLayer):
             # peft activates only the adapter injected last; each layer carries exactly one.
@@ -40,6 +47,22 @@ def wrapped(target: Target) -> list[tuple[Linear, Any]]:
 
 def _adapters_of(layer: Any) -> list[str]:
     return sorted({key for name in layer.adapter_layer_names for key in getattr(layer, name)})
+
+
+def key_dropout(target: Target, linear: Linear, layer: Any) -> None:
+    """Keyed masks in the place of peft's dropout modules."""
+    from torch import nn
+
+    from mmtrain.models.dropout import KeyedDropout, scope_of
+
+    scope = scope_of(target.model)
+    found = [(name, one) for name, one in layer.named_modules() if type(one) is nn.Dropout]
+    for name, one in found:
+        if name.startswith("base_layer."):
+            continue
+        owner, _, leaf = name.rpartition(".")
+        keyed = KeyedDropout(one.p, linear.name, target.component, scope)
+        layer.get_submodule(owner).add_module(leaf, keyed)
 
 
 def fill(

@@ -61,7 +61,8 @@ class Added:
     # Buffers that belong to the adapter, stored in fp32. What does not train is no parameter:
     # ZeRO-3 leaves buffers whole on every rank, and a resume builds them again from seed and name.
     stored: tuple[str, ...] = ()
-    starts_at_identity: bool = True  # the adapted model equals the base before the first step
+    # Whether the adapted model equals the base before the first step; None: not known here.
+    starts_at_identity: bool | None = True
     batch_coupled: bool = False  # True exempts the method from split invariance
     auxiliary: Mapping[str, float] = field(default_factory=dict)  # further losses -> weight
 

@@ -52,7 +52,7 @@ def _moved(given: Mapping[str, Any], table: PrefixTable, count: int) -> dict[str
     if num_cached == 0:
         for layer, (key, value) in enumerate(table(rows, embeds.dtype)):
             cache.update(key, value, layer)
-    moved = {"past_key_values": cache}
+    moved: dict[str, Any] = {"past_key_values": cache}
     moved["attention_mask"] = torch.cat([mask.new_ones(rows, count), mask], dim=1)
     if given.get("position_ids") is not None:
         moved["position_ids"] = given["position_ids"] + count
