@@ -73,6 +73,9 @@ def _print_tables(report: dict[str, Any], config: RunConfig) -> None:
 
     console = Console(highlight=False, markup=False, emoji=False)
     console.print(_component_table(report, f"{config.name}: {_base(config)}"))
+    for part in report["components"].values():
+        for block_name, notes in part["notes"].items():
+            console.print(f"{block_name}: {'; '.join(notes)}")
     console.print(f"trainable: {report['trainable_percent']:.4f} % of base and added parameters")
     console.print(_steps_line(report, config))
     console.print(_memory_table(report["memory"]))

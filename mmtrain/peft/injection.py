@@ -24,6 +24,7 @@ def inject(target: Target, config: PeftConfig, seed: int = 0) -> list[tuple[Line
     import torch
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import PeftType
 
     from mmtrain.models.dropout import stable_hash
 
@@ -32,7 +33,7 @@ def inject(target: Target, config: PeftConfig, seed: int = 0) -> list[tuple[Line
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         torch.manual_seed(stable_hash("peft", seed, target.adapter))
         # As `inject_adapter_in_model`, which refuses tuners that keep state for all their layers.
-        PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](target.model, config, target.adapter)
+        PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)](target.model, config, target.adapter)
     for layer in target.model.modules():
         if isinstance(layer, BaseTunerLayer):
             # peft activates only the adapter injected last; each layer carries exactly one.

@@ -44,6 +44,18 @@ class Attachment:
         return f"{self.component}/{label}" if label else self.component
 
     @property
+    def notes(self) -> list[str]:
+        """What a user should know before training."""
+        coupled = "couples the samples of a batch: how it is split changes results"
+        known = {
+            "does not start at the base": self.added.starts_at_identity is False,
+            "starts where its tuner says": self.added.starts_at_identity is None,
+            coupled: self.added.batch_coupled,
+            "cannot be merged": not self.method.merges,
+        }
+        return [note for note, holds in known.items() if holds]
+
+    @property
     def new_parameters(self) -> set[str]:
         """What trains and is none of the base's."""
         return set(self.added.trained) - set(self.target.parameters)

@@ -40,6 +40,7 @@ class ComponentCount:
     stored_params: int = 0  # of adapters' files; a method may train more than it stores, or less
     # block of the run file -> sublayer -> [modules, added parameters]; "" is outside of sublayers
     placed: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
+    notes: Mapping[str, list[str]] = field(default_factory=dict)  # of blocks, for their users
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ def _component_count(
         trainable_params=sum(sizes[n] for n, owner in trainable.owner.items() if owner in blocks),
         stored_params=sum(sizes[n] for one in attachments for n in one.added.kept),
         placed={one.block_name: _placed(one, sizes) for one in attachments},
+        notes={one.block_name: one.notes for one in attachments if one.notes},
     )
 
 

@@ -97,6 +97,7 @@ def test_published_counts(
                 "mlp": [{BASE_7B: 96, BASE_13B: 120}[base], peft - attention],
             }
         },
+        "notes": {},
     }
     assert report["components"]["vision"]["mode"] == "freeze"
 
@@ -122,6 +123,14 @@ def test_model_and_components_are_enough_and_the_batch_is_planned(run_check: Che
     assert sum(parts.values()) == pytest.approx(memory["gib_per_rank"]["zero1"])
     with pytest.raises(ConfigError, match="no multiple of micro_batch 16 x 3 ranks"):
         run_check(data, "--world-size", "3")
+
+
+def test_what_a_user_should_know_of_a_method_is_said(run_check: Check) -> None:
+    block = {"mode": "peft", "method": "bottleneck", "sublayers": ["mlp"]}
+    data = run_data("tiny", llm=block)
+    assert "llm: does not start at the base; cannot be merged\n" in run_check(data)
+    data["components"]["llm"]["init"] = "identity"
+    assert "llm: cannot be merged\n" in run_check(data)
 
 
 def test_a_part_of_a_component(run_check: Check) -> None:
