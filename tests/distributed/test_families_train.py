@@ -35,8 +35,8 @@ IDS = [f"{family}-{preset}" for family, preset in TINY_MODELS]
 FIRST_IDS = list(
     {family: f"{family}-{preset}" for family, preset in reversed(TINY_MODELS)}.values()
 )
-# A decoder and an encoder-decoder: how a run goes on does not hang on the family.
-RESUMED_IDS = [one for one in FIRST_IDS if one.startswith(("llava", "instructblip"))]
+# A decoder and an encoder-decoder: these also resume, and learn enough to say something.
+BOTH_KINDS = [one for one in FIRST_IDS if one.startswith(("llava", "instructblip"))]
 TEXTS = [*tiny.DIGITS_TEXTS, "Which colour is number 0? red green blue Colours are light. (a)"]
 NUM_MEMORISED = 16
 NUM_COPIES = NUM_STEPS = 150  # one epoch: each ends in a checkpoint
@@ -132,11 +132,12 @@ class FamilyRuns:
         scienceqa = str(material / "scienceqa" / "train")
         balanced = self.mixed("balanced", "zero2", scienceqa)
         balanced["run"]["data"]["cut"] = "balanced"
-        return [balanced, self._bf16("zero2", scienceqa), *self.learning_jobs(material)]
+        return [balanced, self._bf16("zero2", scienceqa)]
 
-    def cut_jobs(self, material: Path) -> list[dict[str, Any]]:
-        """A run under ZeRO-3 that is cut and goes on."""
-        return self._cut("zero3", str(material / "scienceqa" / "train"))
+    def longer_jobs(self, material: Path) -> list[dict[str, Any]]:
+        """A run under ZeRO-3 that is cut and goes on, and one that learns."""
+        cut = self._cut("zero3", str(material / "scienceqa" / "train"))
+        return [*cut, *self.learning_jobs(material)]
 
     def learning_jobs(self, material: Path) -> list[dict[str, Any]]:
         """A model that has learnt to say something, and what it says."""
@@ -225,7 +226,7 @@ def quick_runs(tmp_path_factory: pytest.TempPathFactory, digit_shards: Path) -> 
         family.code.write_tiny(runs.checkpoint, TEXTS, seed=0, preset=runs.preset)
     jobs = [job for runs in all_runs.values() for job in runs.jobs(root)]
     jobs += [job for one in FIRST_IDS for job in all_runs[one].first_jobs(root)]
-    jobs += [job for one in RESUMED_IDS for job in all_runs[one].cut_jobs(root)]
+    jobs += [job for one in BOTH_KINDS for job in all_runs[one].longer_jobs(root)]
     go(root / "jobs.json", jobs)
     return all_runs
 
@@ -237,8 +238,8 @@ def full_runs(quick_runs: AllRuns) -> AllRuns:
     for name, runs in quick_runs.items():
         if name not in FIRST_IDS:
             jobs += runs.first_jobs(root)
-        if name not in RESUMED_IDS:
-            jobs += runs.cut_jobs(root)
+        if name not in BOTH_KINDS:
+            jobs += runs.longer_jobs(root)
     go(root / "others.json", jobs)
     return quick_runs
 
@@ -280,7 +281,7 @@ def test_bf16_stays_within_the_stated_spread(runs: FamilyRuns) -> None:
     assert close(found, wanted, BF16_SPREAD), (found, wanted)
 
 
-@pytest.mark.parametrize("runs", cases(RESUMED_IDS, IDS), indirect=True)
+@pytest.mark.parametrize("runs", cases(BOTH_KINDS, IDS), indirect=True)
 def test_resume_is_bit_equal(runs: FamilyRuns) -> None:
     assert_resumed(runs, "zero3")
 
@@ -296,7 +297,7 @@ def assert_resumed(runs: FamilyRuns, stage: str) -> None:
     assert runs.digest(f"cut-{stage}") == runs.digest(stage)
 
 
-@pytest.mark.parametrize("runs", cases(FIRST_IDS, IDS), indirect=True)
+@pytest.mark.parametrize("runs", cases(BOTH_KINDS, IDS), indirect=True)
 @pytest.mark.parametrize("mode", ["spoken", "ranked"])
 def test_same_answers_batched_or_not_sharded_or_not(runs: FamilyRuns, mode: str) -> None:
     answers = runs.found(f"zero0-{mode}-by-1")["answers"]
@@ -306,7 +307,7 @@ def test_same_answers_batched_or_not_sharded_or_not(runs: FamilyRuns, mode: str)
         assert runs.found(name.replace("spoken", mode))["answers"] == answers, name
 
 
-@pytest.mark.parametrize("runs", cases(FIRST_IDS, IDS), indirect=True)
+@pytest.mark.parametrize("runs", cases(BOTH_KINDS, IDS), indirect=True)
 def test_it_learns_by_looking_at_the_image(runs: FamilyRuns) -> None:
     assert runs.found("own")["accuracy"] >= LEARNT, runs.losses("memorised")[::10]
     assert runs.found("shuffled")["accuracy"] <= CHANCE

@@ -41,6 +41,9 @@ BLOCKS: dict[str, dict[str, dict[str, Any]]] = {
         "llm/mlp": {"method": "bottleneck", "sublayers": ["mlp"], "size": 8, "dropout": 0.1},
     },
 }
+# What keeps something of its own over a step, and what has arithmetic of its own.
+RESUMED, ROUNDED = ("bottleneck", "dora", "prefix", "two"), ("ia3", "bottleneck", "prefix")
+BF16_ROUNDING = 1e-2  # relative, over three steps
 # DoRA needs whole base weights.
 SHARDED = {case: "zero2" if case == "dora" else "zero3" for case in BLOCKS}
 
@@ -62,7 +65,13 @@ def runs(
     jobs = []
     for case in BLOCKS:
         jobs += [job(found, case, "zero1", "whole"), job(found, case, SHARDED[case], "sharded")]
+    for case in RESUMED:
         jobs += [job(found, case, SHARDED[case], "cut", stop) for stop in (3, None)]
+    for case in ROUNDED:
+        rounded = job(found, case, "zero1", "bf16")
+        rounded["run"]["model"]["dtype"] = "bf16"
+        rounded["run"]["optim"]["max_steps"] = 3
+        jobs.append(rounded)
     found.go("methods", 2, jobs)
     return found
 
@@ -82,10 +91,16 @@ def test_same_losses_whole_and_sharded(runs: Runs, case: str) -> None:
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("case", BLOCKS)
+@pytest.mark.parametrize("case", RESUMED)
 def test_resume_is_bit_equal(runs: Runs, case: str) -> None:
     assert runs.losses(f"{case}-cut") == runs.losses(f"{case}-sharded")
     assert trained_files(runs, f"{case}-cut") == trained_files(runs, f"{case}-sharded")
+
+
+@pytest.mark.parametrize("case", ROUNDED)
+def test_bf16_stays_close_to_fp32(runs: Runs, case: str) -> None:
+    found = runs.losses(f"{case}-bf16")
+    assert len(found) == 3 and close(found, runs.losses(f"{case}-whole")[:3], BF16_ROUNDING)
 
 
 # peft's wrapper of a prefix gives it to the whole model's own forward: tests/unit/test_prefix.py.
