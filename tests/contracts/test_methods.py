@@ -22,6 +22,7 @@ from mmtrain.peft import methods
 from mmtrain.planning.report import examine
 from mmtrain.resolve import resolve
 from mmtrain.training.export import export_trained, merged_state
+from tests.soaks import cases
 
 CONNECTOR = "model.multi_modal_projector"
 FIRST_BLOCK = "model.vision_tower.encoder.layers.0"
@@ -31,6 +32,8 @@ TINY_MODELS = [
     for preset in plugins.load("family", family).presets
     if preset.startswith("tiny")
 ]
+# A decoder and an encoder-decoder; images of the others are large.
+KINDS = [("llava", "tiny"), ("instructblip", "tiny")]
 # What a method cannot be put into, and what is said.
 REFUSED = {("prefix", "instructblip", "tiny"): "'prefix' needs a decoder alone"}
 SIZE = BatchSize(samples=2, tokens=40, answer_tokens=6)
@@ -126,9 +129,10 @@ def loss_of(assembled: Assembled) -> torch.Tensor:
     return decoding.forward(assembled.family, assembled.model, batch).answer_loss_sum
 
 
-@pytest.mark.parametrize("tiny", TINY_MODELS, ids="-".join)
+@pytest.mark.parametrize(("family", "preset"), cases(KINDS, TINY_MODELS))
 @pytest.mark.parametrize("name", plugins.names("method"))
-def test_a_method_says_what_it_added(name: str, tiny: tuple[str, str]) -> None:
+def test_a_method_says_what_it_added(name: str, family: str, preset: str) -> None:
+    tiny = (family, preset)
     config = run_of(llm=block_of(name), model=tiny)
     if reason := REFUSED.get((name, *tiny)):
         for refusing in (partial(examine, world_size=1), partial(build_model, zero3_config=None)):
