@@ -125,14 +125,15 @@ class FamilyRuns:
     def jobs(self, material: Path) -> list[dict[str, Any]]:
         """What `make test` trains with every tiny model, in order."""
         scienceqa = str(material / "scienceqa" / "train")
-        return [self.mixed(stage, stage, scienceqa) for stage in ("zero0", "zero2", "zero3")]
+        return [self.mixed(stage, stage, scienceqa) for stage in ("zero0", "zero3")]
 
     def first_jobs(self, material: Path) -> list[dict[str, Any]]:
         """What it also trains with one tiny model of each family."""
         scienceqa = str(material / "scienceqa" / "train")
         balanced = self.mixed("balanced", "zero2", scienceqa)
         balanced["run"]["data"]["cut"] = "balanced"
-        return [balanced, self._bf16("zero2", scienceqa)]
+        zero2 = self.mixed("zero2", "zero2", scienceqa)
+        return [balanced, zero2, self._bf16("zero2", scienceqa)]
 
     def longer_jobs(self, material: Path) -> list[dict[str, Any]]:
         """A run under ZeRO-3 that is cut and goes on, and one that learns."""
@@ -259,14 +260,15 @@ def runs(request: pytest.FixtureRequest) -> FamilyRuns:
     return all_runs[request.param]
 
 
-@pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_same_losses_with_and_without_images(runs: FamilyRuns, stage: str) -> None:
-    assert close(runs.losses(stage), runs.losses("zero0"), SPLIT_TOLERANCE)
+def test_same_losses_with_and_without_images(runs: FamilyRuns) -> None:
+    assert close(runs.losses("zero3"), runs.losses("zero0"), SPLIT_TOLERANCE)
 
 
+# Sharded in halves, and with like lengths together.
 @pytest.mark.parametrize("runs", cases(FIRST_IDS, IDS), indirect=True)
-def test_same_losses_with_like_lengths_together(runs: FamilyRuns) -> None:
-    assert close(runs.losses("balanced"), runs.losses("zero0"), SPLIT_TOLERANCE)
+@pytest.mark.parametrize("name", ["zero2", "balanced"])
+def test_same_losses_however_a_step_is_cut(runs: FamilyRuns, name: str) -> None:
+    assert close(runs.losses(name), runs.losses("zero0"), SPLIT_TOLERANCE)
 
 
 @pytest.mark.parametrize("runs", cases(FIRST_IDS, IDS), indirect=True)
@@ -320,7 +322,7 @@ def test_the_cards_snippet_rebuilds_the_trained_model(
     from mmtrain.assemble import build_source
     from mmtrain.training.inference import ready_from_argument
 
-    run = runs.root / "zero2"
+    run = runs.root / "zero0"
     card = next((run / "adapter").rglob("README.md")).read_text(encoding="utf-8")
     snippet = card[card.index("```python") + len("```python") : card.rindex("```")]
     monkeypatch.chdir(run)

@@ -28,8 +28,9 @@ FILES = {
     "zero3_packaged": "zero3",
     "zero3_offload": "zero3_offload",
 }
-BAD_GRADIENTS = [("fp32", stage) for stage in FILES if stage != "zero3_packaged"]
-BAD_GRADIENTS += [("bf16", "zero1"), ("bf16", "zero2"), ("bf16", "zero3")]
+BAD_GRADIENTS = [("fp32", "zero0"), ("fp32", "zero3"), ("bf16", "zero1"), ("bf16", "zero2")]
+ALL_BAD_GRADIENTS = [("fp32", stage) for stage in FILES if stage != "zero3_packaged"]
+ALL_BAD_GRADIENTS += [("bf16", "zero1"), ("bf16", "zero2"), ("bf16", "zero3")]
 SPLIT_TOLERANCE = 1e-5  # relative, fp32
 BF16_SPREAD = 1e-3  # relative, measured 2.4e-4: ZeRO-3 linears round elsewhere than torch does
 STAGES = ("zero0", "zero1", "zero2", "zero3")
@@ -137,6 +138,13 @@ def started(runs: Runs) -> dict[str, Any]:
     return job
 
 
+def bad_gradient(runs: Runs, dtype: str, stage: str) -> dict[str, Any]:
+    """One rank's second gradient is infinite."""
+    sections = {"model": {"dtype": dtype}, "parallel": {"deepspeed": FILES[stage]}}
+    sections |= {"optim": {"max_steps": 2}, "checkpoint": {"every_steps": 1}}
+    return runs.job(f"bad-{dtype}-{stage}", **sections) | {"fault": "gradient"}
+
+
 def _quick_jobs(runs: Runs) -> list[dict[str, Any]]:
     jobs = [whole(runs, *one) for one in WHOLE]
     for stage in ("zero3_packaged", "zero3_offload"):
@@ -150,11 +158,7 @@ def _quick_jobs(runs: Runs) -> list[dict[str, Any]]:
     for present in (True, False):
         job = runs.job(f"fp16-kernels-{present}", parallel={"deepspeed": FILES["zero3"]})
         jobs.append(job | {"fp16_kernels": present})
-    for dtype, stage in BAD_GRADIENTS:
-        sections = {"model": {"dtype": dtype}, "parallel": {"deepspeed": FILES[stage]}}
-        sections |= {"optim": {"max_steps": 2}, "checkpoint": {"every_steps": 1}}
-        job = runs.job(f"bad-{dtype}-{stage}", **sections)
-        jobs.append(job | {"fault": "gradient"})
+    jobs += [bad_gradient(runs, *one) for one in BAD_GRADIENTS]
     jobs.append(runs.job("bug-on-main") | {"fault": "main"})
     # The last: rank 1 leaves the group, as it does when it dies.
     alone = runs.job("rank-1-alone", **validated(runs.digits))
@@ -168,6 +172,7 @@ def _other_jobs(runs: Runs) -> list[dict[str, Any]]:
     jobs += [job for one in ALL_RESUMED if one not in RESUMED for job in cut(runs, *one)]
     jobs.append(recomputed(runs, "zero1"))
     jobs += [balanced(runs, stage) for stage in STAGES if stage not in BALANCED]
+    jobs += [bad_gradient(runs, *one) for one in ALL_BAD_GRADIENTS if one not in BAD_GRADIENTS]
     return jobs
 
 
@@ -274,7 +279,7 @@ def test_a_rank_that_fails_alone_says_so_in_the_folder(runs: Runs) -> None:
     assert status["reason"] == "rank 1: Interrupted: by hand"
 
 
-@pytest.mark.parametrize(("dtype", "stage"), BAD_GRADIENTS)
+@pytest.mark.parametrize(("dtype", "stage"), cases(BAD_GRADIENTS, ALL_BAD_GRADIENTS))
 def test_a_bad_gradient_of_one_rank_stops_all_before_the_step(
     runs: Runs, dtype: str, stage: str
 ) -> None:
