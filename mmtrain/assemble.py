@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from mmtrain import plugins
@@ -18,11 +19,16 @@ from mmtrain.data.shards import ShardFolder
 from mmtrain.data.source import Encoder, Source
 from mmtrain.errors import CheckpointError, ConfigError
 from mmtrain.files import cache_folder, file_sha256, keep_in_cache
+from mmtrain.models.building import build_on_meta, working_precision
 from mmtrain.models.built import Asked
 from mmtrain.models.interface import Family, Processor
 from mmtrain.peft.trainable import Trainable, make_trainable
 from mmtrain.resolve import model_options
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+FLASH = "flash_attention_2"
 # Of a base's folder, beside its weights; results and notes that lie there may change.
 _SMALL_FILES = (
     "config.json",
@@ -74,6 +80,32 @@ def build_model(
         base_files=loaded.weight_files,
         standard_folder=loaded.standard_folder,
     )
+
+
+def planned_config(config: RunConfig) -> PretrainedConfig:
+    """The package of flash attention is not needed to plan: torch's kernels keep the same."""
+    family: Family = plugins.load("family", config.model.family)
+    options = model_options(config)
+    if options.attention == FLASH:
+        options = replace(options, attention="sdpa")
+    return family.code.model_config(options)
+
+
+def planned_model(config: RunConfig) -> nn.Module:
+    """The run's base without any numbers."""
+    skeleton = plugins.load("family", config.model.family).code.skeleton
+    return build_on_meta(skeleton, planned_config(config), config.model.dtype)
+
+
+def adapt_planned(model: nn.Module, config: RunConfig) -> Trainable:
+    """As `adapt`, of a base without numbers."""
+    with torch.device("meta"), working_precision(config.model.dtype):
+        return adapt(model, plugins.load("family", config.model.family), config)
+
+
+def rehearse(config: RunConfig) -> None:
+    """Let methods refuse what they cannot do, before minutes of loading."""
+    adapt_planned(planned_model(config), config)
 
 
 def asked_of(config: RunConfig) -> Asked:

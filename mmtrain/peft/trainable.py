@@ -104,10 +104,7 @@ def make_trainable(
         if block.mode == "peft"
     }
     _refuse_shared_modules(targets)
-    attachments = {
-        block_name: _attach(target, components[block_name], seed)
-        for block_name, target in targets.items()
-    }
+    attachments = _attach_all(targets, components, seed)
     for block_name, attachment in attachments.items():
         declared.update(dict.fromkeys(attachment.added.trained, block_name))
     # Order by the model, not by the run file: every rank and every resume sees the same order.
@@ -161,6 +158,22 @@ def _target(model: Any, family: Family, block_name: str, block: ComponentConfig)
     attention = family.code.attention(model.config, component) if has_attention else None
     taps = OfferedTaps(taps_of(model), family.taps)
     return Target(component, model, tuple(own), linears, pattern, blocks, attention, taps, label)
+
+
+def _attach_all(
+    targets: Mapping[str, Target], components: Mapping[str, ComponentConfig], seed: int
+) -> dict[str, Attachment]:
+    """Every method, or every reason why one cannot go where it is to."""
+    attachments: dict[str, Attachment] = {}
+    problems: list[str] = []
+    for block_name, target in targets.items():
+        try:
+            attachments[block_name] = _attach(target, components[block_name], seed)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return attachments
 
 
 def _attach(target: Target, block: ComponentConfig, seed: int) -> Attachment:

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from mmtrain import plugins
-from mmtrain.assemble import adapt
+from mmtrain.assemble import FLASH, adapt_planned, planned_config, planned_model
 from mmtrain.config.schema import RunConfig, component_and_label
-from mmtrain.models.building import build_on_meta, working_precision
 from mmtrain.models.interface import BatchSize, Family
 from mmtrain.peft.placement import component_of
 from mmtrain.peft.trainable import Attachment, Trainable
 from mmtrain.planning.live_bytes import watch
-from mmtrain.resolve import model_options
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 # A question, its options and a short answer, where the data set is not known.
 TEXT_TOKENS_PER_SAMPLE = 128
-_FLASH = "flash_attention_2"
 
 
 @dataclass(frozen=True)
@@ -72,14 +66,11 @@ class Census:
 def count(config: RunConfig, size: BatchSize | None = None) -> Census:
     """Build the run's model on the meta device, adapt it, count every component, measure a step."""
     family: Family = plugins.load("family", config.model.family)
-    model_config = _planned_config(family, config)
-    model = build_on_meta(family.code.skeleton, model_config, config.model.dtype)
+    model: Any = planned_model(config)
     base_params: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         base_params[component_of(family, name)] += parameter.numel()
-    meta = torch.device("meta")
-    with meta, working_precision(config.model.dtype):
-        trainable = adapt(model, family, config)
+    trainable = adapt_planned(model, config)
     tensors = (*model.named_parameters(), *model.named_buffers())
     sizes = {name: tensor.numel() for name, tensor in tensors}
     components = {
@@ -87,21 +78,12 @@ def count(config: RunConfig, size: BatchSize | None = None) -> Census:
         for name in family.components
     }
     size = size or usual_size(config)
-    batch = family.code.planned_batch(model_config, size).to(meta)
-    is_flash = config.model.attention == _FLASH
-    seen = watch(family, model, batch, is_flash)
+    batch = family.code.planned_batch(model.config, size).to(torch.device("meta"))
+    seen = watch(family, model, batch, config.model.attention == FLASH)
     trained = sum(sizes[name] for name in trainable.owner)
     frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
     by_formula = (2 * frozen + 4 * trained) * size.samples * size.tokens
     return Census(components, size, seen.peak_bytes, seen.flops, by_formula)
-
-
-def _planned_config(family: Family, config: RunConfig) -> PretrainedConfig:
-    """The package of flash attention is not needed to plan: torch's kernels keep the same."""
-    options = model_options(config)
-    if options.attention == _FLASH:
-        options = replace(options, attention="sdpa")
-    return family.code.model_config(options)
 
 
 def usual_size(
@@ -109,7 +91,7 @@ def usual_size(
 ) -> BatchSize:
     """A micro-batch of samples with an image, a question, and an answer as long as allowed."""
     family: Family = plugins.load("family", config.model.family)
-    model_config = _planned_config(family, config)
+    model_config = planned_config(config)
     usual = family.code.image_tokens(model_config, "llm") + TEXT_TOKENS_PER_SAMPLE
     if config.data and config.data.max_length:
         usual = min(usual, config.data.max_length)

@@ -20,6 +20,7 @@ from mmtrain.assemble import (
     build_source,
     data_section,
     refuse_preset,
+    rehearse,
 )
 from mmtrain.config.deepspeed import find_deepspeed_config, zero_stage
 from mmtrain.config.schema import RunConfig
@@ -65,6 +66,7 @@ def _train(
     config, world = session.config, session.world
     layout, settings = _planned(config, world)
     initial = on_main(lambda: initial_files(config))
+    on_main(lambda: rehearse(config))
     assembled = build_model(config, settings if zero_stage(settings) == 3 else None)
     if not assembled.trainable.owner:
         raise ConfigError(["components: nothing trains; give a component mode 'full' or 'peft'"])

@@ -17,7 +17,7 @@ from mmtrain.assemble import Assembled, build_model
 from mmtrain.config.schema import RunConfig
 from mmtrain.errors import ConfigError, MmtrainError
 from mmtrain.models import decoding
-from mmtrain.models.interface import BatchSize
+from mmtrain.models.interface import BatchSize, ForwardResult
 from mmtrain.peft import methods
 from mmtrain.planning.report import examine
 from mmtrain.resolve import resolve
@@ -34,8 +34,14 @@ TINY_MODELS = [
 ]
 # A decoder and an encoder-decoder; images of the others are large.
 KINDS = [("llava", "tiny"), ("instructblip", "tiny")]
+# Where a method goes, if not into the language model.
+PLACES = {"petal": "qformer", "maple": "qformer"}
 # What a method cannot be put into, and what is said.
-REFUSED = {("prefix", "instructblip", "tiny"): "'prefix' needs a decoder alone"}
+REFUSED = {
+    ("prefix", "instructblip", "tiny"): "'prefix' needs a decoder alone",
+    ("llama_adapter", "instructblip", "tiny"): "'llama_adapter' needs attentions of separate",
+    ("llama_adapter", "qwen_vl", "tiny"): "'llama_adapter' needs attentions of separate",
+}
 SIZE = BatchSize(samples=2, tokens=40, answer_tokens=6)
 # A learned scale per channel behind every block; in a component without blocks, behind each layer.
 SCALE = """
@@ -121,19 +127,37 @@ def run_of(
 
 def block_of(name: str) -> dict[str, Any]:
     """A method with what it cannot do without."""
-    return {"method": name} | {"peft_library": {"tuner": "loha", "r": 2}}.get(name, {})
+    needed = {"peft_library": {"tuner": "loha", "r": 2}, "maple": {"depth": 2}}
+    return {"method": name} | needed.get(name, {})
+
+
+def place_of(name: str) -> str:
+    return PLACES.get(name, "llm")
+
+
+def fits(name: str, family: str) -> bool:
+    return place_of(name) in plugins.load("family", family).components
+
+
+def result_of(assembled: Assembled) -> ForwardResult:
+    batch = assembled.family.code.planned_batch(assembled.model.config, SIZE)
+    return decoding.forward(assembled.family, assembled.model, batch)
 
 
 def loss_of(assembled: Assembled) -> torch.Tensor:
-    batch = assembled.family.code.planned_batch(assembled.model.config, SIZE)
-    return decoding.forward(assembled.family, assembled.model, batch).answer_loss_sum
+    return result_of(assembled).answer_loss_sum
 
 
 @pytest.mark.parametrize(("family", "preset"), cases(KINDS, TINY_MODELS))
 @pytest.mark.parametrize("name", plugins.names("method"))
 def test_a_method_says_what_it_added(name: str, family: str, preset: str) -> None:
     tiny = (family, preset)
-    config = run_of(llm=block_of(name), model=tiny)
+    blocks = {place_of(name): block_of(name)}
+    if not fits(name, family):
+        with pytest.raises(ConfigError, match=rf"components\.{place_of(name)}: unknown component"):
+            run_of(blocks, model=tiny)
+        return
+    config = run_of(blocks, model=tiny)
     if reason := REFUSED.get((name, *tiny)):
         for refusing in (partial(examine, world_size=1), partial(build_model, zero3_config=None)):
             with pytest.raises(ConfigError, match=reason):
@@ -144,30 +168,33 @@ def test_a_method_says_what_it_added(name: str, family: str, preset: str) -> Non
     (attachment,) = assembled.trainable.attachments
     added = attachment.added
     assert added.trained and set(assembled.trainable.owner) == set(added.trained)
-    loss = loss_of(assembled)
+    found = result_of(assembled)
     if added.starts_at_identity is not None:
-        assert torch.equal(loss, loss_of(base)) == added.starts_at_identity
-    loss.backward()
+        same = torch.equal(found.answer_loss_sum, loss_of(base))
+        assert same == added.starts_at_identity
+    weighted = [weight * found.auxiliary[key] for key, weight in added.auxiliary.items()]
+    sum(weighted, found.answer_loss_sum).backward()
     trained = assembled.trained_parameters()
     assert all(parameter.grad is not None for parameter in trained.values())
     assert len(attachment.exported(added.trained)) == len(trained)
     # What check counts on the meta device is what trains.
-    part = examine(config, world_size=1)["components"]["llm"]
+    part = examine(config, world_size=1)["components"][place_of(name)]
     assert part["trainable_params"] == sum(parameter.numel() for parameter in trained.values())
     assert part["modules"] == len(attachment.target.linears)
 
 
 @pytest.mark.parametrize("name", plugins.names("method"))
 def test_a_method_is_merged_or_says_why_not(name: str) -> None:
-    assembled = build_model(run_of(llm=block_of(name)), None)
+    tiny = next(kind for kind in KINDS if fits(name, kind[0]))
+    assembled = build_model(run_of({place_of(name): block_of(name)}, model=tiny), None)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in assembled.trained_parameters().values():
             parameter.add_(0.1 * torch.randn(parameter.shape))
     wanted = loss_of(assembled)
-    base = build_model(run_of(), None)
+    base = build_model(run_of(model=tiny), None)
     (attachment,) = assembled.trainable.attachments
-    assert not torch.isclose(loss_of(base), wanted, rtol=1e-4)
+    assert not torch.isclose(loss_of(base), wanted, rtol=3e-6)
     if not attachment.method.merges:
         with pytest.raises(MmtrainError, match="cannot be folded"):
             merged_state(assembled.model, assembled.trainable)

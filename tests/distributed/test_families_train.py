@@ -35,7 +35,9 @@ IDS = [f"{family}-{preset}" for family, preset in TINY_MODELS]
 FIRST_IDS = list(
     {family: f"{family}-{preset}" for family, preset in reversed(TINY_MODELS)}.values()
 )
-# A decoder and an encoder-decoder: these also resume, and learn enough to say something.
+# An encoder-decoder also learns enough to say something: of decoders, other tests show that.
+LEARNING = ["instructblip-tiny"]
+# A decoder and an encoder-decoder also resume.
 BOTH_KINDS = [one for one in FIRST_IDS if one.startswith(("llava", "instructblip"))]
 TEXTS = [*tiny.DIGITS_TEXTS, "Which colour is number 0? red green blue Colours are light. (a)"]
 NUM_MEMORISED = 16
@@ -135,10 +137,9 @@ class FamilyRuns:
         zero2 = self.mixed("zero2", "zero2", scienceqa)
         return [balanced, zero2, self._bf16("zero2", scienceqa)]
 
-    def longer_jobs(self, material: Path) -> list[dict[str, Any]]:
-        """A run under ZeRO-3 that is cut and goes on, and one that learns."""
-        cut = self._cut("zero3", str(material / "scienceqa" / "train"))
-        return [*cut, *self.learning_jobs(material)]
+    def cut_jobs(self, material: Path) -> list[dict[str, Any]]:
+        """A run under ZeRO-3 that is cut and goes on."""
+        return self._cut("zero3", str(material / "scienceqa" / "train"))
 
     def learning_jobs(self, material: Path) -> list[dict[str, Any]]:
         """A model that has learnt to say something, and what it says."""
@@ -227,7 +228,8 @@ def quick_runs(tmp_path_factory: pytest.TempPathFactory, digit_shards: Path) -> 
         family.code.write_tiny(runs.checkpoint, TEXTS, seed=0, preset=runs.preset)
     jobs = [job for runs in all_runs.values() for job in runs.jobs(root)]
     jobs += [job for one in FIRST_IDS for job in all_runs[one].first_jobs(root)]
-    jobs += [job for one in BOTH_KINDS for job in all_runs[one].longer_jobs(root)]
+    jobs += [job for one in BOTH_KINDS for job in all_runs[one].cut_jobs(root)]
+    jobs += [job for one in LEARNING for job in all_runs[one].learning_jobs(root)]
     go(root / "jobs.json", jobs)
     return all_runs
 
@@ -240,7 +242,9 @@ def full_runs(quick_runs: AllRuns) -> AllRuns:
         if name not in FIRST_IDS:
             jobs += runs.first_jobs(root)
         if name not in BOTH_KINDS:
-            jobs += runs.longer_jobs(root)
+            jobs += runs.cut_jobs(root)
+        if name not in LEARNING:
+            jobs += runs.learning_jobs(root)
     go(root / "others.json", jobs)
     return quick_runs
 
@@ -299,7 +303,7 @@ def assert_resumed(runs: FamilyRuns, stage: str) -> None:
     assert runs.digest(f"cut-{stage}") == runs.digest(stage)
 
 
-@pytest.mark.parametrize("runs", cases(BOTH_KINDS, IDS), indirect=True)
+@pytest.mark.parametrize("runs", cases(LEARNING, IDS), indirect=True)
 @pytest.mark.parametrize("mode", ["spoken", "ranked"])
 def test_same_answers_batched_or_not_sharded_or_not(runs: FamilyRuns, mode: str) -> None:
     answers = runs.found(f"zero0-{mode}-by-1")["answers"]
@@ -309,7 +313,7 @@ def test_same_answers_batched_or_not_sharded_or_not(runs: FamilyRuns, mode: str)
         assert runs.found(name.replace("spoken", mode))["answers"] == answers, name
 
 
-@pytest.mark.parametrize("runs", cases(BOTH_KINDS, IDS), indirect=True)
+@pytest.mark.parametrize("runs", cases(LEARNING, IDS), indirect=True)
 def test_it_learns_by_looking_at_the_image(runs: FamilyRuns) -> None:
     assert runs.found("own")["accuracy"] >= LEARNT, runs.losses("memorised")[::10]
     assert runs.found("shuffled")["accuracy"] <= CHANCE

@@ -56,6 +56,7 @@ class Lora:
         from mmtrain.models.dropout import KeyedDropout, scope_of
 
         name, scope = target.adapter, scope_of(target.model)
+        _refuse_wide(target, options)
         for linear, layer in injection.inject(target, _config(target, options)):
             _initialise(layer.lora_A[name], layer.lora_B[name], options, seed, linear.name)
             if not options.dora:  # whose norms peft's own forward computes
@@ -140,6 +141,20 @@ def _ranks(target: Target, options: Any) -> dict[str, int]:
         if rank != options.r
         for linear in linears
     }
+
+
+def _refuse_wide(target: Target, options: Any) -> None:
+    """A rank above a layer's width adds parameters and no freedom."""
+    pattern = _ranks(target, options)
+    for linear in target.linears:
+        rank, width = pattern.get(re.escape(linear.name), options.r), min(linear.shape)
+        if rank > width:
+            raise ConfigError(
+                [
+                    f"components.{target.component}.r: got {rank}, and {linear.sublayer}."
+                    f"{linear.role} is {width} wide ({linear.name}); give at most {width}"
+                ]
+            )
 
 
 def _fits(linear: Linear, key: str) -> bool:

@@ -58,6 +58,11 @@ class Prefix:
         assert shape is not None
         if len(target.blocks) != shape.layers:
             raise ConfigError([f"{place}: 'prefix' goes before all layers; leave out 'layers'"])
+        model: Any = target.model
+        context = model.config.get_text_config().max_position_embeddings
+        if options.tokens >= context:
+            fault = f"got {options.tokens}, which leaves none of this model's {context} positions"
+            raise ConfigError([f"components.{target.component}.tokens: {fault}; give fewer"])
         table = PrefixTable(options.tokens, shape.layers, shape.kv_heads, shape.head_dim)
         injection.fill(table.weight, nn.init.normal_, "prefix", seed, target.adapter)
         table.to(next(target.model.parameters()).dtype)

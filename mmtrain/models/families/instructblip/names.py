@@ -90,6 +90,7 @@ DEFAULT_ROLES: DefaultRoles = {
         "qformer": {"self_attn": _QUERY_AND_VALUE},
         "llm": {sublayer: _QUERY_AND_VALUE for sublayer in _LLM_ATTENTIONS},
     },
+    "petal": {"qformer": dict.fromkeys(("self_attn", "cross_attn"), ("q", "k", "v")) | {"ffn": ()}},
     # As peft places it in T5.
     "ia3": {
         "vision": {"attn": ("o",), "mlp": ("down",)},
