@@ -349,7 +349,8 @@ def broadcast_tensor(
     if is_main():
         assert value is not None
         tensor.copy_(value)
-    dist.broadcast(tensor, src=0)
+    if dist.is_initialized():
+        dist.broadcast(tensor, src=0)
     return tensor
 
 

@@ -88,7 +88,8 @@ class Method(Protocol):
     options: type[BaseModel]
     needs_linears: bool  # False: the run file names no sublayers, the component may have none
     merges: bool  # whether what it adds can be folded into base weights
-    imports: tuple[str, ...]  # modules that make peft know its adapters, for who loads one
+    # Modules that make peft know its adapters, for who loads one; None: mmtrain alone reads them.
+    imports: tuple[str, ...] | None
 
     def conflicts(self, options: object, around: Surroundings) -> Sequence[str]:
         """Why it cannot go there; what to do behind each reason."""

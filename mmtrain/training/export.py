@@ -101,11 +101,19 @@ def base_name(config: RunConfig) -> str:
 
 def loading_snippet(config: RunConfig, trainable: Trainable, base_class: type | None) -> str:
     """Python that rebuilds the trained model, without mmtrain where transformers reads the base."""
+    if any(one.method.imports is None for one in trainable.attachments):
+        return "\n".join(
+            [
+                "from mmtrain.training.loading import trained_model",
+                "",
+                "model, processor = trained_model('.')  # the run folder",
+            ]
+        )
     imports, loading = _base_lines(config, base_class)
     lines = list(imports)
     if trainable.attachments:
         lines.append("from peft import PeftModel")
-        own = {module for one in trainable.attachments for module in one.method.imports}
+        own = {module for one in trainable.attachments for module in one.method.imports or ()}
         lines += [f"import {module}  # makes peft know the adapter" for module in sorted(own)]
     if trainable.full_components:
         lines.append("from safetensors.torch import load_file")
@@ -188,7 +196,7 @@ def model_card(
         full = f"{', '.join(trainable.full_components)} (AutoPeftModel does not load these)"
     return f"""---
 base_model: {base}
-library_name: peft
+library_name: {"mmtrain" if attachment.method.imports is None else "peft"}
 tags: [mmtrain, {attachment.method_name}]
 ---
 

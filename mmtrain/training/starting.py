@@ -58,7 +58,11 @@ def find_start(trainee: Trainee, assembled: Assembled, initial: Sequence[Path]) 
         if not initial:
             return None
         log.info("starting from the trained weights of %s", trainee.config.init_from)
-        return Start(on_main(lambda: _initial_places(initial, trainee, assembled.trainable)))
+        remedy = "train the same components with the same methods and sizes, or start elsewhere"
+        source = f"init_from: {trainee.config.init_from} does not fit; {remedy}"
+        return Start(
+            on_main(lambda: exported_places(initial, weights, assembled.trainable, source))
+        )
     if initial:
         log.info("not from init_from, where this run began: its own checkpoint knows more")
     trainee.restore(state)
@@ -125,9 +129,10 @@ def initial_files(config: RunConfig) -> list[Path]:
     return [*adapters, *sorted((given.parent / "full").glob("*.safetensors"))]
 
 
-def _initial_places(files: Sequence[Path], trainee: Trainee, trainable: Trainable) -> Places:
+def exported_places(
+    files: Sequence[Path], wanted: Mapping[str, torch.Size], trainable: Trainable, source: str
+) -> Places:
     """Where the files have what trains; one error for all that they lack, or have otherwise."""
-    wanted, _ = checkpoints.tensor_shapes(trainee.parameters)
     exported: dict[str, str | None] = {}
     for attachment in trainable.attachments:
         exported |= attachment.exported(attachment.added.trained)
@@ -148,9 +153,5 @@ def _initial_places(files: Sequence[Path], trainee: Trainee, trainable: Trainabl
             places[name] = Place(path, key, shape)
     problems += [f"{name}: is not there" for name in wanted if name not in places]
     if problems:
-        raise ConfigError(
-            problems,
-            f"init_from: {trainee.config.init_from} does not fit; train the same components with"
-            " the same methods and sizes, or start from another folder",
-        )
+        raise ConfigError(problems, source)
     return {name: places[name] for name in wanted}

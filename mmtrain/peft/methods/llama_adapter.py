@@ -28,7 +28,7 @@ class LlamaAdapter:
     options = LlamaAdapterOptions
     needs_linears = False
     merges = False
-    imports = ()
+    imports = None
 
     def conflicts(self, options: object, around: Surroundings) -> Sequence[str]:
         """It goes into the attentions of a language model."""

@@ -30,7 +30,7 @@ class Maple:
     options = MapleOptions
     needs_linears = False
     merges = False
-    imports = ()
+    imports = None
 
     def conflicts(self, options: object, around: Surroundings) -> Sequence[str]:
         """It couples what a Q-Former reads of words and asks of pictures."""

@@ -61,7 +61,7 @@ class Petal:
     options = PetalOptions
     needs_linears = True
     merges = False
-    imports = ()
+    imports = None
 
     def conflicts(self, options: object, around: Surroundings) -> Sequence[str]:
         """It enhances the instruction that a Q-Former reads."""

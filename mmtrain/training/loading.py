@@ -1,0 +1,27 @@
+"""A run's trained model, for Python that asks it: what the card of its adapter shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from mmtrain.assemble import build_model
+from mmtrain.config.load import load_run_file
+from mmtrain.models.interface import Processor
+from mmtrain.resolve import adapter_files
+from mmtrain.training import checkpoint as checkpoints
+from mmtrain.training.starting import exported_places
+
+
+def trained_model(run_dir: str) -> tuple[nn.Module, Processor]:
+    """The base with what the run exported, in one process; ready to answer."""
+    folder = Path(run_dir)
+    config = load_run_file(folder / "run.yaml", [])
+    assembled = build_model(config, None, trains=False)
+    parameters = assembled.trained_parameters()
+    shapes, _ = checkpoints.tensor_shapes(parameters)
+    files = [*adapter_files(folder / "adapter"), *sorted((folder / "full").glob("*.safetensors"))]
+    places = exported_places(files, shapes, assembled.trainable, f"{folder}: no longer fits")
+    checkpoints.load_weights(places, parameters)
+    return assembled.model.eval().requires_grad_(False), assembled.processor
