@@ -103,11 +103,6 @@ def adapt_planned(model: nn.Module, config: RunConfig) -> Trainable:
         return adapt(model, plugins.load("family", config.model.family), config)
 
 
-def rehearse(config: RunConfig) -> None:
-    """Let methods refuse what they cannot do, before minutes of loading."""
-    adapt_planned(planned_model(config), config)
-
-
 def asked_of(config: RunConfig) -> Asked:
     """What the built model is compared with."""
     return Asked(config.model.dtype, config.model.attention, config.model.base_dropout)

@@ -92,6 +92,11 @@ def _print_tables(report: dict[str, Any], config: RunConfig) -> None:
         f" activations through frozen weights included); {flops['by_formula'] / 1e12:.2f} by"
         " (2 frozen + 4 trained parameters) x tokens"
     )
+    answer = report["answer_flops_per_token"]["by_formula"]
+    console.print(
+        f"{answer / 1e9:.2f} GFLOPs per token of an answer, by 2 x (parameters without embeddings +"
+        " layers x width x tokens before it)"
+    )
 
 
 def _component_table(report: dict[str, Any], title: str) -> Table:

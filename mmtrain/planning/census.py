@@ -46,6 +46,8 @@ class Census:
     activation_bytes: int
     flops: int = 0  # of the micro-batch: forward and backward as they are, recomputation included
     flops_by_formula: int = 0  # of the same: (2 frozen + 4 trained parameters) x tokens
+    # Of an answer's token: 2 (parameters without embeddings + layers x width x tokens before it).
+    answer_flops_by_formula: int = 0
 
     @property
     def base_params(self) -> int:
@@ -83,7 +85,28 @@ def count(config: RunConfig, size: BatchSize | None = None) -> Census:
     trained = sum(sizes[name] for name in trainable.owner)
     frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
     by_formula = (2 * frozen + 4 * trained) * size.samples * size.tokens
-    return Census(components, size, seen.peak_bytes, seen.flops, by_formula)
+    answer = _answer_flops(family, model, size.tokens)
+    return Census(components, size, seen.peak_bytes, seen.flops, by_formula, answer)
+
+
+def rehearse(config: RunConfig) -> dict[str, float]:
+    """What there is to train, in numbers; whatever a method refuses, before minutes of loading."""
+    census = count(config)
+    return {
+        "trained_params": census.trainable_params,
+        "total_params": census.base_params + census.peft_params,
+        "stored_params": sum(part.stored_params for part in census.components.values()),
+        "train_flops_per_sample": census.flops / census.size.samples,
+        "train_flops_per_sample_by_formula": census.flops_by_formula / census.size.samples,
+    }
+
+
+def _answer_flops(family: Family, model: Any, tokens: int) -> int:
+    shape = family.code.attention(model.config, "llm")
+    table = family.code.decoder(model).get_input_embeddings()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    without = parameters - sum(parameter.numel() for parameter in table.parameters())
+    return 2 * (without + shape.layers * shape.hidden * tokens)
 
 
 def usual_size(

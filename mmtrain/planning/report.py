@@ -36,6 +36,7 @@ def examine(
             "counted": census.flops / size.samples,
             "by_formula": census.flops_by_formula / size.samples,
         },
+        "answer_flops_per_token": {"by_formula": census.answer_flops_by_formula},
         "memory": {
             "world_size": world_size,
             "micro_batch": size.samples,

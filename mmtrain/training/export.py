@@ -36,6 +36,9 @@ def export_trained(
             _write_adapter(checkpoint, folder, config, attachment, base_class)
             card = model_card(config, trainable, attachment, base_class)
             (folder / "README.md").write_text(card, encoding="utf-8")
+            if assembled.processor is not None:
+                # Tools that are given an adapter look for these beside it.
+                assembled.processor.save_pretrained(str(folder))
     if trainable.full_components:
         with replaced_folder(run_dir / "full") as folder:
             for component in trainable.full_components:

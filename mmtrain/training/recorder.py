@@ -44,7 +44,9 @@ class Recorder:
                 " checkpoint.",
             )
 
-    def start(self, inputs: Mapping[str, str], step: int) -> None:
+    def start(
+        self, inputs: Mapping[str, str], step: int, numbers: Mapping[str, float] | None = None
+    ) -> None:
         """Forget what was written after the step that training goes on from; begin to track."""
 
     def record(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
@@ -68,7 +70,9 @@ class RunRecorder(Recorder):
         self._journal = RunJournal(run_dir / JOURNAL_NAME)
         self._tracker: Tracker | None = None
 
-    def start(self, inputs: Mapping[str, str], step: int) -> None:
+    def start(
+        self, inputs: Mapping[str, str], step: int, numbers: Mapping[str, float] | None = None
+    ) -> None:
         self._journal.truncate_after(step if step > 0 else -1)
         missing = self._journal.missing_steps(step)
         if missing:
@@ -84,12 +88,13 @@ class RunRecorder(Recorder):
         metrics = (*TRAINING_METRICS, *validation_metrics(task).values())
         write_json(self._run_dir / DECLARED_NAME, as_fields(metrics))
         digests = {f"digest.{name}": digest for name, digest in inputs.items()}
+        counted = {f"counted.{name}": f"{number:.0f}" for name, number in (numbers or {}).items()}
         self._tracker = Tracker.start(
             self._run_dir,
             self._config.tracking,
             self._config.name,
             flatten(flatten_run(self._config)),
-            {**environment_tags(), **digests, **as_tags(metrics)},
+            {**environment_tags(), **digests, **counted, **as_tags(metrics)},
         )
 
     def record(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:

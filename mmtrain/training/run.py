@@ -5,6 +5,7 @@ The launcher starts this as a process per rank, Ray calls it in its workers: sam
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -20,7 +21,6 @@ from mmtrain.assemble import (
     build_source,
     data_section,
     refuse_preset,
-    rehearse,
 )
 from mmtrain.config.deepspeed import find_deepspeed_config, zero_stage
 from mmtrain.config.schema import RunConfig
@@ -32,6 +32,7 @@ from mmtrain.data.stream import StepStream
 from mmtrain.distributed import World
 from mmtrain.errors import ConfigError
 from mmtrain.main_rank import on_main
+from mmtrain.planning.census import rehearse
 from mmtrain.tracking.fields import installed_versions
 from mmtrain.training.checkpoint import Facts, load_weights
 from mmtrain.training.engine import Engine, complete_config
@@ -41,6 +42,8 @@ from mmtrain.training.progress import Progress
 from mmtrain.training.session import Session
 from mmtrain.training.starting import find_start, initial_files, input_digests
 from mmtrain.training.trainee import Trainee
+
+log = logging.getLogger("mmtrain")
 
 
 def run_training(
@@ -66,7 +69,7 @@ def _train(
     config, world = session.config, session.world
     layout, settings = _planned(config, world)
     initial = on_main(lambda: initial_files(config))
-    on_main(lambda: rehearse(config))
+    numbers = on_main(lambda: _rehearsed(config))
     assembled = build_model(config, settings if zero_stage(settings) == 3 else None)
     if not assembled.trainable.owner:
         raise ConfigError(["components: nothing trains; give a component mode 'full' or 'peft'"])
@@ -81,7 +84,7 @@ def _train(
     facts = _facts(config, layout, settings, inputs)
     trainee = Trainee.of(session, assembled, planner.steps_per_epoch, facts)
     engine = _engine(session, assembled, settings, trainee, initial)
-    on_main(lambda: trainee.recorder.start(inputs, trainee.state.step))
+    on_main(lambda: trainee.recorder.start(inputs, trainee.state.step, numbers))
     Loop(engine, stream, val, on_validation).run([trainee])
     on_main(lambda: _finish(session, trainee, assembled))
     return trainee.state.best_metrics
@@ -106,6 +109,19 @@ def _planned(config: RunConfig, world: World) -> tuple[Layout, dict[str, object]
         optim.max_grad_norm,
     )
     return layout, settings
+
+
+def _rehearsed(config: RunConfig) -> dict[str, float]:
+    """What there is to train, said aloud; methods refuse here what they cannot do."""
+    numbers = rehearse(config)
+    log.info(
+        "%d of %d parameters train; %.3g TFLOPs per sample, counted, %.3g by the papers' formula",
+        numbers["trained_params"],
+        numbers["total_params"],
+        numbers["train_flops_per_sample"] / 1e12,
+        numbers["train_flops_per_sample_by_formula"] / 1e12,
+    )
+    return numbers
 
 
 def _lengths(

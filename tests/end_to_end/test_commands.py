@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from tests import tiny
 
@@ -48,6 +49,12 @@ def test_mlflow_has_the_run(launched: Path) -> None:
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
     assert run.data.params["components.llm.r"] == "4" and run.data.tags["digest.data.train"]
+    # What was counted before loading is what trains.
+    tensors = [*(launched / "adapter").glob("*.safetensors"), *(launched / "full").glob("*.s*")]
+    trained = sum(tensor.numel() for path in tensors for tensor in load_file(path).values())
+    assert run.data.tags["counted.trained_params"] == str(trained)
+    assert int(run.data.tags["counted.train_flops_per_sample"]) > 2 * trained
+    assert "parameters train" in (launched / "logs" / "rank-0.log").read_text()
     declared = json.loads(run.data.tags["mmtrain.metric.val/accuracy"])
     assert declared == {"larger_is_better": True, "unit": "%"}
     assert len(client.get_metric_history(run.info.run_id, "train/loss")) == 6

@@ -201,7 +201,7 @@ def test_a_merged_folder_gives_the_same_logits(
     # A command leaves its group; the tests of this process share one (tests.in_process).
     monkeypatch.setattr(distributed, "shut_down", lambda: None)
     out = tmp_path / "merged"
-    assert export.run(argparse.Namespace(run=str(root / name), out=str(out))) == 0
+    assert export.run(asked(root / name, out)) == 0
     assert worst(hugging_face_logits(out, root / name), logits(root, name)) <= TOLERANCE
     processor = AutoProcessor.from_pretrained(out)
     assert "5</s>" in processor.tokenizer.decode(processor.tokenizer(" 5</s>")["input_ids"])
@@ -212,18 +212,72 @@ def test_export_refuses_a_folder_that_is_not_empty(root: Path) -> None:
     from mmtrain.errors import MmtrainError
 
     with pytest.raises(MmtrainError, match="is not empty"):
-        export.run(argparse.Namespace(run=str(root / "fp32"), out=str(root)))
+        export.run(asked(root / "fp32", root))
+
+
+@pytest.mark.parametrize("name", ["fp32", "two-adapters", "qwen2_vl"])
+def test_an_adapter_folder_is_read_back(
+    root: Path,
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from mmtrain import distributed
+    from mmtrain.commands import export
+
+    monkeypatch.setattr(distributed, "shut_down", lambda: None)
+    out = tmp_path / "adapter"
+    assert export.run(asked(root / name, out, "peft")) == 0
+    assert "read back, its logits are within" in capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} >= {"adapter", "run.yaml"}
+
+
+def test_what_gives_other_logits_is_not_kept(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmtrain.commands import export
+    from mmtrain.errors import CheckpointError
+    from mmtrain.training import exporting
+
+    def forgetful(run_dir: Path, folder: Path) -> None:
+        copy(run_dir, folder)
+        path = folder / "full" / "connector.safetensors"
+        save_file({name: 2 * tensor for name, tensor in load_file(path).items()}, path)
+
+    copy = exporting._copy_exports
+    monkeypatch.setattr(exporting, "_copy_exports", forgetful)
+    with pytest.raises(CheckpointError, match="gives other logits than the run"):
+        export.run(asked(root / "fp32", tmp_path / "out", "peft"))
+    assert not any(tmp_path.iterdir())
+
+
+def test_vllm_is_told_why_not(root: Path, tmp_path: Path) -> None:
+    from mmtrain.commands import export
+    from mmtrain.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="use --to merged") as caught:
+        export.run(asked(root / "two-adapters", tmp_path / "out", "vllm"))
+    assert [problem.split(":")[0] for problem in caught.value.problems] == [
+        "components.connector",
+        "components",
+        "components.vision",
+    ]
+
+
+def asked(run: Path, out: Path, form: str = "merged") -> argparse.Namespace:
+    return argparse.Namespace(run=str(run), out=str(out), to=form)
 
 
 def test_the_adapter_folder_is_standard(root: Path, tiny_checkpoint: Path) -> None:
     from peft import LoraConfig
+    from transformers import AutoProcessor
 
     folder = root / "fp32" / "adapter"
-    assert {path.name for path in folder.iterdir()} == {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "README.md",
-    }
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    # What stock tools look for beside an adapter.
+    assert AutoProcessor.from_pretrained(folder).tokenizer is not None
     config = LoraConfig.from_pretrained(folder)
     assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 8, 0.1)
     assert config.base_model_name_or_path == str(tiny_checkpoint)

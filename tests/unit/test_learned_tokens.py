@@ -1,4 +1,4 @@
-"""Methods that put learned tokens beside others: LLaMA-Adapter in attentions, MaPLe in a Q-Former."""
+"""Learned tokens: LLaMA-Adapter in attentions, MaPLe beside a Q-Former's queries and words."""
 
 from __future__ import annotations
 

@@ -90,6 +90,13 @@ TRAINED |= {
         FULL | {"layers": "last-1", "sublayers": {"ffn": ["up", "up_query"]}},
         4_724_736,
     ),
+    # Table 13: where in Qwen-VL.
+    "Qwen LoRA attn": (QWEN, "llm", lora(128, "attn"), 32 * 128 * (4 * 4096 + 2 * 4096)),
+    "Qwen LoRA mlp": (QWEN, "llm", lora(128, "mlp"), 32 * 128 * 2 * (4096 + 11008)),
+    "Qwen IA3 attn": (QWEN, "llm", IA3 | {"sublayers": ["attn"]}, 32 * 4096),
+    "Qwen IA3 mlp": (QWEN, "llm", IA3 | {"sublayers": ["mlp"]}, 32 * 11008),
+    "Qwen bottleneck attn": (QWEN, "llm", bottleneck("attn"), 32 * 2 * 4096 * 256),
+    "Qwen bottleneck mlp": (QWEN, "llm", bottleneck("mlp"), 32 * 2 * 2 * 4096 * 256),
     "Qwen bottleneck": (QWEN, "llm", QWEN_DEFAULT, 201_326_592),
     "Qwen IA3": (QWEN, "llm", IA3, 483_328),
     "Qwen prefix": (QWEN, "llm", PREFIX, 5_242_880),
