@@ -116,7 +116,7 @@ def test_what_is_frozen_stays_bit_equal(
 
 
 def test_lora_on_the_qformer_lives(tmp_path: Path, digit_shards: Path) -> None:
-    """Published code once left both of its matrices at zero, and nobody saw: rank changed nothing."""
+    """Published code once left both of its matrices at zero, and rank changed nothing."""
     losses = {}
     for rank in (0, 1, 2):
         components: dict[str, Any] = {"projection": {"mode": "full"}}
