@@ -103,7 +103,12 @@ def _unknown_to_vllm(one: Attachment) -> list[str]:
 
 def _merged_model(config: RunConfig, folder: Path) -> Any:
     """What is in a merged folder, read as any base."""
-    changes = {"checkpoint": str(folder), "preset": None, "vision_tower": None, "overrides": {}}
+    changes: dict[str, object] = {
+        "checkpoint": str(folder),
+        "preset": None,
+        "vision_tower": None,
+        "overrides": {},
+    }
     plain = config.model.model_copy(update=changes)
     options = model_options(config.model_copy(update={"model": plain}))
     family: Family = plugins.load("family", config.model.family)

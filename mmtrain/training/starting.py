@@ -25,7 +25,7 @@ from mmtrain.training.checkpoint import (
 from mmtrain.training.engine import Engine, Parameters
 from mmtrain.training.inference import chosen_checkpoint
 from mmtrain.training.run_folder import BASE_FILE, check_inputs
-from mmtrain.training.tensor_file import Place, Places, read_shapes
+from mmtrain.training.tensor_file import Place, Places, Shapes, read_shapes
 from mmtrain.training.trainee import Trainee
 
 log = logging.getLogger("mmtrain")
@@ -130,7 +130,7 @@ def initial_files(config: RunConfig) -> list[Path]:
 
 
 def exported_places(
-    files: Sequence[Path], wanted: Mapping[str, torch.Size], trainable: Trainable, source: str
+    files: Sequence[Path], wanted: Shapes, trainable: Trainable, source: str
 ) -> Places:
     """Where the files have what trains; one error for all that they lack, or have otherwise."""
     exported: dict[str, str | None] = {}
