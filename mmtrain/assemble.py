@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 FLASH = "flash_attention_2"
+_DIGESTS = "base-digests.json"
 # Of a base's folder, beside its weights; results and notes that lie there may change.
 _SMALL_FILES = (
     "config.json",
@@ -157,13 +158,11 @@ def base_digests(weights: Sequence[Path], afresh: bool = False) -> dict[str, str
     """
     if not weights:
         return {"weights": "preset"}
-    cache_file = cache_folder() / "base-digests.json"
-    cache = _read_cache(cache_file)
+    cache = _read_cache(cache_folder() / _DIGESTS)
     small: dict[str, list[str]] = {}
     for path in _small_files(weights):
         small.setdefault(path.name, []).append(_file_digest(path, cache, afresh))
     listed = [f"{path.name}:{_file_digest(path, cache, afresh)}" for path in weights]
-    keep_in_cache(cache_file, json.dumps(cache))
     return {"weights": _joined(listed)} | {name: _joined(found) for name, found in small.items()}
 
 
@@ -193,6 +192,8 @@ def _file_digest(path: Path, cache: dict[str, str], afresh: bool) -> str:
     key = ":".join(map(str, (path.resolve(), *marks)))
     if afresh or key not in cache:
         cache[key] = file_sha256(path)
+        # At once: of a base of many files, none is hashed twice by a run that is killed meanwhile.
+        keep_in_cache(cache_folder() / _DIGESTS, json.dumps(cache))
     return cache[key]
 
 

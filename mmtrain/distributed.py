@@ -48,7 +48,7 @@ def quieten_libraries() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
-def initialise(timeout_minutes: float = 10.0) -> World:
+def initialise(timeout_minutes: float = 30.0) -> World:
     """Join the process group that the launcher named, on this rank's own device."""
     quieten_libraries()
     place = ranks.place_of(os.environ)

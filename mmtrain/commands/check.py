@@ -94,7 +94,7 @@ def _print_tables(report: dict[str, Any], config: RunConfig) -> None:
     )
     answer = report["answer_flops_per_token"]["by_formula"]
     console.print(
-        f"{answer / 1e9:.2f} GFLOPs per token of an answer, by 2 x (parameters without embeddings +"
+        f"{answer / 1e9:.2f} GFLOPs per token of an answer, by 2 x (decoder without embeddings +"
         " layers x width x tokens before it)"
     )
 

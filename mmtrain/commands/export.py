@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
     apart = export_run(ready, out, args.to)
     proof = "not compared: peft reads a prefix with the whole model's own forward"
     if apart is not None:
-        proof = f"read back, its logits are within {apart:.1g} of the run's"
+        reader = "transformers" if args.to == "merged" else "peft, or mmtrain where peft cannot"
+        proof = f"read back by {reader}: its logits are within {apart:.1g} of the run's"
     print(f"wrote {out} ({proof})")
     distributed.shut_down()
     return 0

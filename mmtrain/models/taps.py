@@ -42,6 +42,7 @@ class Taps:
 
     def add_loss(self, name: str, loss: Loss) -> None:
         """Have `loss` called with the batch's tensors (`answer_targets`, …) at a forward's end."""
+        assert name not in self._losses, name
         self._losses[name] = loss
 
     def prompts(self) -> torch.Tensor | None:
@@ -59,11 +60,6 @@ class OfferedTaps:
 
     taps: Taps
     places: Mapping[str, Tap]
-
-    @property
-    def offered(self) -> frozenset[str]:
-        """`vision_tokens`, `connector_output`, …"""
-        return frozenset(self.places)
 
     def listen(self, name: str, listener: Listener) -> None:
         """Hear, or replace, what passes there."""

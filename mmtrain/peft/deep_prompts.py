@@ -44,9 +44,6 @@ def put_around(layers: Sequence[nn.Module], prompts: CoupledPrompts, tokens: int
                 inner = hidden if number == 0 else hidden[:, tokens:-tokens]
                 given["hidden_states"] = torch.cat([before, inner, behind], dim=1)
             given["attention_mask"] = _widened(given.get("attention_mask"), tokens)
-            given["encoder_attention_mask"] = _more_queries(
-                given.get("encoder_attention_mask"), tokens
-            )
             given["query_length"] = given["query_length"] + tokens
             return (), given
 
@@ -58,17 +55,12 @@ def put_around(layers: Sequence[nn.Module], prompts: CoupledPrompts, tokens: int
 
 
 def _widened(mask: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
-    """A mask [rows, 1, queries, keys] under which everybody sees the tokens at both ends."""
+    """A mask [rows, keys] or [rows, 1, queries, keys]: everybody sees the tokens at both ends."""
     if mask is None:
         return None
+    if mask.dim() == 2:  # flash attention's
+        return functional.pad(mask, (tokens, tokens), value=1)
     seen = True if mask.dtype == torch.bool else 0.0
     mask = functional.pad(mask, (tokens, tokens), value=seen)
     # What a prompt itself sees is what the last row of its side sees: all rows are alike here.
     return mask[:, :, :1].expand(-1, -1, mask.shape[2] + 2 * tokens, -1)
-
-
-def _more_queries(mask: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
-    """The same pictures for more queries."""
-    if mask is None:
-        return None
-    return mask[:, :, :1].expand(-1, -1, mask.shape[2] + tokens, -1)

@@ -6,11 +6,11 @@ model of p(z | x) fits. Both compare each row with its batch mates: of one row t
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import nn
 from torch.nn import functional
+
+_NEVER = 1e9  # what a row that does not count is less likely, in nats
 
 
 class TwoLayers(nn.Module):
@@ -42,11 +42,13 @@ class ContrastiveBound(nn.Module):
         self.of_z = TwoLayers(z_width, hidden, hidden)
         self.of_y = TwoLayers(y_width, hidden, hidden)
 
-    def forward(self, z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """The bound; to raise it trains the estimator and whatever gives z."""
+    def forward(self, z: torch.Tensor, y: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """The bound; to raise it trains the estimator and whatever gives z. Rows count 1 or 0."""
         scores = self.of_z(z) @ self.of_y(y).T
-        own = scores.diagonal() - scores.logsumexp(dim=1)
-        return own.mean() + math.log(len(z))
+        among = scores + (counts - 1) * _NEVER
+        own = (scores.diagonal() - among.logsumexp(dim=1)) * counts
+        rows = counts.sum().clamp(min=1)
+        return own.sum() / rows + rows.log()
 
 
 class ClubBound(nn.Module):
@@ -57,17 +59,21 @@ class ClubBound(nn.Module):
         self.mean = TwoLayers(x_width, hidden, z_width)
         self.log_variance = TwoLayers(x_width, hidden, z_width)
 
-    def forward(self, z: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The bound, through which only z learns; the misfit per row, by which the model learns."""
-        z = z.float()
-        misfit = -self._log_likelihood(z.detach(), x, fixed=False).sum(-1)
-        mean, log_variance = self.mean(x, fixed=True), self.log_variance(x, fixed=True).tanh()
-        # Of every z under every row's Gaussian: [rows of x, rows of z].
-        apart = (z.unsqueeze(0) - mean.unsqueeze(1)).square().mean(1)
+    def forward(
+        self, z: torch.Tensor, x: torch.Tensor, counts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The bound, through which only z learns; the misfit, by which the model learns."""
+        z, rows = z.float(), counts.sum().clamp(min=1)
+        mean, log_variance = self._of(x, fixed=False)
+        error = (z.detach() - mean).square()
+        misfit = 0.5 * (error / log_variance.exp() + log_variance).sum(-1)
+        mean, log_variance = self._of(x, fixed=True)
         own = (z - mean).square()
-        bound = (apart - own) / (2 * log_variance.exp())
-        return bound.sum(-1).mean(), misfit
+        # Every counted z under every row's Gaussian: [rows of x, rows of z].
+        others = (z.unsqueeze(0) - mean.unsqueeze(1)).square()
+        apart = (others * counts.view(1, -1, 1)).sum(1) / rows
+        bound = ((apart - own) / (2 * log_variance.exp())).sum(-1)
+        return (bound * counts).sum() / rows, (misfit * counts).sum() / rows
 
-    def _log_likelihood(self, z: torch.Tensor, x: torch.Tensor, fixed: bool) -> torch.Tensor:
-        mean, log_variance = self.mean(x, fixed), self.log_variance(x, fixed).tanh()
-        return -0.5 * ((z - mean).square() / log_variance.exp() + log_variance)
+    def _of(self, x: torch.Tensor, fixed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.mean(x, fixed), self.log_variance(x, fixed).tanh()

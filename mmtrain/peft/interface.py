@@ -7,7 +7,7 @@ inside a model class which is then loaded as uninitialised memory), and says wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from mmtrain.models.interface import AttentionShape, Family
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from mmtrain.models.taps import OfferedTaps
@@ -48,9 +49,23 @@ class Target:
     label: str = ""  # tells several blocks of one component apart
 
     @property
+    def block_name(self) -> str:
+        """Its block in the run file."""
+        return f"{self.component}/{self.label}" if self.label else self.component
+
+    @property
     def adapter(self) -> str:
         """The name of what is added."""
         return f"{self.component}-{self.label}" if self.label else self.component
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A tensor of an exported adapter that no parameter is: made of some, in fp32 on the host."""
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    combine: Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -65,11 +80,14 @@ class Added:
     starts_at_identity: bool | None = True
     batch_coupled: bool = False  # True exempts the method from split invariance
     auxiliary: Mapping[str, float] = field(default_factory=dict)  # further losses -> weight
+    # Key in an exported adapter -> what stands there instead of the parameters it is made of.
+    computed: Mapping[str, Computed] = field(default_factory=dict)
 
     @property
-    def kept(self) -> tuple[str, ...]:
-        """What an exported adapter holds: all that trains, and the buffers."""
-        return self.trained + self.stored
+    def copied(self) -> tuple[str, ...]:
+        """What trains and is exported as it is."""
+        used = {name for one in self.computed.values() for name in one.names}
+        return tuple(name for name in self.trained if name not in used)
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,8 @@ def approximate(projection: nn.Module, modes: SharedModes, dropout: nn.Module | 
         threshold = getattr(module, "petal_threshold", None)
         if threshold is not None:
             product = out if module.bias is None else out - module.bias
-            # At its start, 1, nothing is added: not even a rounding.
-            more = more + (threshold - 1) * product
+            # Kept as what it is above one: near one, bf16 has no room for its first steps.
+            more = more + threshold * product
         return out + more
 
     if dropout is not None:
@@ -167,10 +167,12 @@ class InformationBottleneck(nn.Module):
         """What the tower saw."""
         self._heard["picture"] = tokens_rtc.detach().mean(1)
 
-    def forward(self, z: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> tuple[object, ...]:
-        """What there is to lose, and how badly p(z | x) is known, by row."""
-        upper, misfit = self.of_picture(z, x)
-        return self.eta * upper - self.of_answer(z, y), misfit
+    def forward(
+        self, z: torch.Tensor, x: torch.Tensor, y: torch.Tensor, counts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What there is to lose, and how badly p(z | x) is known."""
+        upper, misfit = self.of_picture(z, x, counts)
+        return self.eta * upper - self.of_answer(z, y, counts), misfit
 
     def information(self, tensors: Mapping[str, torch.Tensor], answers: nn.Module) -> torch.Tensor:
         """The bottleneck's loss of every answer token; leaves `misfit` to be asked for."""
@@ -180,11 +182,13 @@ class InformationBottleneck(nn.Module):
             self._misfit = torch.zeros((), device=tokens.device)
             return self._misfit
         owns = owners(tensors["is_image"], *heard["queries"].shape[:2])
-        has_one = owns.sum(1)
+        # Neither a blank image nor a sample that only fills a batch up says anything.
+        counts = owns @ (tensors["answer_counts"] > 0).float()
         y = owns @ mean_answers(tensors, answers)
-        lost, misfit = self(weighted_by_score(heard["queries"]), heard["picture"], y)
-        self._misfit = (misfit * has_one).mean() * tokens
-        return lost * has_one.amax() * tokens
+        z = weighted_by_score(heard["queries"])
+        lost, misfit = self(z, heard["picture"], y, counts)
+        self._misfit = misfit * tokens
+        return lost * tokens
 
     def misfit(self, _: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The estimators' own loss, of the same forward."""

@@ -8,22 +8,46 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import Cache, DynamicCache
 
 
 class PrefixTable(nn.Module):
-    """[tokens, layers x (key, value) x heads x channels], laid out as peft's."""
+    """[tokens, layers x (key, value) x heads x channels], laid out as peft's.
 
-    def __init__(self, tokens: int, layers: int, heads: int, head_dim: int) -> None:
+    Projected, it is what two linears make of a narrow table [tokens, heads x channels].
+    """
+
+    def __init__(
+        self, tokens: int, layers: int, heads: int, head_dim: int, projected: bool = False
+    ) -> None:
         super().__init__()
         self.layers, self.heads = layers, heads
-        self.weight = nn.Parameter(torch.empty(tokens, 2 * layers * heads * head_dim))
+        width, whole = heads * head_dim, 2 * layers * heads * head_dim
+        self.weight = nn.Parameter(torch.empty(tokens, width if projected else whole))
+        self.first = nn.Linear(width, width) if projected else None
+        self.second = nn.Linear(width, whole) if projected else None
 
     def forward(self, rows: int, dtype: torch.dtype) -> torch.Tensor:
         """[layers, key or value, rows, heads, tokens, channels]."""
         tokens = len(self.weight)
-        table = self.weight.to(dtype).view(tokens, self.layers, 2, self.heads, -1)
+        table: torch.Tensor = self.weight
+        if self.first is not None and self.second is not None:
+            table = self.second(self.first(table).tanh())
+        table = table.to(dtype).view(tokens, self.layers, 2, self.heads, -1)
         return table.permute(1, 2, 3, 0, 4).unsqueeze(2).expand(-1, -1, rows, -1, -1, -1)
+
+
+def projected(
+    table: torch.Tensor,
+    first: torch.Tensor,
+    first_bias: torch.Tensor,
+    second: torch.Tensor,
+    second_bias: torch.Tensor,
+) -> torch.Tensor:
+    """What the linears make of a narrow table: all that is left of them in an exported prefix."""
+    hidden = functional.linear(table.float(), first.float(), first_bias.float()).tanh()
+    return functional.linear(hidden, second.float(), second_bias.float())
 
 
 def put_before(stack: nn.Module, table: PrefixTable, count: int) -> None:

@@ -40,8 +40,7 @@ class Attachment:
     @property
     def block_name(self) -> str:
         """Its block in the run file."""
-        label = self.target.label
-        return f"{self.component}/{label}" if label else self.component
+        return self.target.block_name
 
     @property
     def notes(self) -> list[str]:
@@ -103,7 +102,7 @@ def make_trainable(
         for block_name, block in components.items()
         if block.mode == "peft"
     }
-    _refuse_shared_modules(targets)
+    _refuse_shared_modules(targets, components)
     attachments = _attach_all(targets, components, seed)
     for block_name, attachment in attachments.items():
         declared.update(dict.fromkeys(attachment.added.trained, block_name))
@@ -118,11 +117,14 @@ def make_trainable(
     return Trainable(owner, tuple(attachments.values()), full)
 
 
-def _refuse_shared_modules(targets: Mapping[str, Target]) -> None:
+def _refuse_shared_modules(
+    targets: Mapping[str, Target], components: Mapping[str, ComponentConfig]
+) -> None:
     """A linear carries one adapter."""
     taken: dict[str, str] = {}
-    problems = {}
+    problems: dict[tuple[str, ...], str] = {}
     for block_name, target in targets.items():
+        problems |= _twice_without_linears(block_name, targets, components)
         for linear in target.linears:
             other = taken.setdefault(linear.name, block_name)
             if other != block_name:
@@ -132,6 +134,21 @@ def _refuse_shared_modules(targets: Mapping[str, Target]) -> None:
                 )
     if problems:
         raise ConfigError(list(problems.values()))
+
+
+def _twice_without_linears(
+    block_name: str, targets: Mapping[str, Target], components: Mapping[str, ComponentConfig]
+) -> dict[tuple[str, ...], str]:
+    """What sits in whole blocks, or beside them, sits there once."""
+    here, problems = targets[block_name], {}
+    for other, there in targets.items():
+        same = (here.component, components[block_name].method)
+        if other == block_name or same != (there.component, components[other].method):
+            continue
+        if not here.linears and set(here.blocks) & set(there.blocks):
+            text = f"components.{block_name}: '{same[1]}' is there already, as components.{other}"
+            problems[tuple(sorted((block_name, other)))] = f"{text}; give them other layers, or one"
+    return problems
 
 
 def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -180,7 +197,17 @@ def _attach(target: Target, block: ComponentConfig, seed: int) -> Attachment:
     method: Method = plugins.load("method", str(block.method))
     options = method.options.model_validate(block.method_options)
     added = method.attach(target, options, seed)
+    _move_to_base(target, added)
     return Attachment(str(block.method), method, options, target, added)
+
+
+def _move_to_base(target: Target, added: Added) -> None:
+    """What was made on the host goes where the base is: not every model gets an engine."""
+    device = next(target.model.parameters()).device
+    for name in added.trained:
+        parameter = target.model.get_parameter(name)
+        if parameter.device != device:
+            parameter.data = parameter.data.to(device)
 
 
 def _prove_complete(

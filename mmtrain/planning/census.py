@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from mmtrain import plugins
 from mmtrain.assemble import FLASH, adapt_planned, planned_config, planned_model
 from mmtrain.config.schema import RunConfig, component_and_label
 from mmtrain.models.interface import BatchSize, Family
+from mmtrain.peft.interface import Added
 from mmtrain.peft.placement import component_of
 from mmtrain.peft.trainable import Attachment, Trainable
 from mmtrain.planning.live_bytes import watch
@@ -46,7 +48,7 @@ class Census:
     activation_bytes: int
     flops: int = 0  # of the micro-batch: forward and backward as they are, recomputation included
     flops_by_formula: int = 0  # of the same: (2 frozen + 4 trained parameters) x tokens
-    # Of an answer's token: 2 (parameters without embeddings + layers x width x tokens before it).
+    # Of an answer's token: 2 (decoder without embeddings + layers x width x tokens before it).
     answer_flops_by_formula: int = 0
 
     @property
@@ -101,12 +103,23 @@ def rehearse(config: RunConfig) -> dict[str, float]:
     }
 
 
+def _stored(added: Added, sizes: Mapping[str, int]) -> int:
+    copied = sum(sizes[name] for name in (*added.copied, *added.stored))
+    return copied + sum(math.prod(one.shape) for one in added.computed.values())
+
+
 def _answer_flops(family: Family, model: Any, tokens: int) -> int:
+    """Only what runs for each token of an answer: the decoder and its head, not its embeddings."""
     shape = family.code.attention(model.config, "llm")
-    table = family.code.decoder(model).get_input_embeddings()
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    without = parameters - sum(parameter.numel() for parameter in table.parameters())
-    return 2 * (without + shape.layers * shape.hidden * tokens)
+    decoder = family.code.decoder(model)
+    stack = decoder.decoder if decoder.config.is_encoder_decoder else decoder
+    table, head = (
+        one.weight for one in (decoder.get_input_embeddings(), decoder.get_output_embeddings())
+    )
+    sizes = {id(one): one.numel() for one in stack.parameters()}
+    sizes.pop(id(table), None)
+    sizes[id(head)] = head.numel()  # a head may be the table
+    return 2 * (sum(sizes.values()) + shape.layers * shape.hidden * tokens)
 
 
 def usual_size(
@@ -140,7 +153,7 @@ def _component_count(
         params=params,
         peft_params=sum(sizes[new] for one in attachments for new in one.new_parameters),
         trainable_params=sum(sizes[n] for n, owner in trainable.owner.items() if owner in blocks),
-        stored_params=sum(sizes[n] for one in attachments for n in one.added.kept),
+        stored_params=sum(_stored(one.added, sizes) for one in attachments),
         placed={one.block_name: _placed(one, sizes) for one in attachments},
         notes={one.block_name: one.notes for one in attachments if one.notes},
     )

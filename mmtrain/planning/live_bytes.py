@@ -46,7 +46,8 @@ def watch(family: Family, model: nn.Module, batch: Batch, flash_attention: bool)
     counted = LiveBytes([*parameters, *model.buffers(), *batch.tensors.values()])
     try:
         with _gpu_attention(flash_attention), _MasksAreMade(), counted:
-            loss = decoding.forward(family, model, batch).answer_loss_sum
+            found = decoding.forward(family, model, batch)
+            loss = sum(found.auxiliary.values(), found.answer_loss_sum)
             if loss.requires_grad:
                 loss.backward()
     finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors import safe_open
@@ -17,6 +18,7 @@ from mmtrain import plugins
 from mmtrain.assemble import Assembled
 from mmtrain.config.schema import RunConfig
 from mmtrain.files import replaced_folder
+from mmtrain.peft.interface import Computed
 from mmtrain.peft.trainable import Attachment, Trainable
 from mmtrain.resolve import model_options
 from mmtrain.training.checkpoint import WEIGHTS
@@ -43,7 +45,7 @@ def export_trained(
         with replaced_folder(run_dir / "full") as folder:
             for component in trainable.full_components:
                 names = {name: name for name in trainable.full_parameters(component)}
-                _copy_tensors(checkpoint, folder / f"{component}.safetensors", names, {})
+                _copy_tensors(checkpoint, folder / f"{component}.safetensors", names)
         written.append(run_dir / "full")
     return written
 
@@ -66,8 +68,8 @@ def _write_adapter(
         key: target.model.get_buffer(name)
         for key, name in attachment.exported(added.stored).items()
     }
-    names = attachment.exported(added.trained)
-    _copy_tensors(checkpoint, folder / "adapter_model.safetensors", names, buffers)
+    file = folder / "adapter_model.safetensors"
+    _copy_tensors(checkpoint, file, attachment.exported(added.copied), buffers, added.computed)
     settings = attachment.method.export_config(target, attachment.options, base_name(config))
     settings["revision"] = config.model.revision
     if base_class is not None:
@@ -83,15 +85,22 @@ def _copy_tensors(
     checkpoint: Path,
     file: Path,
     names: Mapping[str, str],
-    buffers: Mapping[str, torch.Tensor],
+    buffers: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    computed: Mapping[str, Computed] = MappingProxyType({}),
 ) -> None:
-    """Copy tensors, one at a time: name in the file -> name in the checkpoint, or the buffer."""
+    """Copy tensors, one at a time: name in the file -> name in the checkpoint, or what it is."""
     with safe_open(str(checkpoint / WEIGHTS), framework="pt", device="cpu") as reader:
         shapes = {new: reader.get_slice(old).get_shape() for new, old in names.items()}
         shapes |= {new: buffer.shape for new, buffer in buffers.items()}
+        shapes |= {new: made.shape for new, made in computed.items()}
         writer = TensorFileWriter(file, dict(sorted(shapes.items())), torch.float32)
         for new in sorted(shapes):
-            writer.write(new, buffers[new] if new in buffers else reader.get_tensor(names[new]))
+            if new in computed:
+                made = computed[new]
+                tensor = made.combine(*map(reader.get_tensor, made.names))
+            else:
+                tensor = buffers[new] if new in buffers else reader.get_tensor(names[new])
+            writer.write(new, tensor)
         writer.close()
 
 
@@ -105,11 +114,13 @@ def base_name(config: RunConfig) -> str:
 def loading_snippet(config: RunConfig, trainable: Trainable, base_class: type | None) -> str:
     """Python that rebuilds the trained model, without mmtrain where transformers reads the base."""
     if any(one.method.imports is None for one in trainable.attachments):
+        tower = _own_options(config).get("vision_tower")
+        given = f"'.', base={base_name(config)!r}" + (f", vision_tower={tower!r}" if tower else "")
         return "\n".join(
             [
                 "from mmtrain.training.loading import trained_model",
                 "",
-                "model, processor = trained_model('.')  # the run folder",
+                f"model, processor = trained_model({given})  # '.' is the run folder",
             ]
         )
     imports, loading = _base_lines(config, base_class)

@@ -5,13 +5,18 @@ What was written is read back as others will read it, and must give the run's lo
 
 from __future__ import annotations
 
-import contextlib
+import os
 import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
+import mmtrain
 from mmtrain import plugins
 from mmtrain.config.schema import RunConfig
 from mmtrain.errors import CheckpointError, ConfigError
@@ -42,22 +47,26 @@ def export_run(ready: Ready, out: Path, form: str) -> float | None:
         raise ConfigError(
             reasons, f"vLLM cannot serve {ready.run_dir} as an adapter; use --to merged"
         )
+    lasting = [one for one in assembled.trainable.attachments if not one.method.merges]
+    if form == "merged" and lasting:
+        names = ", ".join(f"components.{one.block_name} ({one.method_name})" for one in lasting)
+        raise CheckpointError(
+            f"cannot be folded into the base's weights: {names}.", "Use --to peft instead."
+        )
     wanted = _logits(assembled.family, assembled.model)
+    device = next(assembled.model.parameters()).device
     if form == "merged":
         state = merged_state(assembled.model, assembled.trainable)
         with replaced_folder(out) as folder:
             assembled.family.code.save(assembled.model, assembled.processor, state, folder)
-            found = _logits(assembled.family, _merged_model(config, folder))
+            found = _logits(assembled.family, _merged_model(config, folder).to(device))
             return _compared(found, wanted, config)
-    assert ready.run_dir is not None
     with replaced_folder(out) as folder:
-        _copy_exports(ready.run_dir, folder)
+        _copy_exports(ready.run_dir or Path(config.run_dir), folder)
         if any(one.method_name == "prefix" for one in assembled.trainable.attachments):
             return None  # peft gives a prefix to the whole model's own forward
         snippet = loading_snippet(config, assembled.trainable, class_for_others(config, assembled))
-        return _compared(
-            _logits(assembled.family, _snippets_model(folder, snippet)), wanted, config
-        )
+        return _compared(_snippets_logits(folder, snippet, config), wanted, config)
 
 
 def _copy_exports(run_dir: Path, folder: Path) -> None:
@@ -115,26 +124,56 @@ def _merged_model(config: RunConfig, folder: Path) -> Any:
     return family.code.load(options, None).model
 
 
-def _snippets_model(folder: Path, snippet: str) -> Any:
-    """What the card's own lines build, run where its reader would."""
-    names: dict[str, Any] = {}
-    with contextlib.chdir(folder):
-        exec(compile(snippet, "README.md", "exec"), names)
-    model = names["model"]
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def _snippets_logits(folder: Path, snippet: str, config: RunConfig) -> torch.Tensor:
+    """Of what the card's own lines build, in a process of their own, run where its reader would."""
+    with tempfile.TemporaryDirectory() as place:
+        file = str(Path(place) / "logits.safetensors")
+        asked = f"write_logits(model, {config.model.family!r}, {file!r})"
+        program = f"{snippet}\nfrom mmtrain.training.exporting import write_logits\n{asked}\n"
+        # mmtrain may run from a plain folder, which its reader's process must find.
+        paths = [
+            str(Path(mmtrain.__file__).parents[1]),
+            *os.environ.get("PYTHONPATH", "").split(":"),
+        ]
+        ran = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": ":".join(filter(None, paths))},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if ran.returncode != 0:
+            said = ran.stderr.strip().splitlines() or ["nothing was said"]
+            raise CheckpointError(
+                f"the lines of the adapter's card failed: {said[-1]}",
+                "Nothing was kept; the lines are in the card in the run's adapter/.",
+            )
+        return load_file(file)["logits"]
+
+
+def write_logits(model: Any, family_name: str, file: str) -> None:
+    """What the process that reads an export tells the one that wrote it."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    logits = _logits(plugins.load("family", family_name), model)
+    save_file({"logits": logits.contiguous()}, file)
 
 
 def _logits(family: Family, model: Any) -> torch.Tensor:
     """Of a few answers about noise, the same noise for all who ask."""
+    device = next(model.parameters()).device
     batch = family.code.planned_batch(model.config, _PROBE)
     generator = torch.Generator().manual_seed(stable_hash("probe"))
     for name, tensor in batch.tensors.items():
         if tensor.is_floating_point():
             batch.tensors[name] = torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
     with torch.no_grad():
+        batch = batch.to(device)
         hidden, tensors = decoding.hidden_states(family, model, batch)
         picked = hidden.reshape(-1, hidden.shape[-1])[tensors["answer_positions"]]
-        return family.code.decoder(model).get_output_embeddings()(picked).float()
+        return family.code.decoder(model).get_output_embeddings()(picked).float().cpu()
 
 
 def _compared(found: torch.Tensor, wanted: torch.Tensor, config: RunConfig) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmtrain import distributed, plugins
@@ -70,15 +70,51 @@ def build_ready(config: RunConfig, checkpoint: Path | None, run_dir: Path | None
         config = config.model_copy(update={"components": {}})
     assembled = build_model(config, zero3, trains=False)
     if checkpoint is not None:
-        parameters = assembled.trained_parameters()
-        shapes = checkpoints.tensor_shapes(parameters)[0]
-        places = on_main(lambda: checkpoints.places_in(checkpoint / WEIGHTS, shapes))
-        checkpoints.load_weights(places, parameters)
+        load_trained(assembled, checkpoint)
     for parameter in assembled.model.parameters():
         parameter.requires_grad_(False)
     engine = Engine(assembled, world, settings, asked_of(config), None)
     engine.evaluation_mode()
     return Ready(config, engine, assembled, run_dir)
+
+
+def with_weights_of(ready: Ready, path: str, overrides: list[str]) -> Ready:
+    """The same base, built once, with what another run trained in the same places."""
+    run_dir = Path(path)
+    if not is_run_folder(run_dir):
+        raise MmtrainError(f"{path}: no run folder (no run.yaml there).", "Give run folders.")
+    config = load_run_file(run_dir / "run.yaml", overrides)
+    # What belongs to an adapter and does not train is drawn from the seed.
+    drawn = any(
+        one.added.stored or one.added.computed for one in ready.assembled.trainable.attachments
+    )
+    other_draw = drawn and config.seed != ready.config.seed
+    if other_draw or _places(config) != _places(ready.config):
+        raise MmtrainError(
+            f"{path} has another base, or adapts it in other places or sizes than"
+            f" {ready.run_dir}: it needs a model of its own.",
+            "Evaluate it in a command of its own.",
+        )
+    load_trained(ready.assembled, chosen_checkpoint(run_dir))
+    return replace(ready, config=config, run_dir=run_dir)
+
+
+def _places(config: RunConfig) -> object:
+    """All that shapes a built model, and nothing of how it was trained."""
+    training_only = {"lr", "weight_decay", "dropout"}
+    blocks = {name: block.model_dump() for name, block in config.components.items()}
+    for block in blocks.values():
+        for name in training_only:
+            block.pop(name, None)
+    return config.model, blocks
+
+
+def load_trained(assembled: Assembled, checkpoint: Path) -> None:
+    """A checkpoint's weights into what trains, on every rank."""
+    parameters = assembled.trained_parameters()
+    shapes = checkpoints.tensor_shapes(parameters)[0]
+    places = on_main(lambda: checkpoints.places_in(checkpoint / WEIGHTS, shapes))
+    checkpoints.load_weights(places, parameters)
 
 
 def ready_from_argument(path: str, overrides: list[str], base: bool) -> Ready:

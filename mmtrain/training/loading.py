@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from torch import nn
@@ -14,14 +15,21 @@ from mmtrain.training import checkpoint as checkpoints
 from mmtrain.training.starting import exported_places
 
 
-def trained_model(run_dir: str) -> tuple[nn.Module, Processor]:
-    """The base with what the run exported, in one process; ready to answer."""
+def trained_model(
+    run_dir: str, base: str, vision_tower: str | None = None
+) -> tuple[nn.Module, Processor]:
+    """The base with what the run exported, in one process; ready to answer.
+
+    Where the base lies is said apart: paths in a run file hold in the folder it was started from.
+    """
     folder = Path(run_dir)
-    config = load_run_file(folder / "run.yaml", [])
+    places = {"init_from": None, "model.checkpoint": base, "model.vision_tower": vision_tower}
+    overrides = [f"{key}={json.dumps(place)}" for key, place in places.items()]
+    config = load_run_file(folder / "run.yaml", overrides)
     assembled = build_model(config, None, trains=False)
     parameters = assembled.trained_parameters()
     shapes, _ = checkpoints.tensor_shapes(parameters)
     files = [*adapter_files(folder / "adapter"), *sorted((folder / "full").glob("*.safetensors"))]
-    places = exported_places(files, shapes, assembled.trainable, f"{folder}: no longer fits")
-    checkpoints.load_weights(places, parameters)
+    found = exported_places(files, shapes, assembled.trainable, f"{folder}: no longer fits")
+    checkpoints.load_weights(found, parameters)
     return assembled.model.eval().requires_grad_(False), assembled.processor

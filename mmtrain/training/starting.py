@@ -54,11 +54,16 @@ def find_start(trainee: Trainee, assembled: Assembled, initial: Sequence[Path]) 
     """Where the trainee goes on or begins, on every rank; None is at the base alone."""
     weights, moments = checkpoints.tensor_shapes(trainee.parameters)
     state = find_resume(trainee.checkpoints, trainee.facts["inputs"])
+    if any(one.added.batch_coupled for one in assembled.trainable.attachments):
+        _warn_of_coupling(trainee.facts["layout"], None if state is None else state["layout"])
     if state is None:
         if not initial:
             return None
         log.info("starting from the trained weights of %s", trainee.config.init_from)
-        remedy = "train the same components with the same methods and sizes, or start elsewhere"
+        remedy = (
+            "train the same components with the same methods and sizes, or fold it into the base"
+            " (mmtrain export) and give that as model.checkpoint"
+        )
         source = f"init_from: {trainee.config.init_from} does not fit; {remedy}"
         return Start(
             on_main(lambda: exported_places(initial, weights, assembled.trainable, source))
@@ -72,6 +77,21 @@ def find_start(trainee: Trainee, assembled: Assembled, initial: Sequence[Path]) 
         on_main(lambda: checkpoints.places_in(folder / MOMENTS, moments)),
         trainee.state.step,
     )
+
+
+def _warn_of_coupling(layout: Mapping[str, int], before: Mapping[str, int] | None) -> None:
+    """A method that compares the samples of a micro-batch learns otherwise from another cut."""
+    if layout["micro_batch"] == 1:
+        log.warning(
+            "a method here compares the samples of a micro-batch, and optim.micro_batch is 1:"
+            " there is nothing to compare"
+        )
+    cut = ("world_size", "micro_batch", "accumulation")
+    if before is not None and any(before[key] != layout[key] for key in cut):
+        log.warning(
+            "a method here compares the samples of a micro-batch, and these are cut otherwise than"
+            " before this resume: what is learnt from here on differs"
+        )
 
 
 def find_resume(folder: CheckpointFolder, inputs: Mapping[str, str]) -> StoredState | None:
@@ -135,9 +155,9 @@ def exported_places(
     """Where the files have what trains; one error for all that they lack, or have otherwise."""
     exported: dict[str, str | None] = {}
     for attachment in trainable.attachments:
-        exported |= attachment.exported(attachment.added.trained)
-        # What is stored beside it is made again from seed and name.
+        # What is stored beside what trains is made again from seed and name.
         exported |= dict.fromkeys(attachment.exported(attachment.added.stored))
+        exported |= attachment.exported(attachment.added.trained)
     places: dict[str, Place] = {}
     problems = []
     for path in files:

@@ -243,6 +243,10 @@ def test_two_methods_share_a_component() -> None:
             {"llm": {"method": "lora"}, "llm/b": {"mode": "full"}},
             "llm and llm/b share a component, which only blocks with mode peft can",
         ),
+        (
+            {"llm": {"method": "prefix"}, "llm/b": {"method": "prefix"}},
+            "components.llm/b: 'prefix' is there already, as components.llm;",
+        ),
         ({"llm/a b": {"method": "lora"}}, "llm/a b: give letters and digits behind '/'"),
         ({"lm/b": {"method": "lora"}}, "lm/b: unknown component"),
         (

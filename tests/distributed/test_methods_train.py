@@ -34,6 +34,7 @@ BLOCKS: dict[str, dict[str, dict[str, Any]]] = {
     "petal": {"qformer": {"method": "petal", "rank": 4, "size": 4}},
     "maple": {"qformer": {"method": "maple", "depth": 2}},
     "dora": {"llm": {"method": "lora", "r": 4, "dora": True, "dropout": 0.1}},
+    "pissa": {"llm": {"method": "lora", "r": 4, "init": "pissa", "dropout": 0.1}},
     "patterned": {
         "llm": {
             "method": "lora",
@@ -157,8 +158,13 @@ def test_the_cards_snippet_rebuilds_the_trained_model(
     card = next((run / "adapter").rglob("README.md")).read_text(encoding="utf-8")
     snippet = card[card.index("```python") + len("```python") : card.rindex("```")]
     monkeypatch.chdir(run)
+    # Its reader's folder is another than that in which the run was started.
+    text = (run / "run.yaml").read_text()
+    shown = text.replace(f"checkpoint: {runs.root}", "checkpoint: elsewhere")
+    (run / "run.yaml").write_text(shown)
     found: dict[str, Any] = {}
     exec(snippet, found)
+    (run / "run.yaml").write_text(text)
     rebuilt_model = found["model"]
     if isinstance(rebuilt_model, PeftModel):
         rebuilt_model = rebuilt_model.get_base_model()

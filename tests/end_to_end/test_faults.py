@@ -20,7 +20,7 @@ from mmtrain.training.checkpoint import CheckpointFolder
 from tests import tiny
 from tests.in_process import one_rank, train, trained_digest
 
-KILLED_AT_STEP, NUM_STEPS = 10, 24
+KILLED_AT_STEP, NUM_STEPS = 6, 20
 
 
 def last_step(run_dir: Path) -> int:
@@ -66,7 +66,7 @@ def test_kill_in_mid_epoch_and_the_same_command_again(
             digit_shards,
             tmp_path / name,
             data={"val": str(digit_shards / "val"), "val_limit": 3},
-            validate={"every": 9},
+            validate={"every": 7},
             generation={"max_new_tokens": 3, "batch_size": 2},
             optim={"max_steps": NUM_STEPS, "warmup_steps": 3},
             checkpoint={"every_steps": 4},

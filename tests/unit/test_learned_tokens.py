@@ -166,6 +166,19 @@ def test_where_they_cannot_go_they_say_so(
         examine(run_of("instructblip", "tiny", **{component: block}), world_size=1)
 
 
+def test_two_at_one_place_are_refused_and_at_two_are_not() -> None:
+    block = {"mode": "peft", "method": "llama_adapter"}
+    model = {"family": "llava", "preset": "tiny", "dtype": "fp32"}
+    for layers, fits in (("first-2", False), ("first-1", True)):
+        blocks = {"llm": block | {"layers": layers}, "llm/b": block | {"layers": "last-3"}}
+        run = resolve({"model": model, "components": blocks})
+        if fits:
+            assert examine(run, world_size=1)["trainable_params"] > 0
+        else:
+            with pytest.raises(ConfigError, match="'llama_adapter' is there already"):
+                examine(run, world_size=1)
+
+
 def test_every_reason_is_told_at_once() -> None:
     blocks = {
         "qformer": {"method": "maple", "depth": 9},

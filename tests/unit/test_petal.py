@@ -19,6 +19,7 @@ from mmtrain.peft.information import ClubBound, ContrastiveBound
 from mmtrain.peft.petal import GatedExperts, SharedModes, owners, weighted_by_score
 from mmtrain.planning.report import examine
 from mmtrain.resolve import resolve
+from tests.soaks import cases
 
 SIZE = BatchSize(samples=3, tokens=40, answer_tokens=4)
 PAPER_COUNT = 1_056_768
@@ -41,22 +42,24 @@ def trained_of(**options: Any) -> int:
     return int(report["components"]["qformer"]["trainable_params"])
 
 
-@pytest.mark.parametrize(
-    ("options", "wanted"),
-    [
-        # V3 and V4 together: factors alone.
-        (
-            {"instruction": "plain", "information": 0, "threshold": False},
-            PAPER_COUNT - 768 * 64 * 2 * 3 + WEIGHTS,
-        ),
-        ({"information": 0, "threshold": False}, PAPER_COUNT + WEIGHTS + GATE),
-        ({"information": 0}, PAPER_COUNT + WEIGHTS + GATE + THRESHOLDS),
-        ({"information": 0, "experts": 6}, PAPER_COUNT + 768 * 64 * 6 + WEIGHTS + GATE + 54),
-        ({"variant": "release"}, RELEASE_COUNT - NEVER_READ),
-    ],
-    ids=["factors", "V2 and V4", "V2", "six experts", "release"],
-)
-def test_counts_are_the_published_ones(options: dict[str, Any], wanted: int) -> None:
+COUNTS: dict[str, tuple[dict[str, Any], int]] = {
+    "factors": (
+        {"instruction": "plain", "information": 0, "threshold": False},
+        PAPER_COUNT - 768 * 64 * 2 * 3 + WEIGHTS,
+    ),
+    "V2 and V4": ({"information": 0, "threshold": False}, PAPER_COUNT + WEIGHTS + GATE),
+    "V2": ({"information": 0}, PAPER_COUNT + WEIGHTS + GATE + THRESHOLDS),
+    "six experts": (
+        {"information": 0, "experts": 6},
+        PAPER_COUNT + 768 * 64 * 6 + WEIGHTS + GATE + THRESHOLDS,
+    ),
+    "release": ({"variant": "release"}, RELEASE_COUNT - NEVER_READ),
+}
+
+
+@pytest.mark.parametrize("row", cases(["V2", "release"], list(COUNTS)))
+def test_counts_are_the_published_ones(row: str) -> None:
+    options, wanted = COUNTS[row]
     assert trained_of(**options) == wanted
 
 
@@ -117,11 +120,13 @@ def test_estimators_lie_on_their_side_of_what_is_known(correlation: float) -> No
     known = -0.5 * width * math.log(1 - correlation**2)
     lower = initialised(ContrastiveBound(width, width, 32))
     upper = initialised(ClubBound(width, width, 32))
-    fit(lower, lambda: -lower(*gaussians(correlation, width, rows)))
-    fit(upper, lambda: upper(*gaussians(correlation, width, rows))[1].mean())
+    ones = torch.ones(rows)
+    fit(lower, lambda: -lower(*gaussians(correlation, width, rows), ones))
+    fit(upper, lambda: upper(*gaussians(correlation, width, rows), ones)[1])
     with torch.no_grad():
         z, x = gaussians(correlation, width, 2000)
-        found_lower, (found_upper, _) = float(lower(z, x)), upper(z, x)
+        ones = torch.ones(len(z))
+        found_lower, (found_upper, _) = float(lower(z, x, ones)), upper(z, x, ones)
     slack = 0.05
     assert 0.5 * known - slack < found_lower < known + slack, (found_lower, known)
     assert known - slack < float(found_upper) < 3 * known + slack, (float(found_upper), known)
@@ -131,12 +136,24 @@ def test_the_upper_bound_teaches_z_and_its_misfit_the_model() -> None:
     torch.manual_seed(0)
     bound = initialised(ClubBound(2, 3, 4))
     z = torch.randn(5, 2, requires_grad=True)
-    value, misfit = bound(z, torch.randn(5, 3))
+    value, misfit = bound(z, torch.randn(5, 3), torch.ones(5))
     value.backward()
     assert z.grad is not None and all(p.grad is None for p in bound.parameters())
     z.grad = None
-    misfit.sum().backward()
+    misfit.backward()
     assert z.grad is None and all(p.grad is not None for p in bound.parameters())
+
+
+def test_rows_that_do_not_count_change_nothing() -> None:
+    torch.manual_seed(0)
+    lower, upper = initialised(ContrastiveBound(2, 3, 4)), initialised(ClubBound(2, 3, 4))
+    z, x = torch.randn(5, 2), torch.randn(5, 3)
+    counts = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0])
+    kept = counts.bool()
+    torch.testing.assert_close(lower(z, x, counts), lower(z[kept], x[kept], torch.ones(3)))
+    for found, wanted in zip(upper(z, x, counts), upper(z[kept], x[kept], torch.ones(3))):
+        torch.testing.assert_close(found, wanted)
+    assert float(lower(z, x, torch.zeros(5))) == 0 == float(upper(z, x, torch.zeros(5))[0])
 
 
 def assembled_of(**options: Any) -> Assembled:
@@ -202,6 +219,7 @@ def test_auxiliary_losses_are_those_of_this_forward() -> None:
     ("options", "wanted"),
     [
         ({"variant": "release", "threshold": False}, "threshold: only variant 'paper' has it"),
+        ({"sublayers": {"self_attn": ["q"], "ffn": ["up"]}}, "ffn.up has another shape"),
         ({"experts": 7}, "experts"),
         ({"rank": 0}, "rank"),
     ],

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 from mmtrain import plugins
@@ -21,6 +21,7 @@ from mmtrain.models.interface import BatchSize
 from mmtrain.peft.trainable import make_trainable
 from mmtrain.planning.report import examine
 from mmtrain.resolve import resolve
+from mmtrain.training.export import export_trained
 from tests.soaks import cases
 from tests.unit.llava_material import FAMILY, load, mixed, write_lively
 
@@ -108,6 +109,31 @@ def test_peft_reads_the_export_and_gives_the_same(tmp_path: Path) -> None:
             picked, tensors["answer_targets"], reduction="sum"
         )
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+
+
+def test_a_projection_is_trained_and_what_it_makes_is_stored(tmp_path: Path) -> None:
+    """Trained counts are the released code's, stored ones those of the paper's table."""
+    llm = {"mode": "peft", "method": "prefix", "projection": True}
+    report = examine(run_of(("llava", "llava-1.5-7b"), components={"llm": llm}), world_size=1)
+    part = report["components"]["llm"]
+    assert (part["trainable_params"], part["stored_params"]) == (1_090_867_200, 5_242_880)
+    small = {"llm": llm | {"tokens": TOKENS}}
+    config = run_of(("llava", "tiny"), components=small)
+    assembled = build_model(config, None)
+    trained = {name: p.detach() for name, p in assembled.trained_parameters().items()}
+    save_file(trained, tmp_path / "trainable.safetensors")
+    export_trained(tmp_path, tmp_path, config, assembled)
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert list(tensors) == ["prompt_embeddings"]
+    plain = build_model(run_of(("llava", "tiny")), None)
+    with torch.no_grad():
+        table_of(plain).copy_(tensors["prompt_embeddings"])
+        losses = []
+        for one in (assembled, plain):
+            size = BatchSize(samples=2, tokens=40, answer_tokens=6)
+            batch = one.family.code.planned_batch(one.model.config, size)
+            losses.append(decoding.forward(one.family, one.model, batch).per_sample_loss)
+    torch.testing.assert_close(*losses)
 
 
 @pytest.mark.parametrize("beams", [1, 2])

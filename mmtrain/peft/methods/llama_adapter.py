@@ -81,7 +81,7 @@ class LlamaAdapter:
 
 def _refusal(target: Target) -> str:
     return (
-        f"components.{target.component}.method: 'llama_adapter' needs attentions of separate"
+        f"components.{target.block_name}.method: 'llama_adapter' needs attentions of separate"
         f" {', '.join(_LINEARS)} that are told their rotation; this model's are others: use prefix,"
         " or lora"
     )

@@ -11,11 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mmtrain.errors import ConfigError
 from mmtrain.peft import injection
-from mmtrain.peft.interface import Added, Linear, Surroundings, Target
+from mmtrain.peft.interface import Added, Computed, Linear, Surroundings, Target
 
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig
+
+
+_FROM_THE_WEIGHT = ("pissa", "olora")
 
 
 class LoraOptions(BaseModel):
@@ -28,8 +31,10 @@ class LoraOptions(BaseModel):
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     rslora: bool = Field(False, description="scaling is alpha / sqrt(r)")
     dora: bool = Field(False, description="DoRA: the weight's norms train apart")
-    init: Literal["kaiming", "gaussian"] = Field(
-        "kaiming", description="of A: kaiming, or gaussian, N(0, 1/r); B is zero"
+    init: Literal["kaiming", "gaussian", "pissa", "olora"] = Field(
+        "kaiming",
+        description="of A: kaiming, or gaussian, N(0, 1/r), with B zero; of both from the weight:"
+        " pissa, its largest singular values, olora, its QR",
     )
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
         default_factory=dict,
@@ -47,6 +52,8 @@ class Lora:
 
     def conflicts(self, options: Any, around: Surroundings) -> Sequence[str]:
         """DoRA reads the norms of whole weights in every forward."""
+        if options.dora and options.init in _FROM_THE_WEIGHT:
+            return (f"dora: starts at the base's norms, not with init: {options.init}; drop one",)
         if options.dora and around.zero_stage == 3:
             return ("dora: needs whole base weights, which ZeRO-3 shards; use zero2, or no dora",)
         return ()
@@ -54,27 +61,37 @@ class Lora:
     def attach(self, target: Target, options: Any, seed: int) -> Added:
         """Inject one adapter named after the component; A is keyed, B is zero."""
         from mmtrain.models.dropout import KeyedDropout, scope_of
+        from mmtrain.peft.lora_start import start_from_weight
 
         name, scope = target.adapter, scope_of(target.model)
+        computed: dict[str, Computed] = {}
         _refuse_wide(target, options)
         for linear, layer in injection.inject(target, _config(target, options)):
             _initialise(layer.lora_A[name], layer.lora_B[name], options, seed, linear.name)
+            if options.init in _FROM_THE_WEIGHT:
+                start_from_weight(layer, name, options.init, seed, linear.name)
+                computed |= _with_start(target, linear, layer)
             if not options.dora:  # whose norms peft's own forward computes
                 setattr(layer, "forward", partial(_forward, layer, name))
                 setattr(layer.lora_A[name], "forward", partial(_narrow, layer.lora_A[name]))
             layer.lora_dropout[name] = KeyedDropout(
                 options.dropout, linear.name, target.component, scope
             )
-        return Added(injection.added_names(target))
+        return Added(injection.added_names(target), computed=computed)
 
     def export_config(self, target: Target, options: Any, base: str) -> dict[str, object]:
-        """adapter_config.json as peft reads it."""
+        """adapter_config.json as peft reads it.
+
+        What starts elsewhere than at zero is exported with its start, negative, beside it: as a
+        LoRA of twice the rank on the unchanged base, as peft converts these.
+        """
+        factor = 2 if options.init in _FROM_THE_WEIGHT else 1
         settings = {
             "peft_type": "LORA",
             "task_type": None,
             "base_model_name_or_path": base,
-            "r": options.r,
-            "lora_alpha": options.alpha,
+            "r": factor * options.r,
+            "lora_alpha": options.alpha * (factor**0.5 if options.rslora else factor),
             "lora_dropout": options.dropout,
             "bias": "none",
             "target_modules": target.pattern,
@@ -85,7 +102,8 @@ class Lora:
         if options.dora:
             settings["use_dora"] = True
         if options.rank_pattern:
-            settings["rank_pattern"] = _ranks(target, options)
+            ranks = _ranks(target, options)
+            settings["rank_pattern"] = {name: factor * rank for name, rank in ranks.items()}
         return settings
 
     def export_name(self, name: str, target: Target) -> str:
@@ -125,7 +143,7 @@ def _ranks(target: Target, options: Any) -> dict[str, int]:
             if _fits(linear, key):
                 rank, used[key] = other, True
         by_rank.setdefault(rank, []).append(linear)
-    place = f"components.{target.component}.rank_pattern"
+    place = f"components.{target.block_name}.rank_pattern"
     sublayers = sorted({f"{linear.sublayer}.{linear.role}" for linear in target.linears})
     problems = [
         f"{place}: '{key}' fits no module; give a sublayer, a sublayer.role"
@@ -148,10 +166,11 @@ def _refuse_wide(target: Target, options: Any) -> None:
     pattern = _ranks(target, options)
     for linear in target.linears:
         rank, width = pattern.get(re.escape(linear.name), options.r), min(linear.shape)
+        key = "r" if rank == options.r else "rank_pattern"
         if rank > width:
             raise ConfigError(
                 [
-                    f"components.{target.component}.r: got {rank}, and {linear.sublayer}."
+                    f"components.{target.block_name}.{key}: got {rank}, and {linear.sublayer}."
                     f"{linear.role} is {width} wide ({linear.name}); give at most {width}"
                 ]
             )
@@ -163,6 +182,24 @@ def _fits(linear: Linear, key: str) -> bool:
     return key in (linear.sublayer, f"{linear.sublayer}.{linear.role}")
 
 
+def _with_start(target: Target, linear: Linear, layer: Any) -> dict[str, Computed]:
+    """Both matrices as they are exported: each with its start beside it, along the rank."""
+    import torch
+
+    found = {}
+    for letter, dim in (("A", 0), ("B", 1)):
+        name = f"{linear.name}.lora_{letter}.{target.adapter}.weight"
+        start = getattr(layer, f"lora_{letter}")[target.adapter].start
+        shape = list(start.shape)
+        shape[dim] *= 2
+
+        def joined(trained: torch.Tensor, start: Any = start, dim: int = dim) -> torch.Tensor:
+            return torch.cat([trained, start.float().cpu()], dim)
+
+        found[injection.export_name(name, target)] = Computed((name,), tuple(shape), joined)
+    return found
+
+
 def _forward(
     layer: Any, name: str, x: torch.Tensor, *args: object, **kwargs: object
 ) -> torch.Tensor:
@@ -171,11 +208,15 @@ def _forward(
     The branches are still called as modules: under ZeRO-3 their weights arrive by module hooks.
     What a merged or a switched-off adapter means, peft's own forward knows.
     """
+    from mmtrain.peft.lora_start import of_start
+
     if layer.merged or layer.disable_adapters:
         return type(layer).forward(layer, x, *args, **kwargs)
     out = layer.base_layer(x, *args, **kwargs)
     narrow = layer.lora_A[name](x, dropout=layer.lora_dropout[name])
     added = layer.lora_B[name](narrow * layer.scaling[name])
+    if hasattr(layer.lora_A[name], "start"):
+        added = added + of_start(layer, name, x)
     return out.add_(added) if _is_plain(layer.base_layer) else out + added
 
 

@@ -46,7 +46,7 @@ class Maple:
 
         shape = target.attention
         assert shape is not None
-        place = f"components.{target.component}"
+        place = f"components.{target.block_name}"
         if len(target.blocks) != shape.layers:
             raise ConfigError([f"{place}.layers: 'maple' says 'depth' instead; leave it out"])
         if options.depth > shape.layers:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mmtrain.errors import MmtrainError
+from mmtrain.errors import ConfigError, MmtrainError
 from mmtrain.peft import injection
 from mmtrain.peft.interface import Added, Linear, Surroundings, Target
 
@@ -73,6 +73,9 @@ class Petal:
         """Modes on the selected projections; the rest where the family lets it pass by."""
         from torch import nn
 
+        if any(name.startswith("petal_") for name, _ in target.model.named_children()):
+            fault = f"components.{target.block_name}: 'petal' is there already"
+            raise ConfigError([f"{fault}, and its losses count once; give it one block"])
         parts = nn.Module()
         target.model.add_module(_module_name(target), parts)
         own = _put_modes(target, options, parts)
@@ -127,12 +130,22 @@ def _put_modes(target: Target, options: Any, parts: nn.Module) -> list[str]:
 
     names = []
     sets: dict[str, SharedModes] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for linear in target.linears:
         read = "picture" if _reads_picture(linear) else "words"
         if read not in sets:
             outputs, inputs = linear.shape
             sets[read] = SharedModes(inputs, outputs, options.rank)
+            shapes[read] = linear.shape
             parts.add_module(read, sets[read])
+        if linear.shape != shapes[read]:
+            place, role = f"components.{target.block_name}", f"{linear.sublayer}.{linear.role}"
+            raise ConfigError(
+                [
+                    f"{place}.sublayers: 'petal' shares its factors, and {role} has another shape"
+                    f" than {target.linears[0].role}; leave it out"
+                ]
+            )
         projection = target.model.get_submodule(linear.name)
         own = {"petal_weights": options.rank}
         dropout = None
@@ -228,7 +241,7 @@ def _initialise(target: Target, names: Sequence[str], options: Any, seed: int) -
 
 
 def _draw(owner: str, leaf: str, options: Any) -> Callable[[torch.Tensor], object]:
-    """How a parameter begins; V (`up`) at zero, the threshold at one."""
+    """How a parameter begins; V (`up`) at zero, what the threshold is above one, too."""
     from torch import nn
 
     release = options.variant == "release"
@@ -236,7 +249,7 @@ def _draw(owner: str, leaf: str, options: Any) -> Callable[[torch.Tensor], objec
     small = partial(nn.init.normal_, std=_STD)
     kaiming = partial(nn.init.kaiming_uniform_, a=5**0.5)
     found: dict[str, Callable[[torch.Tensor], object]] = {
-        "petal_threshold": nn.init.ones_,
+        "petal_threshold": nn.init.zeros_,
         "petal_weights": (lambda w: xavier(w.unsqueeze(1))) if release else nn.init.normal_,
         "core": xavier if release else small,
         "scale": partial(nn.init.normal_, std=_STD_OF_SCALES),

@@ -6,14 +6,18 @@ them alike: real tokens follow behind the prefix, as in the peft library.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from mmtrain.errors import ConfigError, MmtrainError
 from mmtrain.peft import injection
-from mmtrain.peft.interface import Added, Surroundings, Target
+from mmtrain.peft.interface import Added, Computed, Surroundings, Target
+
+if TYPE_CHECKING:
+    import torch
 
 
 class PrefixOptions(BaseModel):
@@ -22,6 +26,9 @@ class PrefixOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tokens: int = Field(20, ge=1, description="length of the prefix")
+    projection: bool = Field(
+        False, description="train two linears that make it; only what they make is exported"
+    )
 
 
 class Prefix:
@@ -46,11 +53,9 @@ class Prefix:
 
     def attach(self, target: Target, options: Any, seed: int) -> Added:
         """One table for all layers, N(0, 1) as in peft; layers are all or none."""
-        from torch import nn
+        from mmtrain.peft.prefix_cache import PrefixTable, projected, put_before
 
-        from mmtrain.peft.prefix_cache import PrefixTable, put_before
-
-        place, shape = f"components.{target.component}.method", target.attention
+        place, shape = f"components.{target.block_name}.method", target.attention
         if any(len(blocks) > 1 for blocks in target.blocks.values()):
             raise ConfigError(
                 [f"{place}: 'prefix' needs a decoder alone, this model has an encoder"]
@@ -62,13 +67,23 @@ class Prefix:
         context = model.config.get_text_config().max_position_embeddings
         if options.tokens >= context:
             fault = f"got {options.tokens}, which leaves none of this model's {context} positions"
-            raise ConfigError([f"components.{target.component}.tokens: {fault}; give fewer"])
-        table = PrefixTable(options.tokens, shape.layers, shape.kv_heads, shape.head_dim)
-        injection.fill(table.weight, nn.init.normal_, "prefix", seed, target.adapter)
+            raise ConfigError([f"components.{target.block_name}.tokens: {fault}; give fewer"])
+        table = PrefixTable(
+            options.tokens, shape.layers, shape.kv_heads, shape.head_dim, options.projection
+        )
+        for name, parameter in table.named_parameters():
+            key = () if name == "weight" else (name,)
+            injection.fill(parameter, _draw(name), "prefix", seed, target.adapter, *key)
         table.to(next(target.model.parameters()).dtype)
-        target.model.add_module(f"prefix_{target.adapter}", table)
+        module_name = f"prefix_{target.adapter}"
+        target.model.add_module(module_name, table)
         put_before(target.model.get_submodule(_stack_name(target)), table, options.tokens)
-        return Added((f"prefix_{target.adapter}.weight",), starts_at_identity=False)
+        names = tuple(f"{module_name}.{name}" for name, _ in table.named_parameters())
+        computed = {}
+        if options.projection:
+            whole = (options.tokens, 2 * shape.layers * shape.kv_heads * shape.head_dim)
+            computed["prompt_embeddings"] = Computed(names, whole, projected)
+        return Added(names, starts_at_identity=False, computed=computed)
 
     def export_config(self, target: Target, options: Any, base: str) -> dict[str, object]:
         """adapter_config.json as peft reads it for a language model alone."""
@@ -96,6 +111,15 @@ class Prefix:
             "a prefix cannot be folded into a matrix: it is keys and values beside the tokens'.",
             "Use the adapter folder of the run.",
         )
+
+
+def _draw(name: str) -> Callable[[torch.Tensor], object]:
+    """The table is drawn as in peft, linears as torch draws them, but for their biases."""
+    from torch import nn
+
+    if name.endswith("bias"):
+        return nn.init.zeros_
+    return nn.init.normal_ if name == "weight" else partial(nn.init.kaiming_uniform_, a=5**0.5)
 
 
 def _stack_name(target: Target) -> str:
