@@ -1,7 +1,8 @@
-"""Cheap tests run first, so that a broken clone shows within a minute; dear ones never together.
+"""Cheap tests run first, so that a broken clone shows within a minute; groups never together.
 
-`make test` has two workers (pytest-xdist). A file is one worker's, its fixtures are made once;
-what starts groups of processes fills both cores and goes to one worker, after all else.
+`make test` has two workers (pytest-xdist). A file is one worker's, its fixtures are made once. What
+starts groups of processes is one worker's from the first minute: its ranks wait for each other a
+third of the time, which is enough for the other worker to get through everything else.
 """
 
 from __future__ import annotations
@@ -11,23 +12,29 @@ from typing import Any
 
 import pytest
 
-# By what one test costs: functions and small models, one process beside it, models of every
-# family, groups of processes, whole studies.
+# By what one test costs: functions and small models, single processes, models of every family,
+# groups of processes, whole studies.
 FOLDERS = ("unit", "commands", "contracts", "gpu", "distributed", "end_to_end")
+GROUPS = "groups of processes"
 
 
-def cost(item: pytest.Item) -> tuple[int, bool]:
-    """Where an item's file stands: by its folder, and files that need no tensors before others."""
+def cost(item: pytest.Item) -> tuple[bool, int, bool]:
+    """Where an item's file stands: by its folder, and files that need no tensors before others.
+
+    A worker of several has the groups first: whoever is not given them does all else in order.
+    """
     folder = item.path.parent.name
     module = item.getparent(pytest.Module)
     needs_tensors = module is not None and "torch" in vars(module.obj)
-    return (FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)), needs_tensors
+    waits = hasattr(item.config, "workerinput") and lane(item.nodeid) != GROUPS
+    place = FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)
+    return waits, place, needs_tensors
 
 
 def lane(node_id: str) -> str:
     """Tests of one lane run one after another, on one worker."""
     file = PurePath(node_id.split("::")[0])
-    return "groups of processes" if file.parent.name in ("distributed", "end_to_end") else str(file)
+    return GROUPS if file.parent.name in ("distributed", "end_to_end") else str(file)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
