@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-# By what one test costs: functions and small models, single processes, models of every family,
+# By what one test costs: functions and small models, single commands, models of every family,
 # groups of processes, whole studies.
 FOLDERS = ("unit", "commands", "contracts", "gpu", "distributed", "end_to_end")
 GROUPS = "groups of processes"

@@ -22,8 +22,8 @@ OWNED = {
     "make lint": ".ci/run",
     "make benchmark": "tests/commands/test_benchmark.py",
     "make gpu": "tests/commands/test_benchmark.py",
-    "mmtrain train run.yaml --max-steps 5": "tests/end_to_end/test_commands.py",
-    "mmtrain train run.yaml --overfit 16": "tests/end_to_end/test_commands.py",
+    "mmtrain train run.yaml --max-steps 5": "tests/commands/test_commands.py",
+    "mmtrain train run.yaml --overfit 16": "tests/commands/test_commands.py",
     "mmtrain launch run.yaml --hostfile hosts": "tests/distributed/test_two_hosts.py",
     "deepspeed --hostfile hosts --module mmtrain train run.yaml": (
         "tests/distributed/test_two_hosts.py"
