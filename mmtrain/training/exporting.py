@@ -29,7 +29,6 @@ from mmtrain.resolve import model_options
 from mmtrain.training.export import class_for_others, loading_snippet, merged_state
 from mmtrain.training.inference import Ready
 
-FORMS = ("merged", "peft", "vllm")
 _PROBE = BatchSize(samples=2, tokens=64, answer_tokens=8)
 # Of the largest logit: sums in another order; merging rounds every weight of a model in bf16.
 _TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}

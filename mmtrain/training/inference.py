@@ -81,8 +81,7 @@ def build_ready(config: RunConfig, checkpoint: Path | None, run_dir: Path | None
 def with_weights_of(ready: Ready, path: str, overrides: list[str]) -> Ready:
     """The same base, built once, with what another run trained in the same places."""
     run_dir = Path(path)
-    if not is_run_folder(run_dir):
-        raise MmtrainError(f"{path}: no run folder (no run.yaml there).", "Give run folders.")
+    _refuse_other_folder(run_dir)
     config = load_run_file(run_dir / "run.yaml", overrides)
     # What belongs to an adapter and does not train is drawn from the seed.
     drawn = any(
@@ -117,12 +116,17 @@ def load_trained(assembled: Assembled, checkpoint: Path) -> None:
     checkpoints.load_weights(places, parameters)
 
 
+def _refuse_other_folder(folder: Path) -> None:
+    if not is_run_folder(folder):
+        raise MmtrainError(f"{folder}: no run folder (no run.yaml there).", "Give a run folder.")
+
+
 def ready_from_argument(path: str, overrides: list[str], base: bool) -> Ready:
     """What a command's RUN argument means: a run folder's best model, or a file's base."""
     given = Path(path)
     run_dir = given if given.is_dir() else None
-    if run_dir is not None and not is_run_folder(run_dir):
-        raise MmtrainError(f"{given}: no run folder (no run.yaml there).", "Give a run folder.")
+    if run_dir is not None:
+        _refuse_other_folder(run_dir)
     config = load_run_file(given if run_dir is None else run_dir / "run.yaml", overrides)
     checkpoint = None if base else chosen_checkpoint(run_dir or Path(config.run_dir))
     return build_ready(config, checkpoint, run_dir)

@@ -10,9 +10,8 @@ from torch import nn
 from mmtrain.assemble import build_model
 from mmtrain.config.load import load_run_file
 from mmtrain.models.interface import Processor
-from mmtrain.resolve import adapter_files
 from mmtrain.training import checkpoint as checkpoints
-from mmtrain.training.starting import exported_places
+from mmtrain.training.starting import exported_files, exported_places
 
 
 def trained_model(
@@ -29,7 +28,7 @@ def trained_model(
     assembled = build_model(config, None, trains=False)
     parameters = assembled.trained_parameters()
     shapes, _ = checkpoints.tensor_shapes(parameters)
-    files = [*adapter_files(folder / "adapter"), *sorted((folder / "full").glob("*.safetensors"))]
+    files = exported_files(folder / "adapter")
     found = exported_places(files, shapes, assembled.trainable, f"{folder}: no longer fits")
     checkpoints.load_weights(found, parameters)
     return assembled.model.eval().requires_grad_(False), assembled.processor

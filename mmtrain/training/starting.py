@@ -140,13 +140,17 @@ def initial_files(config: RunConfig) -> list[Path]:
     given = Path(config.init_from).absolute()
     if is_run_folder(given):
         return [chosen_checkpoint(given) / WEIGHTS]
-    adapters = adapter_files(given)
-    if not adapters:
+    if not adapter_files(given):
         raise CheckpointError(
             f"init_from: {given} is neither a run folder nor an adapter folder.",
             "Give the folder of a trained run, or the adapter/ in it.",
         )
-    return [*adapters, *sorted((given.parent / "full").glob("*.safetensors"))]
+    return exported_files(given)
+
+
+def exported_files(adapter: Path) -> list[Path]:
+    """What a run exported: its adapters, and beside their folder what it trained in full."""
+    return [*adapter_files(adapter), *sorted((adapter.parent / "full").glob("*.safetensors"))]
 
 
 def exported_places(

@@ -61,18 +61,20 @@ class Lora:
     def attach(self, target: Target, options: Any, seed: int) -> Added:
         """Inject one adapter named after the component; A is keyed, B is zero."""
         from mmtrain.models.dropout import KeyedDropout, scope_of
-        from mmtrain.peft.lora_start import start_from_weight
+        from mmtrain.peft.lora_start import of_start, start_from_weight
 
         name, scope = target.adapter, scope_of(target.model)
         computed: dict[str, Computed] = {}
         _refuse_wide(target, options)
         for linear, layer in injection.inject(target, _config(target, options)):
             _initialise(layer.lora_A[name], layer.lora_B[name], options, seed, linear.name)
+            start = None
             if options.init in _FROM_THE_WEIGHT:
+                start = of_start
                 start_from_weight(layer, name, options.init, seed, linear.name)
                 computed |= _with_start(target, linear, layer)
             if not options.dora:  # whose norms peft's own forward computes
-                setattr(layer, "forward", partial(_forward, layer, name))
+                setattr(layer, "forward", partial(_forward, layer, name, start))
                 setattr(layer.lora_A[name], "forward", partial(_narrow, layer.lora_A[name]))
             layer.lora_dropout[name] = KeyedDropout(
                 options.dropout, linear.name, target.component, scope
@@ -201,22 +203,20 @@ def _with_start(target: Target, linear: Linear, layer: Any) -> dict[str, Compute
 
 
 def _forward(
-    layer: Any, name: str, x: torch.Tensor, *args: object, **kwargs: object
+    layer: Any, name: str, start: Any, x: torch.Tensor, *args: object, **kwargs: object
 ) -> torch.Tensor:
     """peft's sum, scaled where it is narrow and added in place: two passes over the output less.
 
     The branches are still called as modules: under ZeRO-3 their weights arrive by module hooks.
     What a merged or a switched-off adapter means, peft's own forward knows.
     """
-    from mmtrain.peft.lora_start import of_start
-
     if layer.merged or layer.disable_adapters:
         return type(layer).forward(layer, x, *args, **kwargs)
     out = layer.base_layer(x, *args, **kwargs)
     narrow = layer.lora_A[name](x, dropout=layer.lora_dropout[name])
     added = layer.lora_B[name](narrow * layer.scaling[name])
-    if hasattr(layer.lora_A[name], "start"):
-        added = added + of_start(layer, name, x)
+    if start is not None:
+        added = added + start(layer, name, x)
     return out.add_(added) if _is_plain(layer.base_layer) else out + added
 
 
