@@ -106,7 +106,9 @@ def adapt_planned(model: nn.Module, config: RunConfig) -> Trainable:
 
 def asked_of(config: RunConfig) -> Asked:
     """What the built model is compared with."""
-    return Asked(config.model.dtype, config.model.attention, config.model.base_dropout)
+    model = config.model
+    quantized = model_options(config).quantized
+    return Asked(model.dtype, model.attention, model.base_dropout, model.quantization, quantized)
 
 
 def adapt(model: Any, family: Family, config: RunConfig) -> Trainable:

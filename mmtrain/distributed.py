@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from types import ModuleType
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -157,7 +159,8 @@ def from_main(value: _Value) -> _Value:
 
 def prepare_deepspeed(config: Mapping[str, object]) -> None:
     """Tell DeepSpeed of the process group; to be called before anything else of it."""
-    import deepspeed
+    with _without_mlflow():
+        import deepspeed
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
@@ -182,6 +185,19 @@ def prepare_deepspeed(config: Mapping[str, object]) -> None:
 
 
 @contextmanager
+def _without_mlflow() -> Iterator[None]:
+    """DeepSpeed's autotuner imports MLflow where it can: a fifth of each rank's start, unused."""
+    if "mlflow" in sys.modules:
+        yield
+        return
+    sys.modules["mlflow"] = cast(ModuleType, None)
+    try:
+        yield
+    finally:
+        del sys.modules["mlflow"]
+
+
+@contextmanager
 def sharded_construction(deepspeed_config: Mapping[str, object] | None) -> Iterator[None]:
     """Inside, every module's parameters are sharded as soon as they are made (ZeRO-3 only)."""
     if deepspeed_config is None:
@@ -189,9 +205,9 @@ def sharded_construction(deepspeed_config: Mapping[str, object] | None) -> Itera
         setattr(torch.nn.functional, "linear", _TORCHS_LINEAR)
         yield
         return
+    prepare_deepspeed(deepspeed_config)
     import deepspeed
 
-    prepare_deepspeed(deepspeed_config)
     # No `dtype` beside the configuration: where the CPU has no fp16 kernels, it means bf16.
     with deepspeed.zero.Init(config_dict_or_path=dict(deepspeed_config)):
         yield

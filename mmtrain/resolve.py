@@ -75,7 +75,15 @@ def model_options(config: RunConfig) -> ModelOptions:
         allow_reinit=model.allow_reinit,
         max_pixels=model.max_pixels,
         grounding_tokens=bool(model.grounding_tokens),
+        quantization=model.quantization,
+        quantized=_quantized(config) if model.quantization else (),
     )
+
+
+def _quantized(config: RunConfig) -> tuple[str, ...]:
+    """Which linears hold their weights in fewer bits: all that sublayers of the LLM name."""
+    sublayers = plugins.load("family", config.model.family).sublayers["llm"]
+    return tuple(sorted({regex for roles in sublayers.values() for regex in roles.values()}))
 
 
 def method_options(block: ComponentConfig) -> Any:
@@ -172,10 +180,30 @@ def _method_conflicts(config: RunConfig) -> list[str]:
         if block.method is not None:
             component, _ = component_and_label(name)
             recomputes = config.parallel.activation_checkpointing
-            around = Surroundings(family, component, stage, recomputes)
+            quantized = config.model.quantization is not None and component == "llm"
+            around = Surroundings(family, component, stage, recomputes, quantized)
             method = plugins.load("method", block.method)
             reasons = method.conflicts(method_options(block), around)
             problems += [f"components.{name}.{reason}" for reason in reasons]
+    return problems + _quantization_problems(config, stage)
+
+
+def _quantization_problems(config: RunConfig, stage: int) -> list[str]:
+    """Weights of four or eight bits are whole, and frozen."""
+    how = config.model.quantization
+    if how is None:
+        return []
+    problems = []
+    if stage == 3:
+        problems.append(
+            f"model.quantization: ZeRO-3 would shard weights in {how}, which cannot be put"
+            " together again; use parallel.deepspeed: zero2, or zero1"
+        )
+    if "llm" in config.components and config.components["llm"].mode == "full":
+        problems.append(
+            f"components.llm.mode: weights in {how} are frozen, they cannot train in full; use a"
+            " method, or no model.quantization"
+        )
     return problems
 
 

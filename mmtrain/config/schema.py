@@ -55,6 +55,9 @@ class ModelConfig(Section):
     )
     revision: str | None = Field(None, description="recorded with the run and in the model card")
     dtype: Literal["fp32", "bf16"] = Field("bf16", description="working precision")
+    quantization: Literal["nf4", "int8"] | None = Field(
+        None, description="bits of the LLM's frozen linears (QLoRA: nf4); needs bitsandbytes"
+    )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         "sdpa", description="attention implementation of transformers"
     )

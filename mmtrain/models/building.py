@@ -17,6 +17,7 @@ from mmtrain.errors import CheckpointError
 from mmtrain.models.host_memory import returning_freed_memory
 from mmtrain.models.interface import ModelOptions
 from mmtrain.models.patches import use_patch_linears
+from mmtrain.models.quantization import make_room
 from mmtrain.models.sentencepiece_file import cut_as_sentencepiece, read_where_alone
 from mmtrain.models.weights import DTYPES, WeightFolder, initialise_weights, load_weights
 
@@ -30,14 +31,20 @@ _SHARD_BYTES = 5 * 10**9
 def build_empty(
     skeleton: Callable[[Any], nn.Module],
     config: PretrainedConfig,
-    dtype_name: str,
+    options: ModelOptions,
     zero3_config: Mapping[str, object] | None,
 ) -> nn.Module:
     """The module tree in its working precision on this rank's device, sharded under ZeRO-3."""
     device = (
         torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
     )
-    with working_precision(dtype_name):
+    if options.quantization is not None:
+        model = build_on_meta(skeleton, config, options.dtype)
+        with working_precision(options.dtype):
+            _restore_buffers(model, skeleton, config)
+            make_room(model, options.quantization, options.quantized, device)
+        return model.eval()
+    with working_precision(options.dtype):
         sharded = zero3_config is not None
         with returning_freed_memory(sharded), sharded_construction(zero3_config):
             if not sharded and device is not None:

@@ -16,6 +16,7 @@ from torch import nn
 from mmtrain.distributed import stored_part
 from mmtrain.errors import TrainingError
 from mmtrain.models.dropout import KEYED_ATTENTION
+from mmtrain.models.quantization import unlike_asked
 from mmtrain.models.weights import DTYPES
 
 
@@ -26,6 +27,8 @@ class Asked:
     dtype: str
     attention: str
     base_dropout: int | str = 0
+    quantization: str | None = None
+    quantized: tuple[str, ...] = ()
 
     @property
     def attentions(self) -> tuple[str, ...]:
@@ -42,6 +45,10 @@ def refuse_other_than(
         *_other_precision(asked, model),
         *_other_device(model, device, shard_device),
         *_other_attention(asked, model),
+        *_summary(
+            unlike_asked(model, asked.quantization, asked.quantized),
+            f"model.quantization {asked.quantization}",
+        ),
     ]
     if differences:
         raise TrainingError(

@@ -46,6 +46,8 @@ class ModelOptions:
     allow_reinit: bool = False
     max_pixels: int | None = None  # cap on an image's size, in families that keep its own
     grounding_tokens: bool = False  # whether texts hold the control tokens of grounding data
+    quantization: str | None = None  # nf4 or int8: of the linears that the next names
+    quantized: tuple[str, ...] = ()  # anchored regexes
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from mmtrain.distributed import full_shape, is_main, is_sharded, write_parameter
+from mmtrain.distributed import full_shape, is_main, is_sharded
 from mmtrain.errors import CheckpointError
 from mmtrain.models.dropout import stable_hash
 from mmtrain.models.host_memory import returning_freed_memory
 from mmtrain.models.interface import ModelOptions
+from mmtrain.models.quantization import set_parameter
 
 # Set on parameters that a checkpoint did not give: left frozen, they stay random.
 FRESH = "freshly_initialised"
@@ -283,7 +284,7 @@ def load_weights(
             if reads and where.path not in readers:
                 readers[where.path] = stack.enter_context(open_weights(where.path))
             value = readers[where.path].get_tensor(where.name) if reads else None
-            write_parameter(parameters[name], value)
+            set_parameter(parameters[name], value)
     initialise_weights({name: parameters[name] for name in fresh}, options.seed)
     for name in fresh:
         setattr(parameters[name], FRESH, True)
@@ -305,4 +306,4 @@ def initialise_weights(
             device = "cuda" if torch.cuda.is_available() else "cpu"
             generator = torch.Generator(device).manual_seed(stable_hash(seed, name))
             value = torch.randn(shape, generator=generator, device=device).mul_(std)
-        write_parameter(parameter, value)
+        set_parameter(parameter, value)

@@ -98,6 +98,7 @@ class Surroundings:
     component: str
     zero_stage: int
     recomputes: bool  # activations, in backward
+    quantized: bool  # whether the component's linears are
 
 
 class Method(Protocol):

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from mmtrain import plugins
 from mmtrain.config.schema import ComponentConfig, component_and_label
-from mmtrain.distributed import full_shape
 from mmtrain.errors import ConfigError
 from mmtrain.models.interface import Family
+from mmtrain.models.quantization import whole_shape
 from mmtrain.models.weights import FRESH
 from mmtrain.peft.interface import Added, Linear, Method, Target
 from mmtrain.peft.placement import chosen_blocks, component_of, select, select_parameters
@@ -154,7 +154,7 @@ def _twice_without_linears(
 def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The whole shape of each module's weight, by the module's name."""
     return {
-        name.removesuffix(".weight"): tuple(full_shape(parameter))
+        name.removesuffix(".weight"): tuple(whole_shape(parameter))
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if name.endswith(".weight")
     }
@@ -202,12 +202,15 @@ def _attach(target: Target, block: ComponentConfig, seed: int) -> Attachment:
 
 
 def _move_to_base(target: Target, added: Added) -> None:
-    """What was made on the host goes where the base is: not every model gets an engine."""
-    device = next(target.model.parameters()).device
+    """What was made on the host goes where the base is: not every model gets an engine.
+
+    Beside quantised weights peft leaves what it adds in fp32.
+    """
+    base = next(one for one in target.model.parameters() if one.is_floating_point())
     for name in added.trained:
         parameter = target.model.get_parameter(name)
-        if parameter.device != device:
-            parameter.data = parameter.data.to(device)
+        if (parameter.device, parameter.dtype) != (base.device, base.dtype):
+            parameter.data = parameter.data.to(base.device, base.dtype)
 
 
 def _prove_complete(

@@ -14,10 +14,12 @@ from mmtrain import plugins
 from mmtrain.assemble import FLASH, adapt_planned, planned_config, planned_model
 from mmtrain.config.schema import RunConfig, component_and_label
 from mmtrain.models.interface import BatchSize, Family
+from mmtrain.models.quantization import quantised_linears
 from mmtrain.peft.interface import Added
 from mmtrain.peft.placement import component_of
 from mmtrain.peft.trainable import Attachment, Trainable
 from mmtrain.planning.live_bytes import watch
+from mmtrain.resolve import model_options
 
 # A question, its options and a short answer, where the data set is not known.
 TEXT_TOKENS_PER_SAMPLE = 128
@@ -46,6 +48,8 @@ class Census:
     components: Mapping[str, ComponentCount]
     size: BatchSize  # of the micro-batch that was measured
     activation_bytes: int
+    quantized_params: int = 0  # of the base's, in fewer bits
+    quantized_at_once: int = 0  # of these, the most that one product needs unquantised
     flops: int = 0  # of the micro-batch: forward and backward as they are, recomputation included
     flops_by_formula: int = 0  # of the same: (2 frozen + 4 trained parameters) x tokens
     # Of an answer's token: 2 (decoder without embeddings + layers x width x tokens before it).
@@ -71,6 +75,8 @@ def count(config: RunConfig, size: BatchSize | None = None) -> Census:
     """Build the run's model on the meta device, adapt it, count every component, measure a step."""
     family: Family = plugins.load("family", config.model.family)
     model: Any = planned_model(config)
+    quantized = quantised_linears(model, model_options(config).quantized)
+    in_fewer_bits = [one.weight.numel() for one in quantized.values()]
     base_params: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         base_params[component_of(family, name)] += parameter.numel()
@@ -88,7 +94,16 @@ def count(config: RunConfig, size: BatchSize | None = None) -> Census:
     frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
     by_formula = (2 * frozen + 4 * trained) * size.samples * size.tokens
     answer = _answer_flops(family, model, size.tokens)
-    return Census(components, size, seen.peak_bytes, seen.flops, by_formula, answer)
+    return Census(
+        components,
+        size,
+        seen.peak_bytes,
+        sum(in_fewer_bits),
+        max(in_fewer_bits, default=0),
+        seen.flops,
+        by_formula,
+        answer,
+    )
 
 
 def rehearse(config: RunConfig) -> dict[str, float]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mmtrain.config.deepspeed import find_deepspeed_config
 from mmtrain.config.schema import RunConfig
 from mmtrain.models.interface import BatchSize
+from mmtrain.models.quantization import BYTES
 from mmtrain.planning.census import Census, count
 
 GIB = 2**30
@@ -47,8 +48,9 @@ def estimate(
 
 
 def memory_by_stage(config: RunConfig, census: Census, world_size: int) -> Mapping[int, Memory]:
-    """The same, of a run that is counted already."""
-    return {stage: _memory(config, census, world_size, stage) for stage in STAGES}
+    """The same, of a run that is counted already; quantised weights cannot be sharded."""
+    stages = STAGES[:3] if config.model.quantization else STAGES
+    return {stage: _memory(config, census, world_size, stage) for stage in stages}
 
 
 def _memory(config: RunConfig, census: Census, world_size: int, stage: int) -> Memory:
@@ -56,7 +58,10 @@ def _memory(config: RunConfig, census: Census, world_size: int, stage: int) -> M
     if is_bf16 and stage == 0:
         stage = 1  # as in training
     weight_bytes = 2 if is_bf16 else _FP32_BYTES
-    weights = weight_bytes * (census.base_params + census.peft_params)
+    unquantized = census.base_params - census.quantized_params + census.peft_params
+    weights: float = weight_bytes * unquantized
+    if config.model.quantization is not None:
+        weights += BYTES[config.model.quantization] * census.quantized_params
     trained_fp32 = _FP32_BYTES * census.trainable_params
     shares = {first: world_size if stage >= first else 1 for first in (1, 2, 3)}
     # Without ZeRO, fp32 weights are updated in place.
@@ -67,7 +72,7 @@ def _memory(config: RunConfig, census: Census, world_size: int, stage: int) -> M
         weights=weights / shares[3],
         gradients=trained_fp32 / shares[2],
         optimizer=states * trained_fp32 / shares[1],
-        activations=max(census.activation_bytes, in_step),
+        activations=max(census.activation_bytes + weight_bytes * census.quantized_at_once, in_step),
         gathered=min(weights, weight_bytes * _num_live_parameters()) if stage == 3 else 0,
     )
 

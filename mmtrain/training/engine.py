@@ -94,9 +94,9 @@ def _initialise(
     No HfDeepSpeedConfig: while one is alive, transformers shards every model it builds, a later
     run's too. Families tell generation themselves to keep ranks in step.
     """
+    distributed.prepare_deepspeed(config)
     import deepspeed
 
-    distributed.prepare_deepspeed(config)
     buffers = {name: value.clone() for name, value in module.named_buffers()}
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=dict(config), dist_init_required=False

@@ -18,6 +18,7 @@ from mmtrain import plugins
 from mmtrain.assemble import Assembled
 from mmtrain.config.schema import RunConfig
 from mmtrain.files import replaced_folder
+from mmtrain.models.quantization import settings_code
 from mmtrain.peft.interface import Computed
 from mmtrain.peft.trainable import Attachment, Trainable
 from mmtrain.resolve import model_options
@@ -36,7 +37,8 @@ def export_trained(
         written.append(run_dir / trainable.folder_of(attachment))
         with replaced_folder(written[-1]) as folder:
             _write_adapter(checkpoint, folder, config, attachment, base_class)
-            card = model_card(config, trainable, attachment, base_class)
+            snippet = loading_snippet(config, trainable, base_class, assembled.model)
+            card = model_card(config, trainable, attachment, snippet)
             (folder / "README.md").write_text(card, encoding="utf-8")
             if assembled.processor is not None:
                 # Tools that are given an adapter look for these beside it.
@@ -111,9 +113,12 @@ def base_name(config: RunConfig) -> str:
     return str(Path(config.model.checkpoint).resolve())
 
 
-def loading_snippet(config: RunConfig, trainable: Trainable, base_class: type | None) -> str:
+def loading_snippet(
+    config: RunConfig, trainable: Trainable, base_class: type | None, model: nn.Module
+) -> str:
     """Python that rebuilds the trained model, without mmtrain where transformers reads the base."""
-    if any(one.method.imports is None for one in trainable.attachments):
+    own_reader = any(one.method.imports is None for one in trainable.attachments)
+    if own_reader or (config.model.quantization and base_class is None):
         tower = _own_options(config).get("vision_tower")
         given = f"'.', base={base_name(config)!r}" + (f", vision_tower={tower!r}" if tower else "")
         return "\n".join(
@@ -123,7 +128,7 @@ def loading_snippet(config: RunConfig, trainable: Trainable, base_class: type | 
                 f"model, processor = trained_model({given})  # '.' is the run folder",
             ]
         )
-    imports, loading = _base_lines(config, base_class)
+    imports, loading = _base_lines(config, base_class, model)
     lines = list(imports)
     if trainable.attachments:
         lines.append("from peft import PeftModel")
@@ -151,13 +156,16 @@ def loading_snippet(config: RunConfig, trainable: Trainable, base_class: type | 
     return "\n".join([*lines, "model = model.eval()"])
 
 
-def _base_lines(config: RunConfig, base_class: type | None) -> tuple[list[str], list[str]]:
+def _base_lines(
+    config: RunConfig, base_class: type | None, model: nn.Module
+) -> tuple[list[str], list[str]]:
     """What to import for the base, and how to load it."""
     family = plugins.load("family", config.model.family)
-    code = family.code.processor_code(model_options(config))
+    options = model_options(config)
+    code = family.code.processor_code(options)
     if base_class is None or code is None:
-        options = _own_options(config)
-        given = "".join(f", {key}={value!r}" for key, value in options.items())
+        own = _own_options(config)
+        given = "".join(f", {key}={value!r}" for key, value in own.items())
         return [
             "from mmtrain import plugins",
             "from mmtrain.models.interface import ModelOptions",
@@ -167,10 +175,13 @@ def _base_lines(config: RunConfig, base_class: type | None) -> tuple[list[str], 
             "model, processor = loaded.model, loaded.processor",
         ]
     dtype = {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[config.model.dtype]
-    name = base_class.__name__
-    names = ", ".join(sorted((name, *code.names)))
-    return ["import torch", f"from transformers import {names}"], [
-        f"model = {name}.from_pretrained(base, dtype={dtype})",
+    name, how, names = base_class.__name__, "", [base_class.__name__, *code.names]
+    if options.quantization is not None:
+        names.append("BitsAndBytesConfig")
+        settings = settings_code(model, options.quantization, options.quantized, dtype)
+        how = f", quantization_config={settings}"
+    return ["import torch", f"from transformers import {', '.join(sorted(names))}"], [
+        f"model = {name}.from_pretrained(base, dtype={dtype}{how})",
         *code.lines,
     ]
 
@@ -194,16 +205,12 @@ def _own_options(config: RunConfig) -> dict[str, object]:
 
 
 def model_card(
-    config: RunConfig,
-    trainable: Trainable,
-    attachment: Attachment,
-    base_class: type | None,
+    config: RunConfig, trainable: Trainable, attachment: Attachment, snippet: str
 ) -> str:
     """README.md of an adapter folder."""
     base = base_name(config)
     data = config.data.task if config.data else "none"
     options = ", ".join(f"{key} {value}" for key, value in attachment.options)
-    snippet = loading_snippet(config, trainable, base_class)
     full = "none"
     if trainable.full_components:
         # Otherwise a reader of this folder alone would get half of what was trained.

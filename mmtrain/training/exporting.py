@@ -52,6 +52,12 @@ def export_run(ready: Ready, out: Path, form: str) -> float | None:
         raise CheckpointError(
             f"cannot be folded into the base's weights: {names}.", "Use --to peft instead."
         )
+    if form == "merged" and config.model.quantization:
+        raise CheckpointError(
+            f"weights in {config.model.quantization} cannot take an adapter up without being"
+            " quantised again, which changes answers.",
+            "Use --to peft; its card shows how to load it on the quantised base.",
+        )
     wanted = _logits(assembled.family, assembled.model)
     device = next(assembled.model.parameters()).device
     if form == "merged":
@@ -64,7 +70,8 @@ def export_run(ready: Ready, out: Path, form: str) -> float | None:
         _copy_exports(ready.run_dir or Path(config.run_dir), folder)
         if any(one.method_name == "prefix" for one in assembled.trainable.attachments):
             return None  # peft gives a prefix to the whole model's own forward
-        snippet = loading_snippet(config, assembled.trainable, class_for_others(config, assembled))
+        base_class = class_for_others(config, assembled)
+        snippet = loading_snippet(config, assembled.trainable, base_class, assembled.model)
         return _compared(_snippets_logits(folder, snippet, config), wanted, config)
 
 
@@ -178,7 +185,8 @@ def _logits(family: Family, model: Any) -> torch.Tensor:
 def _compared(found: torch.Tensor, wanted: torch.Tensor, config: RunConfig) -> float:
     """The largest difference, of the largest logit; an error where it is none of rounding."""
     apart = float((found - wanted).abs().max() / wanted.abs().max())
-    tolerance = _TOLERANCE[config.model.dtype]
+    # On a CPU, who reads a quantised base multiplies in bf16 whatever was asked for.
+    tolerance = _TOLERANCE["bf16" if config.model.quantization else config.model.dtype]
     if not apart <= tolerance:
         raise CheckpointError(
             f"what was written gives other logits than the run: {apart:.2g} of the largest apart,"

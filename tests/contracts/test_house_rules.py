@@ -233,7 +233,10 @@ def test_nothing_is_left_for_later() -> None:
 # Declared, and needed by a library that imports it only where a file asks for it.
 NOT_IMPORTED = {"protobuf": "transformers reads tokenizer.model with it"}
 # Imported where there, and done without where not.
-NOT_DECLARED = {"triton": "torch's builds for GPUs bring it; the tests interpret it on a CPU"}
+NOT_DECLARED = {
+    "triton": "torch's builds for GPUs bring it; the tests interpret it on a CPU",
+    "bitsandbytes": "the extra `quantization` brings it; a run that needs it says so",
+}
 
 
 def _canonical(distribution: str) -> str:

@@ -45,6 +45,7 @@ BLOCKS: dict[str, dict[str, dict[str, Any]]] = {
             "rank_pattern": {"attn": 2, "mlp.down": 3, "0-0": 1},
         }
     },
+    "quantised": {"llm": {"method": "lora", "r": 4, "dropout": 0.1}},
     "two": {
         "llm": {"method": "lora", "sublayers": ["attn"], "r": 4, "dropout": 0.1},
         "llm/mlp": BOTTLENECK | {"sublayers": ["mlp"]},
@@ -55,9 +56,10 @@ RESUMED, ROUNDED = ("dora", "prefix", "petal", "two"), ("ia3", "bottleneck", "pr
 BF16_ROUNDING = 1e-2  # relative, over three steps
 QUICK = ["bottleneck", "prefix", "petal", "dora", "two"]  # the others in `make test-all`
 # A prefix, which peft gives to the whole model's own forward, is read in tests/unit/test_prefix.py.
-REBUILT = [case for case in BLOCKS if case != "prefix"]
-# DoRA needs whole base weights.
-SHARDED = {case: "zero2" if case == "dora" else "zero3" for case in BLOCKS}
+# What stock libraries make of quantised weights is in tests/unit/test_quantization.py.
+REBUILT = [case for case in BLOCKS if case not in ("prefix", "quantised")]
+# These need whole base weights.
+SHARDED = {case: "zero2" if case in ("dora", "quantised") else "zero3" for case in BLOCKS}
 
 
 def job(runs: Runs, case: str, stage: str, name: str, stop: int | None = None) -> dict[str, Any]:
@@ -75,6 +77,8 @@ def job(runs: Runs, case: str, stage: str, name: str, stop: int | None = None) -
     if "qformer" in blocks:
         connector = {"projection": {"mode": "full"}}
         found["run"]["model"] |= {"family": "instructblip", "checkpoint": str(runs.root / "base")}
+    if case == "quantised":
+        found["run"]["model"] |= {"quantization": "nf4"}
     found["run"]["components"] = connector | blocks
     return found
 

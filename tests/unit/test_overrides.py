@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from mmtrain.assemble import build_model
 from mmtrain.config.schema import ComponentConfig
@@ -90,7 +91,7 @@ def test_the_model_card_says_the_shapes(tiny_checkpoint: Path) -> None:
     run = {"model": {"family": "llava", "checkpoint": str(tiny_checkpoint), "overrides": shapes}}
     config = resolve(run)
     base_class = class_for_others(config, build_model(config, None, trains=False))
-    snippet = loading_snippet(config, Trainable({}, (), ()), base_class)
+    snippet = loading_snippet(config, Trainable({}, (), ()), base_class, nn.Module())
     found: dict[str, Any] = {}
     exec(snippet, found)
     assert len(found["model"].model.language_model.layers) == 2

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from mmtrain.errors import DataError
 from mmtrain.models.families.qwen_vl.processing import pixel_values
@@ -140,7 +141,7 @@ def test_run_file_and_model_card_say_whether_tags_are_tokens(
     folder = write_plain(tmp_path / "folder")
     config = resolve({"model": {"family": "qwen_vl", "checkpoint": str(folder), **given}})
     found: dict[str, Any] = {}
-    exec(loading_snippet(config, Trainable({}, (), ()), None), found)
+    exec(loading_snippet(config, Trainable({}, (), ()), None, nn.Module()), found)
     loaded = FAMILY.code.load(model_options(config), None)
     for tokenizer in (loaded.processor.tokenizer, found["processor"].tokenizer):
         is_token = tokenizer.ids("<box>") == [tokenizer.special["<box>"]]

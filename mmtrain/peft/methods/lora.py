@@ -51,7 +51,10 @@ class Lora:
     imports = ()
 
     def conflicts(self, options: Any, around: Surroundings) -> Sequence[str]:
-        """DoRA reads the norms of whole weights in every forward."""
+        """DoRA reads the norms of whole weights in every forward; some starts are made of them."""
+        if around.quantized and (options.dora or options.init in _FROM_THE_WEIGHT):
+            key = "dora" if options.dora else "init"
+            return (f"{key}: reads weights that model.quantization rounds; leave one of them out",)
         if options.dora and options.init in _FROM_THE_WEIGHT:
             return (f"dora: starts at the base's norms, not with init: {options.init}; drop one",)
         if options.dora and around.zero_stage == 3:

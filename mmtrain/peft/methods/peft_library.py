@@ -67,6 +67,10 @@ class PeftLibrary:
         """How a tuner reads base weights is its own affair."""
         if around.zero_stage == 3:
             return ("method: 'peft_library' needs whole base weights, use zero2 or lower",)
+        if around.quantized:
+            return (
+                "method: 'peft_library' needs whole base weights, leave model.quantization out",
+            )
         return ()
 
     def attach(self, target: Target, options: Any, seed: int) -> Added:

@@ -47,7 +47,7 @@ def load(options: ModelOptions, zero3_config: Mapping[str, Any] | None) -> Loade
         folder = Path(options.checkpoint)
         processor, sources = processing.load_processor(folder, config), [(folder, names.rename)]
     make = partial(skeleton, trains=options.base_dropout != "stored")
-    model = building.build_empty(make, config, options.dtype, zero3_config)
+    model = building.build_empty(make, config, options, zero3_config)
     files = building.fill(model, sources, options)
     return LoadedModel(model, processor, config, files)
 

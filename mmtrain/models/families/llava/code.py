@@ -86,7 +86,7 @@ def load(options: ModelOptions, zero3_config: Mapping[str, Any] | None) -> Loade
     sources: Sequence[WeightFolder] = []
     if options.checkpoint is not None:
         processor, sources, is_standard = _open_folder(options, config)
-    model = building.build_empty(skeleton, config, options.dtype, zero3_config)
+    model = building.build_empty(skeleton, config, options, zero3_config)
     files = building.fill(model, sources, options)
     return LoadedModel(model, processor, config, files, is_standard)
 

@@ -63,7 +63,7 @@ def load(options: ModelOptions, zero3_config: Mapping[str, Any] | None) -> Loade
         folder = Path(options.checkpoint)
         processor = processing.load_processor(folder, config, options.max_pixels)
         sources = [(folder, names.rename)]
-    model = building.build_empty(skeleton, config, options.dtype, zero3_config)
+    model = building.build_empty(skeleton, config, options, zero3_config)
     files = building.fill(model, sources, options)
     return LoadedModel(model, processor, config, files)
 

@@ -49,7 +49,7 @@ def load(options: ModelOptions, zero3_config: Mapping[str, Any] | None) -> Loade
         folder = Path(options.checkpoint)
         processor = processing.load_processor(folder, config, options.grounding_tokens)
         sources = [(folder, weight_name)]
-    model = building.build_empty(skeleton, config, options.dtype, zero3_config)
+    model = building.build_empty(skeleton, config, options, zero3_config)
     files = building.fill(model, sources, options)
     if not files or options.allow_reinit:
         set_fixed_positions(model)
