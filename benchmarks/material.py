@@ -17,6 +17,7 @@ from mmtrain.data.shards import ShardFolder
 from mmtrain.models import tiny
 from mmtrain.models.building import build_empty
 from mmtrain.models.families.llava.prompts import IMAGE_TOKEN, SYSTEM
+from mmtrain.models.interface import ModelOptions
 from mmtrain.models.weights import initialise_weights
 
 WARM_UP_WINDOWS = 1
@@ -147,7 +148,7 @@ def write_model(folder: Path, texts: list[str], dtype: str) -> None:
         num_additional_image_tokens=1,
         image_token=IMAGE_TOKEN,
     )
-    model: Any = build_empty(family.code.skeleton, config, dtype, None)
+    model: Any = build_empty(family.code.skeleton, config, ModelOptions(None, None, dtype), None)
     initialise_weights(dict(model.named_parameters()), seed=0)
     model.save_pretrained(str(folder))
     processor.save_pretrained(str(folder))

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
@@ -16,9 +17,9 @@ from rich.table import Table
 from data_shards.build import Recipe, build_split
 from data_shards.index import take_inventory, write_manifest
 from data_shards.publish import exclusive
-from data_shards.writer import DEFAULT_SAMPLES_PER_SHARD
+from data_shards.writer import DEFAULT_SAMPLES_PER_SHARD, EmptySplit
 from mmtrain import plugins
-from mmtrain.commands.arguments import positive
+from mmtrain.commands.arguments import positive, share
 from mmtrain.data.manifest import (
     INDEX_NAME,
     MANIFEST_NAME,
@@ -28,6 +29,7 @@ from mmtrain.data.manifest import (
 )
 from mmtrain.data.verify import shortened, verify_folder
 from mmtrain.errors import ConfigError, DataError, nearest
+from mmtrain.files import replace_file
 from mmtrain.tasks.interface import Task
 
 HELP = "build shards from raw files, index those of other programs, and verify them"
@@ -35,7 +37,9 @@ _EXAMPLES = """examples:
   mmtrain shards build digits --out shards/digits
   mmtrain shards build digits --out shards/shifted --set domain=shifted
   mmtrain shards build scienceqa --raw ~/ScienceQA --out shards/scienceqa --split train --split val
+  mmtrain shards build jsonl --raw photos.jsonl --images photos --out shards/photos --val 5%
   mmtrain shards index /data/their-tars/train --task scienceqa
+  mmtrain shards show shards/photos/train --run run.yaml
   mmtrain shards verify shards/digits
 """
 
@@ -45,11 +49,45 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     actions = parser.add_subparsers(
-        dest="shards_action", metavar="build|index|verify", required=True
+        dest="shards_action", metavar="build|index|show|verify", required=True
     )
-    build = actions.add_parser("build", help="write OUT/<split>/ for each split of a task")
+    _configure_build(
+        actions.add_parser("build", help="write OUT/<split>/ for each split of a task")
+    )
+    index = actions.add_parser(
+        "index", help="give a stock webdataset folder a manifest, so that it trains here"
+    )
+    index.add_argument("folder", type=Path, metavar="DIR", help="folder with the tars of one split")
+    index.add_argument("--task", required=True, help=f"one of: {', '.join(plugins.names('task'))}")
+    index.add_argument("--split", metavar="S", help="default: the folder's name")
+    index.add_argument(
+        "--overwrite", action="store_true", help="replace the manifest that is there"
+    )
+    _configure_show(
+        actions.add_parser("show", help="write a page of samples as the model will see them")
+    )
+    verify = actions.add_parser("verify", help="check every byte and every sample")
+    verify.add_argument(
+        "folders", nargs="+", type=Path, metavar="DIR", help="folder, or its parent"
+    )
+
+
+def _configure_build(build: argparse.ArgumentParser) -> None:
     build.add_argument("task", help=f"one of: {', '.join(plugins.names('task'))}")
-    build.add_argument("--raw", type=Path, help="folder with the files as downloaded")
+    build.add_argument("--raw", type=Path, help="folder with the files as downloaded, or one file")
+    build.add_argument(
+        "--images", metavar="DIR", help="folder that picture names start from (own data)"
+    )
+    build.add_argument(
+        "--val", metavar="SHARE", help="share of the pictures that validate (own data; default 5%%)"
+    )
+    build.add_argument(
+        "--drop",
+        type=share,
+        default=0.0,
+        metavar="SHARE",
+        help="leave out up to this share of raw samples that cannot be built; default: none",
+    )
     build.add_argument("--out", type=Path, required=True, help="folder that gets one per split")
     build.add_argument("--split", action="append", metavar="S", help="repeatable; default: all")
     build.add_argument(
@@ -71,40 +109,55 @@ def configure(parser: argparse.ArgumentParser) -> None:
     build.add_argument(
         "--overwrite", action="store_true", help="replace a folder built from something else"
     )
-    index = actions.add_parser(
-        "index", help="give a stock webdataset folder a manifest, so that it trains here"
+
+
+def _configure_show(show: argparse.ArgumentParser) -> None:
+    show.add_argument("folder", type=Path, metavar="DIR", help="folder of one split")
+    show.add_argument(
+        "--run", metavar="RUN.yaml", help="its template, and tokens as its checkpoint counts them"
     )
-    index.add_argument("folder", type=Path, metavar="DIR", help="folder with the tars of one split")
-    index.add_argument("--task", required=True, help=f"one of: {', '.join(plugins.names('task'))}")
-    index.add_argument("--split", metavar="S", help="default: the folder's name")
-    index.add_argument(
-        "--overwrite", action="store_true", help="replace the manifest that is there"
+    show.add_argument("--num", type=positive, default=24, metavar="N", help="default %(default)s")
+    show.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="which samples; default %(default)s"
     )
-    verify = actions.add_parser("verify", help="check every byte and every sample")
-    verify.add_argument(
-        "folders", nargs="+", type=Path, metavar="DIR", help="folder, or its parent"
+    show.add_argument(
+        "--out", type=Path, default=Path("samples.html"), metavar="FILE", help="default %(default)s"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `mmtrain shards build`, `index` or `verify`."""
-    return {"build": _build, "index": _index, "verify": _verify}[args.shards_action](args)
+    """Run `mmtrain shards build`, `index`, `show` or `verify`."""
+    actions = {"build": _build, "index": _index, "show": _show, "verify": _verify}
+    return actions[args.shards_action](args)
 
 
 def _build(args: argparse.Namespace) -> int:
     task: Task = plugins.load("task", args.task)
     splits = _splits(args.task, task, args.split)
-    options = _options(args.task, task, args.set)
+    own = {"image_folder": args.images, "val": args.val}
+    given = [f"{key}={value}" for key, value in own.items() if value is not None]
+    options = _options(args.task, task, [*args.set, *given])
     raw = _raw(args.task, task, args.raw)
+    recipe = Recipe(
+        args.task, "", raw, options, args.seed, args.limit, args.samples_per_shard, args.drop
+    )
+    empty = []
     with exclusive(args.out):
         for split in splits:
-            recipe = Recipe(
-                args.task, split, raw, options, args.seed, args.limit, args.samples_per_shard
-            )
-            with _counting(f"{args.task} {split}") as count:
-                built = build_split(recipe, args.out / split, args.overwrite, count)
+            try:
+                with _counting(f"{args.task} {split}") as count:
+                    part = replace(recipe, split=split)
+                    built = build_split(part, args.out / split, args.overwrite, count)
+            except EmptySplit as fault:
+                empty.append(fault)
+                if args.split or len(empty) == len(splits):
+                    raise
+                print(f"{args.out / split}: the raw files have no such samples")
+                continue
             how = "reused, nothing has changed" if built.reused else "written"
             print(_summary(built.folder, built.manifest, how))
+            for line in built.left_out.lines():
+                print(f"  left out {line}")
     return 0
 
 
@@ -127,8 +180,8 @@ def _raw(name: str, task: Task, raw: Path | None) -> Path | None:
         return None
     if raw is None:
         raise DataError(f"task '{name}' needs the downloaded files;", "give their folder as --raw.")
-    if not raw.is_dir():
-        raise DataError(f"--raw '{raw}' is not a folder;", "give the folder of the download.")
+    if not raw.exists():
+        raise DataError(f"there is no --raw '{raw}';", "give the folder of the download.")
     return raw
 
 
@@ -178,6 +231,17 @@ def _index(args: argparse.Namespace) -> int:
         if inventory.problems:
             return _failed(shortened(inventory.problems))
         print(_summary(folder, write_manifest(folder, inventory, args.task, split), "indexed"))
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    # Imported here: with a run file it loads tokenizers, which no other action needs.
+    from data_shards.show import contact_sheet
+
+    with _counting(f"show {args.folder}") as count:
+        text = contact_sheet(args.folder, args.run, args.num, args.seed, count)
+    replace_file(args.out, text)
+    print(f"wrote {args.out}: open it in a browser")
     return 0
 
 

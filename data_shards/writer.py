@@ -20,6 +20,10 @@ DEFAULT_SAMPLES_PER_SHARD = 2000
 _NAMED_AT_MOST = 5
 
 
+class EmptySplit(DataError):
+    """There is nothing of a split in the raw files."""
+
+
 class ShardWriter:
     """Writes samples into an existing empty folder; `finish` adds the index and the manifest."""
 
@@ -50,7 +54,7 @@ class ShardWriter:
         """Write what is left, look at all of it as training will, then pin it by the manifest."""
         self._close()
         if not self._samples:
-            raise DataError(
+            raise EmptySplit(
                 f"task '{task}' yields no sample for split '{split}';",
                 "check the raw folder and the build options.",
             )

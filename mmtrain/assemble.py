@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from mmtrain import plugins
-from mmtrain.config.schema import DataConfig, RunConfig
+from mmtrain.config.schema import DataConfig, OwnTemplate, RunConfig
 from mmtrain.data.shards import ShardFolder
 from mmtrain.data.source import Encoder, Source
 from mmtrain.errors import CheckpointError, ConfigError
@@ -24,6 +24,8 @@ from mmtrain.models.built import Asked
 from mmtrain.models.interface import Family, Processor
 from mmtrain.peft.trainable import Trainable, make_trainable
 from mmtrain.resolve import model_options
+from mmtrain.tasks.interface import Template
+from mmtrain.tasks.templates import own, refuse_unknown_places
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -144,13 +146,36 @@ def build_source(
 ) -> Source:
     """The samples of one shard folder, encoded for the run's family."""
     data = data_section(config)
-    task = plugins.load("task", data.task)
-    template = task.templates[data.template or next(iter(task.templates))]
-
-    max_length = data.max_length or assembled.family.default_max_length
-    encoder = Encoder(assembled.family, assembled.processor, max_length, data.truncation_side)
+    encoder = _encoder(data, assembled.family, assembled.processor)
     shards = ShardFolder.open(Path(folder), data.task)
-    return Source(shards, template, encoder, limit, blank_images)
+    return Source(shards, template_for(data, shards), encoder, limit, blank_images)
+
+
+def source_to_look_at(config: RunConfig, folder: str) -> Source:
+    """The same samples, with no model."""
+    refuse_preset(config)
+    data, family = data_section(config), plugins.load("family", config.model.family)
+    options = model_options(config)
+    processor = family.code.read_processor(options, family.code.model_config(options))
+    encoder = _encoder(data, family, processor)
+    shards = ShardFolder.open(Path(folder), data.task)
+    return Source(shards, template_for(data, shards), encoder)
+
+
+def _encoder(data: DataConfig, family: Family, processor: Processor) -> Encoder:
+    max_length = data.max_length or family.default_max_length
+    return Encoder(family, processor, max_length, data.truncation_side)
+
+
+def template_for(data: DataConfig, shards: ShardFolder) -> Template:
+    """The template that the run file names, or has; its own is tried on the first sample."""
+    chosen, task = data.template, plugins.load("task", data.task)
+    if not isinstance(chosen, OwnTemplate):
+        template: Template = task.templates[chosen or next(iter(task.templates))]
+        return template
+    texts = {"prompt": chosen.prompt, "target": chosen.target}
+    refuse_unknown_places(texts, shards.read(0))
+    return own(chosen.prompt, chosen.target, chosen.mode)
 
 
 def base_digests(weights: Sequence[Path], afresh: bool = False) -> dict[str, str]:

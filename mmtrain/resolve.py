@@ -24,6 +24,7 @@ from mmtrain.models.interface import Family, ModelOptions
 from mmtrain.peft.interface import Surroundings
 from mmtrain.peft.placement import sublayer_problems
 from mmtrain.tasks.interface import LOSS
+from mmtrain.tasks.templates import placeholders
 from mmtrain.tracking.uri import DISABLED, URI_EXAMPLES, uri_problem
 
 
@@ -213,6 +214,19 @@ def _data_problems(data: Mapping[str, object]) -> list[str]:
     if task and isinstance(template, str) and template not in task.templates:
         hint = nearest(template, task.templates)
         problems.append(f"data.template: '{data['task']}' has no template '{template}'; {hint}")
+    if isinstance(template, Mapping):
+        problems += _own_template_problems(template)
+    return problems
+
+
+def _own_template_problems(template: Mapping[str, object]) -> list[str]:
+    """Braces that name nothing; which names the data have is known with the data."""
+    problems = []
+    for key, text in template.items():
+        try:
+            placeholders(text if isinstance(text, str) else "")
+        except ValueError as fault:
+            problems.append(f"data.template.{key}: {fault}")
     return problems
 
 

@@ -11,3 +11,14 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"got '{text}'; give a whole number of at least 1")
     return number
+
+
+def share(text: str) -> float:
+    """A share of one, which may be given in percent, for argparse."""
+    try:
+        number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        number = -1
+    if not 0 <= number < 1:
+        raise argparse.ArgumentTypeError(f"got '{text}'; give a share such as 5% or 0.05")
+    return number

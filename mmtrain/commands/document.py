@@ -50,7 +50,7 @@ def run_file_markdown() -> str:
             pages.append(_COMPONENTS_NOTE)
         pages.append(_fields(section))
         pages += [
-            f"### {key}.{name}.<component>\n\n{nested.__doc__}\n\n{_fields(nested)}"
+            f"### {key}.{name}{_per_component(field)}\n\n{nested.__doc__}\n\n{_fields(nested)}"
             for name, field in section.model_fields.items()
             if (nested := _section_of(field.annotation)) is not None
         ]
@@ -68,6 +68,10 @@ def _method_page(name: str) -> str:
 
 def _fields(model: type[BaseModel]) -> str:
     return _table([_row(name, field) for name, field in model.model_fields.items()])
+
+
+def _per_component(field: FieldInfo) -> str:
+    return ".<component>" if typing.get_origin(field.annotation) is dict else ""
 
 
 def _section_of(annotation: object) -> type[BaseModel] | None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mmtrain import plugins
+from mmtrain.commands.init_own import OwnFacts, look_at
 from mmtrain.config import yaml_text
 from mmtrain.errors import MmtrainError
 
-HELP = "write a commented run file for a family and a task"
+HELP = "write a commented run file for a family and a task, or for data of your own"
 EXAMPLES = """examples:
   mmtrain init
+  mmtrain init --task jsonl --raw photos.jsonl --checkpoint /data/llava-1.5-7b-hf
   mmtrain init --family llava --task scienceqa --checkpoint /data/llava-1.5-7b-hf --out run.yaml
 """
 RUN_FILE = """\
@@ -35,10 +38,12 @@ components:
 data:
   task: {task}
   # {other_prompts}
+  # Or words of your own: template: {{prompt: "{{question}} In one word.", target: "{{answer}}"}}
   template: {template}
-  # Folders that `mmtrain shards build {task} --out shards/{task}` writes
-  train: shards/{task}/{train_split}
-  val: shards/{task}/{val_split}
+  # Folders that this writes:
+  # {build}
+  train: {train}
+  val: {val}
   # tokens per sample, those of images included
   max_length: {max_length}
 
@@ -47,11 +52,15 @@ optim:
   lr: 2e-4
   schedule: cosine
   warmup_ratio: 0.03
-  epochs: 3
+  epochs: {epochs}
   # Samples per optimizer step, all ranks together
-  global_batch: 128
+  global_batch: {global_batch}
   # Samples per forward on one rank; lower it when memory runs out, results stay the same.
-  micro_batch: 8
+  micro_batch: {micro_batch}
+
+generation:
+  # Upper limit of an answer's tokens in validation
+  max_new_tokens: {answer_tokens}
 
 validate:
   # or a number of optimizer steps
@@ -79,6 +88,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--family", default="llava", help="model family (default: llava)")
     parser.add_argument("--task", default="scienceqa", help="data set (default: scienceqa)")
     parser.add_argument("--checkpoint", metavar="DIR", help="folder of the base model")
+    parser.add_argument(
+        "--raw", type=Path, metavar="FILE", help="your own rows: columns and sizes come from them"
+    )
+    parser.add_argument(
+        "--images", metavar="DIR", help="folder that their pictures' names start from"
+    )
     parser.add_argument("--out", default="run.yaml", metavar="FILE", help="default: run.yaml")
 
 
@@ -86,20 +101,31 @@ def run(args: argparse.Namespace) -> int:
     """Write the file; an existing one stays as it is."""
     family = plugins.load("family", args.family)
     task = plugins.load("task", args.task)
-    text = run_file(args.family, family, args.task, task, args.checkpoint)
+    own = None if args.raw is None else look_at(args.task, args.raw, args.images)
+    text = run_file(args.family, family, args.task, task, args.checkpoint, own)
     try:
         with open(args.out, "x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
         raise MmtrainError(f"{args.out} exists.", "Choose another --out, or remove it.") from None
-    print(f"wrote {args.out}; next: mmtrain check {args.out}")
+    if own is not None:
+        named = ", ".join(f"{ours}: {theirs}" for ours, theirs in own.columns.items())
+        print(f"{args.raw}: {own.rows:,} rows" + (f"; columns: {named}" if named else ""))
+        print(f"wrote {args.out}; next: {own.build}")
+    else:
+        print(f"wrote {args.out}; next: mmtrain check {args.out}")
     return 0
 
 
 def run_file(
-    family_name: str, family: Any, task_name: str, task: Any, checkpoint: str | None
+    family_name: str,
+    family: Any,
+    task_name: str,
+    task: Any,
+    checkpoint: str | None,
+    own: OwnFacts | None = None,
 ) -> str:
-    """The text, with defaults that suit a 7B model on 8 GPUs of 80 GB."""
+    """The text, with defaults that suit a 7B model on 8 GPUs of 80 GB, and the size of own data."""
     templates = list(task.templates)
     preset = next(iter(family.presets))
     if checkpoint is None:
@@ -109,6 +135,9 @@ def run_file(
   # checkpoint: /data/{preset}-hf"""
     else:
         base = f"checkpoint: {_scalar(checkpoint)}"
+    shards = f"shards/{task_name}"
+    build = f"mmtrain shards build {task_name} --out {shards}"
+    facts = own or OwnFacts(0, shards, build, epochs=3, global_batch=128, answer_tokens=32)
     return RUN_FILE.format(
         family=family_name,
         task=task_name,
@@ -117,9 +146,14 @@ def run_file(
         template=templates[0],
         max_length=family.default_max_length,
         other_prompts=_others(templates),
-        train_split=task.splits[0],
-        val_split=_validation(task.splits),
+        train=_scalar(f"{facts.shards}/{task.splits[0]}"),
+        val=_scalar(f"{facts.shards}/{_validation(task.splits)}"),
         metric=task.primary_metric.name,
+        build=facts.build,
+        epochs=facts.epochs,
+        global_batch=facts.global_batch,
+        micro_batch=min(8, facts.global_batch),
+        answer_tokens=facts.answer_tokens,
     )
 
 

@@ -131,11 +131,26 @@ class ComponentConfig(BaseModel):
         return self
 
 
+class OwnTemplate(Section):
+    """A way to ask of your own: text with a sample's fields in braces."""
+
+    prompt: str = Field(
+        "{question}",
+        description="{question}, {choices}, {lettered_choices} or another column, in any text",
+    )
+    target: str = Field("{answer}", description="what to answer: {answer}, {letter}, in any text")
+    mode: Literal["generate", "rank"] = Field(
+        "generate", description="in validation: speak, or take the choice with the lowest loss"
+    )
+
+
 class DataConfig(Section):
     """Which shards, with which template, cut how."""
 
     task: str = Field(description="plug-in in mmtrain/tasks/datasets, e.g. scienceqa")
-    template: str | None = Field(None, description="prompt template; default: the task's first")
+    template: str | OwnTemplate | None = Field(
+        None, description="the task's template of that name, or an own; default: the task's first"
+    )
     train: AnyPath | None = Field(None, description="folder of training shards")
     val: AnyPath | None = Field(None, description="folder of validation shards")
     limit: int | None = Field(None, ge=1, description="use only the first N training samples")

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from io import BytesIO
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
@@ -86,7 +86,9 @@ def encode_sample(sample: Sample, key: str) -> list[Member]:
         "question": sample.question,
         "answers": list(sample.answers),
         "choices": list(sample.choices),
-        "turns": [[turn.role, turn.text] for turn in sample.turns],
+        "turns": [
+            [turn.role, turn.text, *([turn.images] if turn.images else [])] for turn in sample.turns
+        ],
         "meta": dict(sample.meta),
     }
     try:
@@ -193,6 +195,10 @@ def _json_object(name: str, data: bytes) -> dict[str, object]:
     return record
 
 
+_Role = Literal["user", "assistant"]
+_Turn = tuple[_Role, str] | tuple[_Role, str, Annotated[int, Field(ge=0)]]
+
+
 class _Record(BaseModel):
     """What the fields of a sample's JSON must be; others are nobody's and stay unread."""
 
@@ -200,8 +206,8 @@ class _Record(BaseModel):
     question: str = Field("", description="a text")
     answers: tuple[str, ...] = Field((), description="a list of texts")
     choices: tuple[str, ...] = Field((), description="a list of texts")
-    turns: tuple[tuple[Literal["user", "assistant"], str], ...] = Field(
-        (), description="a list of [user or assistant, text]"
+    turns: tuple[_Turn, ...] = Field(
+        (), description="a list of [user or assistant, text], with images before a text [.., .., N]"
     )
     meta: dict[str, object] = Field({}, description="an object")
 
@@ -223,10 +229,13 @@ def _sample(
     if expected != len(images):
         shown = json.dumps(expected)[:_SHOWN_CHARACTERS]
         raise DataError(f"sample {key!r} has {len(images)} images, {shown} expected;", COPY_AGAIN)
+    turns = tuple(Turn(*turn) for turn in checked.turns)
+    if sum(turn.images for turn in turns) > len(images):
+        raise DataError(f"sample {key!r}: its turns have more images than it has;", _WRITE_AGAIN)
     sample = Sample(
         id=checked.id,
         images=images,
-        turns=tuple(Turn(role, text) for role, text in checked.turns),
+        turns=turns,
         question=checked.question,
         answers=checked.answers or captions,
         choices=checked.choices,

@@ -15,7 +15,7 @@ from mmtrain.data.source import open_images, render
 from mmtrain.data.tar import unpack_members
 from mmtrain.errors import DataError
 from mmtrain.files import read_at
-from mmtrain.tasks.interface import Task
+from mmtrain.tasks.interface import Sample, Task
 
 Extent = tuple[int, int]  # offset and size of a record: all tar bytes of one sample
 
@@ -43,6 +43,13 @@ def examine_records(
         yield from pool.map(look, extents)
 
 
+def look_at(sample: Sample, task: Task) -> None:
+    """Open its images and ask it in every way; what keeps it from training is an error."""
+    open_images(sample)
+    for template in task.templates.values():
+        render(template, sample)
+
+
 def _examine(descriptor: int, shard: int, extent: Extent, task: Task) -> Examined:
     offset, size = extent
     if size > MAX_RECORD_BYTES:
@@ -52,9 +59,7 @@ def _examine(descriptor: int, shard: int, extent: Extent, task: Task) -> Examine
         )
     record = read_at(descriptor, offset, size)
     sample = decode_sample(unpack_members(record))
-    open_images(sample)
-    for template in task.templates.values():
-        render(template, sample)
+    look_at(sample, task)
     row = (
         shard,
         offset,

@@ -79,7 +79,7 @@ def evaluate(
     def score() -> dict[str, float]:
         everything.sort(key=lambda one: one.index)
         samples, texts = [one.sample for one in everything], [one.text for one in everything]
-        metrics, each = task.score(samples, texts, source.template.name)
+        metrics, each = task.score(samples, texts, source.template)
         scores.extend(each)
         return metrics
 

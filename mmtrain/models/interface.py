@@ -182,6 +182,9 @@ class FamilyCode(Protocol):
     def skeleton(self, config: PretrainedConfig) -> torch.nn.Module:
         """The module tree, built wherever the caller's device context says (meta for check)."""
 
+    def read_processor(self, options: ModelOptions, config: Any) -> object:
+        """Tokenizer and image side of a checkpoint folder, without its weights."""
+
     def load(self, options: ModelOptions, zero3_config: Mapping[str, object] | None) -> LoadedModel:
         """Build and fill the base, one tensor at a time; sharded when `zero3_config` is given."""
 

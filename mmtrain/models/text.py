@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from mmtrain.tasks.interface import Rendered
 
 IGNORED = -100
-# A conversation: (role, text) of every turn.
-Turns = Sequence[tuple[str, str]]
+# A conversation: of every turn its role, its text, and how many images stand before that.
+Turns = Sequence[tuple[str, str, int]]
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,14 @@ class Piece:
     is_answer: bool = False
 
 
-def conversation(rendered: Rendered) -> Turns:
-    """The turns of a rendered sample, with its answer as the last."""
-    turns = [(turn.role, turn.text) for turn in rendered.turns]
-    return [*turns, ("assistant", rendered.target)]
+def conversation(rendered: Rendered, num_images: int) -> Turns:
+    """The turns of a rendered sample, with its answer as the last, and all its images."""
+    elsewhere = sum(turn.images for turn in rendered.turns[1:])
+    turns = [
+        (turn.role, turn.text, turn.images if number else num_images - elsewhere)
+        for number, turn in enumerate(rendered.turns)
+    ]
+    return [*turns, ("assistant", rendered.target, 0)]
 
 
 def tokenise(

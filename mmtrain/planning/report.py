@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mmtrain.assemble import template_for
 from mmtrain.config.deepspeed import find_deepspeed_config, zero_stage
-from mmtrain.config.schema import RunConfig
+from mmtrain.config.schema import OwnTemplate, RunConfig
 from mmtrain.data.manifest import read_manifest
+from mmtrain.data.shards import ShardFolder
 from mmtrain.models.weights import check_files, has_weights
 from mmtrain.planning.census import count, usual_size
 from mmtrain.planning.memory import GIB, memory_by_stage
@@ -64,5 +66,7 @@ def _steps(config: RunConfig) -> dict[str, int | None]:
     if data is not None and data.train is not None and Path(data.train).is_dir():
         samples = read_manifest(Path(data.train), data.task)[0].samples
         samples = min(samples, data.limit or samples)
+        if isinstance(data.template, OwnTemplate):
+            template_for(data, ShardFolder.open(Path(data.train), data.task))
     steps = None if samples is None else -(-samples // config.optim.global_batch)
     return {"train_samples": samples, "steps_per_epoch": steps}

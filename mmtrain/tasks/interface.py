@@ -24,10 +24,15 @@ class ImageBytes:
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of a conversation. `role`: user or assistant. Loss falls on assistant turns."""
+    """One turn of a conversation. `role`: user or assistant. Loss falls on assistant turns.
+
+    `images` is how many of the sample's images stand before its text; those that no turn has stand
+    before the first.
+    """
 
     role: str
     text: str
+    images: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,15 @@ class Sample:
     answers: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     meta: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A raw sample that cannot be one here. `reason` is the same text for all of a kind."""
+
+    id: str
+    reason: str
+    detail: str = ""  # what it is about: a file, a value
 
 
 @dataclass(frozen=True)
@@ -117,15 +131,15 @@ class Task(Protocol):
     metrics: tuple[Metric, ...]  # all that `score` can return
     primary_metric: Metric  # the one of `metrics` that decides; `score` always returns it
 
-    def read(self, raw: Path | None, split: str, options: object) -> Iterator[Sample]:
-        """Yield every sample of a split, in a fixed order."""
+    def read(self, raw: Path | None, split: str, options: object) -> Iterator[Sample | Dropped]:
+        """Yield every sample of a split, in a fixed order, and why others cannot be one."""
 
     def score(
-        self, samples: Sequence[Sample], predictions: Sequence[str], template: str
+        self, samples: Sequence[Sample], predictions: Sequence[str], template: Template
     ) -> tuple[dict[str, float], list[float]]:
         """Metrics over the set, and one score per sample (what predictions.jsonl shows).
 
-        `template` names the template that asked: each paper's evaluator reads its own answers.
+        `template` is what asked: each paper's evaluator reads its own answers.
         """
 
 

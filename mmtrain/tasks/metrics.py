@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mmtrain.errors import DataError
-from mmtrain.tasks.interface import Metric
+from mmtrain.tasks.interface import Metric, Sample, Template
 
 ACCURACY = Metric("accuracy", larger_is_better=True, unit="%")
 
@@ -23,3 +23,21 @@ def exact_matches(predictions: Sequence[str], references: Sequence[str]) -> list
         float(prediction.strip() == reference.strip())
         for prediction, reference in zip(predictions, references, strict=True)
     ]
+
+
+def target_matches(
+    samples: Sequence[Sample], predictions: Sequence[str], template: Template
+) -> list[float]:
+    """1.0 where a prediction is what the template wanted, or another of the sample's answers.
+
+    Case, outer white space and a closing full stop do not count.
+    """
+    return [
+        float(_plain(prediction) in {_plain(one) for one in (template(sample).target, *others)})
+        for sample, prediction in zip(samples, predictions, strict=True)
+        for others in [sample.answers[1:]]
+    ]
+
+
+def _plain(text: str) -> str:
+    return text.strip().rstrip(".").rstrip().casefold()

@@ -21,9 +21,10 @@ from mmtrain.assemble import (
     build_source,
     data_section,
     refuse_preset,
+    template_for,
 )
 from mmtrain.config.deepspeed import find_deepspeed_config, zero_stage
-from mmtrain.config.schema import RunConfig
+from mmtrain.config.schema import OwnTemplate, RunConfig
 from mmtrain.data.lengths import token_lengths
 from mmtrain.data.plan import Layout, Planner
 from mmtrain.data.shards import ShardFolder
@@ -97,7 +98,7 @@ def _planned(config: RunConfig, world: World) -> tuple[Layout, dict[str, object]
     if data.train is None:
         raise ConfigError(["data.train: is missing; give a folder of training shards"])
     for shards in filter(None, (data.train, data.val)):
-        ShardFolder.open(Path(shards), data.task)
+        template_for(data, ShardFolder.open(Path(shards), data.task))
     sizes = (optim.micro_batch, optim.global_batch, optim.micro_tokens)
     layout = Layout(world.size, world.rank, *sizes).check()
     settings = complete_config(
@@ -124,13 +125,17 @@ def _rehearsed(config: RunConfig) -> dict[str, float]:
     return numbers
 
 
+def _plain(template: str | OwnTemplate | None) -> object:
+    return template.model_dump() if isinstance(template, OwnTemplate) else template
+
+
 def _lengths(
     config: RunConfig, train: Source, inputs: Mapping[str, str], world: World
 ) -> np.ndarray:
     """Tokens of every training sample, under a bar where they are counted first."""
     data, model = data_section(config), config.model
     identity = {
-        "data": [data.task, data.template, data.max_length, data.truncation_side],
+        "data": [data.task, _plain(data.template), data.max_length, data.truncation_side],
         "model": [model.family, model.max_pixels, model.grounding_tokens],
         "inputs": {name: digest for name, digest in inputs.items() if name != "base"},
         "version": version("mmtrain"),

@@ -35,7 +35,9 @@ def _samples(name: str, split: str) -> list[Sample]:
 
 def _readable(sample: Sample, rendered: Rendered) -> str:
     lines = [f"=== {sample.id}, {len(sample.images)} picture(s)"]
-    lines += [f"[{turn.role}] {turn.text}" for turn in rendered.turns]
+    for turn in rendered.turns:
+        shown = f", {turn.images} before it" if turn.images else ""
+        lines.append(f"[{turn.role}{shown}] {turn.text}")
     lines += [f"[target] {rendered.target}"]
     if rendered.instruction is not None:
         lines += [f"[instruction] {rendered.instruction}"]
@@ -109,8 +111,10 @@ def test_targets_score_best_and_nonsense_worst(name: str, template: str) -> None
     task: Task = plugins.load("task", name)
     samples = _samples(name, task.splits[0])
     rendered = [task.templates[template](sample) for sample in samples]
-    best, best_each = task.score(samples, [each.target for each in rendered], template)
-    worst, worst_each = task.score(samples, ["%nonsense%"] * len(samples), template)
+    best, best_each = task.score(
+        samples, [each.target for each in rendered], task.templates[template]
+    )
+    worst, worst_each = task.score(samples, ["%nonsense%"] * len(samples), task.templates[template])
     assert len(best_each) == len(worst_each) == len(samples)
     assert best.keys() == worst.keys()
     for metric in task.metrics:
@@ -134,19 +138,20 @@ def test_scores_are_the_declared_metrics_and_no_others(name: str, template: str)
     assert task.primary_metric in task.metrics
     assert all(re.fullmatch("[a-z][a-z0-9_]*", each) for each in declared), "as MLflow takes it"
     samples = _samples(name, task.splits[0])
-    given, _ = task.score(samples, ["A"] * len(samples), template)
+    given, _ = task.score(samples, ["A"] * len(samples), task.templates[template])
     assert given.keys() == declared.keys()
     for each, value in given.items():
         assert declared[each].unit != "%" or 0 <= value <= 1, "shares are stored as shares of one"
     for sample in samples:  # a set may lack what a metric is about, but never bring another one
-        alone, _ = task.score([sample], ["A"], template)
+        alone, _ = task.score([sample], ["A"], task.templates[template])
         assert {task.primary_metric.name} <= alone.keys() <= declared.keys()
 
 
 @pytest.mark.parametrize(("name", "template"), TEMPLATES)
 def test_score_of_nothing_is_an_error(name: str, template: str) -> None:
     with pytest.raises(DataError, match="no samples"):
-        plugins.load("task", name).score([], [], template)
+        task = plugins.load("task", name)
+        task.score([], [], task.templates[template])
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def load(folder: Path, how: str, zero3: dict) -> torch.nn.Module:
     """The model alone: tokenizer and processor play no part here."""
     options = ModelOptions(str(folder), None, dtype="bf16")
     config = FAMILY.code.model_config(options)
-    model = building.build_empty(FAMILY.code.skeleton, config, "bf16", zero3)
+    model = building.build_empty(FAMILY.code.skeleton, config, options, zero3)
     everything = {}
     if how == "everyone":
         from safetensors.torch import load_file

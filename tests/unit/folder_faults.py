@@ -140,7 +140,7 @@ def assert_refused(
     """A harmed copy is one error on one line, with folder and remedy; no weight is written."""
     harm(copied(healthy, damaged))
     written: list[Any] = []
-    monkeypatch.setattr(weights, "write_parameter", lambda *given: written.append(given))
+    monkeypatch.setattr(weights, "set_parameter", lambda *given: written.append(given))
     with pytest.raises(CheckpointError, match=named) as caught:
         load(damaged)
     assert str(damaged) in str(caught.value) and caught.value.remedy

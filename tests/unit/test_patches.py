@@ -62,8 +62,9 @@ def test_other_convolutions_stay(kind: str) -> None:
 @pytest.mark.parametrize(("name", "preset"), TINY)
 def test_every_family_is_built_with_them_and_keeps_its_names(name: str, preset: str) -> None:
     family = plugins.load("family", name)
-    config = family.code.model_config(ModelOptions(None, preset, dtype="fp32"))
-    model = building.build_empty(family.code.skeleton, config, "fp32", None)
+    options = ModelOptions(None, preset, dtype="fp32")
+    config = family.code.model_config(options)
+    model = building.build_empty(family.code.skeleton, config, options, None)
     kinds = {type(module) for module in model.modules()}
     assert PatchLinear in kinds and not kinds & {nn.Conv2d, nn.Conv3d}
     with torch.device("meta"):

@@ -134,7 +134,7 @@ def test_wrong_options_are_reported_together(tmp_path: Path) -> None:
         (["build", "digits", "--out", "o", "--split", "trian"], "did you mean 'train'"),
         (["build", "digits", "--out", "o", "--raw", "."], "leave --raw out"),
         (["build", "scienceqa", "--out", "o"], "as --raw"),
-        (["build", "scienceqa", "--out", "o", "--raw", "nowhere"], "not a folder"),
+        (["build", "scienceqa", "--out", "o", "--raw", "nowhere"], "no --raw"),
         (["build", "scienceqa", "--out", "o", "--raw", "."], "problems.json"),
         (["verify", "nowhere"], "no folder"),
         (["verify", "."], "holds no shards"),

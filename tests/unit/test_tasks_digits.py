@@ -45,6 +45,6 @@ def test_only_the_bare_digit_is_right() -> None:
     samples = _read("val")[:4]
     right = samples[0].answers[0]
     predictions = [f" {right}\n", f"The digit is {samples[1].answers[0]}", "", "10"]
-    metrics, scores = TASK.score(samples, predictions, "multiple_choice")
+    metrics, scores = TASK.score(samples, predictions, TASK.templates["multiple_choice"])
     assert scores == [1.0, 0.0, 0.0, 0.0]
     assert metrics == {"accuracy": 0.25}

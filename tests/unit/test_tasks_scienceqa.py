@@ -93,16 +93,20 @@ def test_letters_that_the_evaluator_reads(prediction: str, letter: str | None) -
 def test_each_template_has_its_own_rule() -> None:
     samples = [_sample(1)] * 3
     predictions = ["B", "(b) blue; green", "blue; green"]
-    assert TASK.score(samples, predictions, "zhou2024")[1] == [1.0, 0.0, 0.0]
-    assert TASK.score(samples, predictions, "instructblip_peft")[1] == [0.0, 1.0, 0.0]
+    assert TASK.score(samples, predictions, TASK.templates["zhou2024"])[1] == [1.0, 0.0, 0.0]
+    assert TASK.score(samples, predictions, TASK.templates["instructblip_peft"])[1] == [
+        0.0,
+        1.0,
+        0.0,
+    ]
 
 
 def test_accuracy_over_images_is_apart() -> None:
     samples = [_sample(0), _sample(0, IMAGE), _sample(0, IMAGE), _sample(0)]
-    metrics, scores = TASK.score(samples, ["A", "A", "B", "A"], "zhou2024")
+    metrics, scores = TASK.score(samples, ["A", "A", "B", "A"], TASK.templates["zhou2024"])
     assert scores == [1.0, 1.0, 0.0, 1.0]
     assert metrics == {"accuracy": 0.75, "accuracy_image": 0.5}
-    without = TASK.score(samples[:1], ["A"], "zhou2024")[0]
+    without = TASK.score(samples[:1], ["A"], TASK.templates["zhou2024"])[0]
     assert without == {"accuracy": 1.0}, "no metric without data"
 
 

@@ -69,10 +69,10 @@ class Digits:
             )
 
     def score(
-        self, samples: Sequence[Sample], predictions: Sequence[str], template: str
+        self, samples: Sequence[Sample], predictions: Sequence[str], template: Template
     ) -> tuple[dict[str, float], list[float]]:
-        """Accuracy: the prediction is the digit and nothing else."""
-        scores = exact_matches(predictions, [sample.answers[0] for sample in samples])
+        """Accuracy: the prediction is the digit, or what the template wanted, and nothing else."""
+        scores = exact_matches(predictions, [template(sample).target for sample in samples])
         return {ACCURACY.name: mean(scores)}, scores
 
 

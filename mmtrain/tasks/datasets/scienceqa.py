@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mmtrain.errors import DataError
 from mmtrain.tasks.interface import ImageBytes, Metric, Rendered, Sample, Template, Turn
-from mmtrain.tasks.metrics import ACCURACY, exact_matches, mean
+from mmtrain.tasks.metrics import ACCURACY, exact_matches, mean, target_matches
+from mmtrain.tasks.templates import answer_index
 
 LETTERS = "ABCDE"  # no question has more than five choices
 _META_KEYS = ("hint", "lecture", "solution", "subject", "topic", "category", "skill", "grade")
@@ -40,7 +41,7 @@ def zhou2024(sample: Sample) -> Rendered:
         f"{letter}. {choice}" for letter, choice in zip(letters, sample.choices, strict=True)
     )
     prompt = f"{sample.question} {options}"
-    target = letters[_answer_index(sample)]
+    target = letters[answer_index(sample)]
     return Rendered((Turn("user", prompt),), target, candidates=tuple(letters))
 
 
@@ -52,20 +53,8 @@ def instructblip_peft(sample: Sample) -> Rendered:
     text = f"Context: {{{context}}} Question: {{{sample.question}}} Options: {{{options}}} Answer:"
     # The papers' text processor drops these four signs from prompts, not from answers.
     prompt = re.sub(r"[!*#;]", "", text)
-    target = candidates[_answer_index(sample)]
+    target = candidates[answer_index(sample)]
     return Rendered((Turn("user", prompt),), target, instruction=prompt, candidates=candidates)
-
-
-def _answer_index(sample: Sample) -> int:
-    """The number of the right choice; `meta` says it where two choices read the same."""
-    index = sample.meta.get("answer_index")
-    if index is None:
-        return sample.choices.index(sample.answers[0])
-    if type(index) is not int or not 0 <= index < len(sample.choices):
-        raise ValueError(f"answer_index {index!r} among {len(sample.choices)} choices")
-    if sample.choices[index] != sample.answers[0]:
-        raise ValueError(f"choice {index} is not the answer")
-    return index
 
 
 def _lettered_candidates(sample: Sample) -> tuple[str, ...]:
@@ -89,19 +78,20 @@ def chosen_letter(prediction: str) -> str | None:
 
 def _letter_scores(samples: Sequence[Sample], predictions: Sequence[str]) -> list[float]:
     return [
-        float(chosen_letter(prediction) == LETTERS[_answer_index(sample)])
+        float(chosen_letter(prediction) == LETTERS[answer_index(sample)])
         for sample, prediction in zip(samples, predictions, strict=True)
     ]
 
 
-def _exact_scores(samples: Sequence[Sample], predictions: Sequence[str]) -> list[float]:
-    return exact_matches(predictions, [instructblip_peft(sample).target for sample in samples])
-
-
-_EVALUATORS: Mapping[str, Callable[[Sequence[Sample], Sequence[str]], list[float]]] = {
-    "zhou2024": _letter_scores,
-    "instructblip_peft": _exact_scores,
-}
+def _scores(
+    samples: Sequence[Sample], predictions: Sequence[str], template: Template
+) -> list[float]:
+    """As the template's paper scores its answers."""
+    if template.name == zhou2024.__name__:
+        return _letter_scores(samples, predictions)
+    if template.name == instructblip_peft.__name__:
+        return exact_matches(predictions, [template(sample).target for sample in samples])
+    return target_matches(samples, predictions, template)
 
 
 class ScienceQA:
@@ -133,10 +123,10 @@ class ScienceQA:
             yield _sample(raw, problem_id, problem)
 
     def score(
-        self, samples: Sequence[Sample], predictions: Sequence[str], template: str
+        self, samples: Sequence[Sample], predictions: Sequence[str], template: Template
     ) -> tuple[dict[str, float], list[float]]:
         """Accuracy as the template's paper computes it, and the same over images alone."""
-        scores = _EVALUATORS[template](samples, predictions)
+        scores = _scores(samples, predictions, template)
         metrics = {ACCURACY.name: mean(scores)}
         with_image = [score for sample, score in zip(samples, scores, strict=True) if sample.images]
         if with_image:

@@ -44,12 +44,17 @@ def load(options: ModelOptions, zero3_config: Mapping[str, Any] | None) -> Loade
     config = model_config(options)
     processor, sources = None, []
     if options.checkpoint is not None:
-        folder = Path(options.checkpoint)
-        processor, sources = processing.load_processor(folder, config), [(folder, names.rename)]
+        processor = read_processor(options, config)
+        sources = [(Path(options.checkpoint), names.rename)]
     make = partial(skeleton, trains=options.base_dropout != "stored")
     model = building.build_empty(make, config, options, zero3_config)
     files = building.fill(model, sources, options)
     return LoadedModel(model, processor, config, files)
+
+
+def read_processor(options: ModelOptions, config: Any) -> processing.Processor:
+    """Of a checkpoint folder."""
+    return processing.load_processor(Path(str(options.checkpoint)), config)
 
 
 def image_features(model: Any, batch: Batch) -> ImageFeatures:

@@ -91,6 +91,11 @@ def load(options: ModelOptions, zero3_config: Mapping[str, Any] | None) -> Loade
     return LoadedModel(model, processor, config, files, is_standard)
 
 
+def read_processor(options: ModelOptions, config: Any) -> Processor:
+    """Of a checkpoint folder, in either format."""
+    return _open_folder(options, config)[0]
+
+
 def _open_folder(
     options: ModelOptions, config: Any
 ) -> tuple[Processor, Sequence[WeightFolder], bool]:
@@ -135,11 +140,11 @@ def encode_text(
     max_length: int,
     truncation_side: str,
 ) -> Example:
-    """Tokenise in the vicuna_v1 form, images before the first question."""
-    turns = text.conversation(rendered)
+    """Tokenise in the vicuna_v1 form, images before their questions."""
+    turns = text.conversation(rendered, len(sizes))
     control_tokens = processor.tokenizer.all_special_tokens
-    text.refuse_control_tokens(control_tokens, sample_id, (said for _, said in turns))
-    pieces = prompts.pieces(turns, len(sizes), processor.image_gap)
+    text.refuse_control_tokens(control_tokens, sample_id, (said for _, said, _ in turns))
+    pieces = prompts.pieces(turns, processor.image_gap)
     ids, labels = text.tokenise(processor.tokenizer, pieces)
     token_id = processor.image_token_id
     ids, labels = text.expand(ids, labels, token_id, processor.tokens_per_image)

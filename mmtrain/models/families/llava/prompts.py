@@ -37,12 +37,12 @@ _TEMPLATE = (
 )
 
 
-def pieces(turns: Turns, num_images: int, gap: str) -> list[Piece]:
-    """A conversation, images before its first question."""
+def pieces(turns: Turns, gap: str) -> list[Piece]:
+    """A conversation, images before the questions that have some."""
     written = [Piece(f"{SYSTEM} ")]
-    for number, (role, said) in enumerate(turns):
+    for role, said, num_images in turns:
         if role == "user":
-            if number == 0 and num_images:
+            if num_images:
                 said = _behind_images(said, num_images, gap)
             written.append(Piece(f"USER: {said}{ANSWER_CUE}"))
         else:

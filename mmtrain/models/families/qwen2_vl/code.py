@@ -60,12 +60,17 @@ def load(options: ModelOptions, zero3_config: Mapping[str, Any] | None) -> Loade
     config = model_config(options)
     processor, sources = None, []
     if options.checkpoint is not None:
-        folder = Path(options.checkpoint)
-        processor = processing.load_processor(folder, config, options.max_pixels)
-        sources = [(folder, names.rename)]
+        processor = read_processor(options, config)
+        sources = [(Path(options.checkpoint), names.rename)]
     model = building.build_empty(skeleton, config, options, zero3_config)
     files = building.fill(model, sources, options)
     return LoadedModel(model, processor, config, files)
+
+
+def read_processor(options: ModelOptions, config: Any) -> processing.Processor:
+    """Of a checkpoint folder."""
+    folder = Path(str(options.checkpoint))
+    return processing.load_processor(folder, config, options.max_pixels)
 
 
 def image_features(model: Any, batch: Batch) -> ImageFeatures:

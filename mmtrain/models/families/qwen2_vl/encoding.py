@@ -39,10 +39,10 @@ def encode_text(
     max_length: int,
     truncation_side: str,
 ) -> Example:
-    """One conversation whose last turn is the answer; images stand before the first question."""
-    turns = text.conversation(rendered)
-    text.refuse_control_tokens(processor.control_tokens, sample_id, (said for _, said in turns))
-    ids, labels = text.tokenise(processor.tokenizer, pieces(processor, turns, len(sizes)))
+    """One conversation whose last turn is the answer; images stand before their questions."""
+    turns = text.conversation(rendered, len(sizes))
+    text.refuse_control_tokens(processor.control_tokens, sample_id, (said for _, said, _ in turns))
+    ids, labels = text.tokenise(processor.tokenizer, pieces(processor, turns))
     grids = [_grid(processor.image_processor, sample_id, size) for size in sizes]
     ids, labels = _expand(ids, labels, processor, grids)
     ids, labels = text.truncate(
@@ -65,7 +65,7 @@ def pixels(processor: Processor, images: Sequence[Image]) -> list[torch.Tensor]:
     return [cutter(image, return_tensors="pt")["pixel_values"] for image in images]
 
 
-def pieces(processor: Processor, turns: text.Turns, num_images: int) -> list[text.Piece]:
+def pieces(processor: Processor, turns: text.Turns) -> list[text.Piece]:
     """The chat template of the published checkpoints, with the stretches that are answers.
 
     An answer ends with its end-of-turn token. The newline behind it is no part of the answer:
@@ -74,11 +74,10 @@ def pieces(processor: Processor, turns: text.Turns, num_images: int) -> list[tex
     found = []
     if processor.system is not None:
         found.append(text.Piece(f"{TURN_START}system\n{processor.system}{TURN_END}\n"))
-    images = f"{VISION_START}{IMAGE_TOKEN}{VISION_END}" * num_images
-    for role, said in turns:
+    for role, said, num_images in turns:
         if role == "user":
+            images = f"{VISION_START}{IMAGE_TOKEN}{VISION_END}" * num_images
             found.append(text.Piece(f"{TURN_START}user\n{images}{said}{TURN_END}\n"))
-            images = ""
         else:
             found.append(text.Piece(f"{TURN_START}assistant\n"))
             found.append(text.Piece(f"{said}{TURN_END}", is_answer=True))

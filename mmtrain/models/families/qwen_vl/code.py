@@ -46,14 +46,19 @@ def load(options: ModelOptions, zero3_config: Mapping[str, Any] | None) -> Loade
     config = model_config(options)
     processor, sources = None, []
     if options.checkpoint is not None:
-        folder = Path(options.checkpoint)
-        processor = processing.load_processor(folder, config, options.grounding_tokens)
-        sources = [(folder, weight_name)]
+        processor = read_processor(options, config)
+        sources = [(Path(options.checkpoint), weight_name)]
     model = building.build_empty(skeleton, config, options, zero3_config)
     files = building.fill(model, sources, options)
     if not files or options.allow_reinit:
         set_fixed_positions(model)
     return LoadedModel(model, processor, config, files, standard_folder=False)
+
+
+def read_processor(options: ModelOptions, config: Any) -> processing.Processor:
+    """Of a checkpoint folder."""
+    folder = Path(str(options.checkpoint))
+    return processing.load_processor(folder, config, options.grounding_tokens)
 
 
 def weight_name(stored: str) -> str:

@@ -1,7 +1,7 @@
 """From a conversation and its images to token ids and labels, and from those to a batch.
 
 The form is the published ChatML: a system turn, then the turns, each between `<|im_start|>` and
-`<|im_end|>` and followed by a newline. Images stand before the first question, numbered, as
+`<|im_end|>` and followed by a newline. Images stand before their questions, numbered, as
 `Picture 1: <img>…</img>` and a newline. Between the two tags lie as many `<imgpad>` as an image
 has features; the published code writes the image's path there, which its features then cover
 just the same. As published, every stretch of text between special tokens, and the role before its
@@ -53,7 +53,7 @@ def encode_text(
     """One conversation whose last turn is the answer."""
     ids: list[int] = []
     labels: list[int] = []
-    for part, is_answer in _parts(processor, text.conversation(rendered), len(sizes)):
+    for part, is_answer in _parts(processor, text.conversation(rendered, len(sizes))):
         ids += part
         labels += part if is_answer else [text.IGNORED] * len(part)
     tokenizer = processor.tokenizer
@@ -76,15 +76,14 @@ def pixels(processor: Processor, images: Sequence[Image]) -> list[torch.Tensor]:
     return [pixel_values(image, processor.image_size) for image in images]
 
 
-def _parts(
-    processor: Processor, turns: text.Turns, num_images: int
-) -> Iterator[tuple[list[int], bool]]:
+def _parts(processor: Processor, turns: text.Turns) -> Iterator[tuple[list[int], bool]]:
     """Stretches of token ids, each with whether the loss falls on it."""
-    tokenizer = processor.tokenizer
-    for number, (role, said) in enumerate((("system", SYSTEM), *turns)):
+    tokenizer, shown = processor.tokenizer, 0
+    for role, said, num_images in (("system", SYSTEM, 0), *turns):
         yield _opening(tokenizer, role), False
-        if number == 1 and num_images:
-            yield _images(processor, num_images), False
+        if num_images:
+            yield _images(processor, range(shown + 1, shown + num_images + 1)), False
+            shown += num_images
             said = f"\n{said}"
         yield tokenizer.ids(said) + _end(tokenizer), role == "assistant"
 
@@ -97,13 +96,13 @@ def _end(tokenizer: QwenTokenizer) -> list[int]:
     return [tokenizer.special[TURN_END], *tokenizer.ids("\n")]
 
 
-def _images(processor: Processor, count: int) -> list[int]:
-    """All images, without the newline behind the last: it belongs to the text that follows."""
+def _images(processor: Processor, numbers: range) -> list[int]:
+    """Images by number, without the newline behind the last: it belongs to the text behind it."""
     tokenizer = processor.tokenizer
     start, pad, end = (tokenizer.special[t] for t in (IMAGE_START, IMAGE_PAD, IMAGE_END))
     ids: list[int] = []
-    for number in range(1, count + 1):
-        newline = "\n" if number > 1 else ""
+    for number in numbers:
+        newline = "\n" if number > numbers.start else ""
         ids += tokenizer.ids(f"{newline}Picture {number}: ")
         ids += [start, *[pad] * processor.tokens_per_image, end]
     return ids

@@ -1,0 +1,123 @@
+"""A data set in a folder as Hugging Face's `datasets` knows it: parquet files, or pictures.
+
+Raw, one of: `*.parquet` with columns as in `jsonl`, pictures inside; `<label>/<picture>`; pictures
+with a `metadata.jsonl` whose rows name them in `file_name`. Files or folders that are called
+train, val (validation, dev) or test are these splits; without any, `val` is a share of pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from mmtrain.errors import DataError
+from mmtrain.tasks import own_data
+from mmtrain.tasks.interface import Dropped, Metric, Sample, Template
+from mmtrain.tasks.json_rows import read_rows
+from mmtrain.tasks.own_data import Columns, Row
+
+_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
+_NAMES |= {"test": "test"}
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_METADATA = "metadata.jsonl"
+_ROWS_AT_ONCE = 64
+
+
+class HfOptions(Columns):
+    """The columns, and the question where pictures lie in folders of their labels."""
+
+    ask: str = Field(
+        "What is in the picture?", description="the question, where folders are the answers"
+    )
+
+
+def _split_of(path: Path, raw: Path) -> str | None:
+    """The split that a file's name, or a folder above it, says."""
+    parts = path.relative_to(raw).parts
+    for part in parts:
+        name = part.split("-")[0].split(".")[0].split("_")[0].casefold()
+        if name in _NAMES:
+            return _NAMES[name]
+    return None
+
+
+def _files(raw: Path) -> list[Path]:
+    """Parquet files, else lists of pictures, else pictures."""
+    kinds = ("**/*.parquet", f"**/{_METADATA}", "**/*")
+    for kind in kinds:
+        found = sorted(path for path in raw.glob(kind) if path.is_file())
+        if kind == kinds[-1]:
+            found = [path for path in found if path.suffix.casefold() in _PICTURES]
+        if found:
+            return found
+    raise DataError(
+        f"'{raw}' holds neither parquet files nor pictures;", "give the data set's folder as --raw."
+    )
+
+
+def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(_ROWS_AT_ONCE):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{path.stem}-{number}", record
+    except ArrowException as fault:
+        raise DataError(
+            f"'{path}' is no intact parquet file: {fault};", "copy it again."
+        ) from fault
+
+
+def _rows(
+    files: Sequence[Path], raw: Path, options: HfOptions, labels: tuple[str, ...]
+) -> Iterator[Row | Dropped]:
+    if files and files[0].suffix == ".parquet":
+        for file in files:
+            yield from own_data.table_rows(_parquet_records(file), options, raw, file)
+    elif files and files[0].name == _METADATA:
+        columns = options.model_copy(update={"image": "file_name"})
+        for file in files:
+            yield from own_data.table_rows(read_rows(file), columns, file.parent, file)
+    else:
+        for path in files:
+            name = path.relative_to(raw).as_posix()
+            yield Row(name, (path,), options.ask, (path.parent.name,), labels)
+
+
+class HfFolder:
+    """The task."""
+
+    description = "a folder of Hugging Face's datasets: parquet, pictures by label, or metadata"
+    splits: tuple[str, ...] = ("train", "val", "test")
+    build_options: type[BaseModel] = HfOptions
+    needs_raw = True
+    templates: Mapping[str, Template] = own_data.TEMPLATES
+    metrics: tuple[Metric, ...] = own_data.METRICS
+    primary_metric = own_data.METRICS[0]
+
+    def read(self, raw: Path | None, split: str, options: HfOptions) -> Iterator[Sample | Dropped]:
+        """The rows of a split, files in the order of their names."""
+        assert raw is not None, "needs_raw is True"
+        files, own, part = _files(raw), options, split
+        labels = tuple(sorted({path.parent.name for path in files}))
+        if any(_split_of(path, raw) for path in files):
+            # The names say what is in a split: all of it.
+            files = [path for path in files if _split_of(path, raw) == split]
+            own, part = options.model_copy(update={"val": 0.0}), "train"
+        yield from own_data.samples(lambda: _rows(files, raw, options, labels), part, own)
+
+    def score(
+        self, samples: Sequence[Sample], predictions: Sequence[str], template: Template
+    ) -> tuple[dict[str, float], list[float]]:
+        """Accuracy."""
+        return own_data.score(samples, predictions, template)
+
+
+TASK = HfFolder()

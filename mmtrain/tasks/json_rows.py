@@ -1,0 +1,109 @@
+"""JSON of any size, one row at a time: a list, or one object per line."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from mmtrain.errors import DataError
+
+_CHUNK_CHARACTERS = 1 << 20
+_LONGEST_ROW_CHARACTERS = 1 << 26
+_SIGN = re.compile(r"[^ \t\r\n]")
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(its place, the row) of every row of a `.jsonl` file or of a `.json` file with a list."""
+    try:
+        # A byte order mark is none of the text.
+        with path.open(encoding="utf-8-sig") as file:
+            first = _first_sign(file)
+            file.seek(0)
+            yield from _Listed(file, path).rows() if first == "[" else _lines(file, path)
+    except OSError as fault:
+        raise DataError(
+            f"'{path}' is not readable ({fault.strerror});", "give --raw the file with the rows."
+        ) from fault
+    except UnicodeDecodeError as fault:
+        raise DataError(f"'{path}' is not UTF-8: {fault.reason};", "write it again.") from fault
+
+
+def _first_sign(file: IO[str]) -> str:
+    while text := file.read(_CHUNK_CHARACTERS):
+        if text.strip():
+            return text.lstrip()[0]
+    return ""
+
+
+def _lines(file: IO[str], path: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            try:
+                yield f"line-{number}", json.loads(line)
+            except (ValueError, RecursionError) as fault:
+                raise DataError(
+                    f"'{path}', line {number}: not valid JSON: {fault};",
+                    "give one JSON object per line, or one list of all.",
+                ) from fault
+
+
+class _Listed:
+    """A list that is read as far as its next entry needs."""
+
+    def __init__(self, file: IO[str], path: Path) -> None:
+        self._file, self._path = file, path
+        self._text, self._at = "", 0
+        self._decoder, self._number = json.JSONDecoder(), 0
+
+    def rows(self) -> Iterator[tuple[str, Any]]:
+        """(its place, the entry) of every entry."""
+        self._sign()
+        self._at += 1  # the bracket
+        while (sign := self._sign()) != "]":
+            if self._number:
+                if sign != ",":
+                    raise self._fault("no comma or ']' behind it")
+                self._at += 1
+                self._sign()
+            self._number += 1
+            yield f"row-{self._number}", self._entry()
+
+    def _sign(self) -> str:
+        """The next sign that is no white space."""
+        while (found := _SIGN.search(self._text, self._at)) is None:
+            self._at = len(self._text)
+            if not self._more():
+                raise self._fault("the file ends here, and the list does not")
+        self._at = found.start()
+        return found[0]
+
+    def _entry(self) -> Any:
+        while True:
+            fault: Exception | None = None
+            try:
+                entry, end = self._decoder.raw_decode(self._text, self._at)
+            except (ValueError, RecursionError) as error:
+                fault = error
+            # A number at the end of what was read may go on.
+            if (fault or end == len(self._text)) and self._more():
+                continue
+            if fault:
+                raise self._fault(f"not valid JSON, or cut short: {fault}") from fault
+            self._at = end
+            return entry
+
+    def _more(self) -> bool:
+        left = self._text[self._at :]
+        if len(left) > _LONGEST_ROW_CHARACTERS:
+            return False
+        part = self._file.read(max(_CHUNK_CHARACTERS, len(left)))
+        self._text, self._at = left + part, 0
+        return bool(part)
+
+    def _fault(self, what: str) -> DataError:
+        return DataError(
+            f"'{self._path}', entry {self._number}: {what};", "write or copy the file again."
+        )

@@ -1,0 +1,106 @@
+"""Pictures as people have them, as the encoded bytes that shards hold."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from hashlib import sha256
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image, ImageFile, ImageOps
+
+from mmtrain.errors import MmtrainError
+from mmtrain.safe_text import presentable
+from mmtrain.tasks.interface import Dropped, ImageBytes
+
+# Formats that shards hold as they are; whatever else Pillow opens becomes PNG, which loses nothing.
+_KEPT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+_JPEG_QUALITY = 95
+_REMOTE = ("http://", "https://", "s3://", "gs://", "data:")
+DIGEST_BYTES = 16
+
+Picture = Path | bytes
+
+
+class Unusable(MmtrainError):
+    """Why a sample cannot be built from its raw files; the same text for all of a kind."""
+
+    def __init__(self, fault: str, remedy: str, detail: str = "") -> None:
+        super().__init__(fault, remedy)
+        self.detail = presentable(detail)
+
+    def dropped(self, sample_id: str) -> Dropped:
+        """The sample that this is the end of."""
+        return Dropped(sample_id, str(self), self.detail)
+
+
+def locate(name: str, folder: Path) -> Path:
+    """A picture by the name that data give it: below its folder, and nowhere else."""
+    if name.startswith(_REMOTE):
+        raise Unusable("its picture is an address, not a file", "Download them first.", name)
+    path = folder / name
+    if "\0" in name or not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
+        raise Unusable(
+            "its picture lies outside of the folder", "Give --images a folder above.", name
+        )
+    if not path.is_file():
+        remedy = "Give --images the folder that names start from."
+        raise Unusable("its picture is not there", remedy, name)
+    return path
+
+
+def picture_digest(picture: Picture) -> bytes:
+    """What tells equal pictures, whatever they are called."""
+    if isinstance(picture, bytes):
+        return sha256(picture).digest()[:DIGEST_BYTES]
+    stat = picture.stat()
+    return _file_digest(picture, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=2_000_000)  # each split asks for all of them again
+def _file_digest(path: Path, size: int, time_ns: int) -> bytes:
+    return sha256(path.read_bytes()).digest()[:DIGEST_BYTES]
+
+
+def encoded(picture: Picture, max_side: int | None = None) -> ImageBytes:
+    """A picture's own bytes where shards take them; what is longer than asked for, made smaller."""
+    name = "" if isinstance(picture, bytes) else picture.name
+    data = picture if isinstance(picture, bytes) else picture.read_bytes()
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        with Image.open(BytesIO(data)) as image:
+            kept = _KEPT.get(str(image.format))
+            fits = max_side is None or max(image.size) <= max_side
+            if kept and fits:
+                return ImageBytes(kept, data)
+            if max_side is not None and not fits:
+                return _smaller(image, max_side)
+            return _as_png(image)
+    except Exception as fault:  # of such bytes, Pillow's readers raise whatever they do
+        if isinstance(fault, Unusable):
+            raise
+        kind = "too large" if isinstance(fault, Image.DecompressionBombError) else "damaged"
+        raise Unusable(
+            f"its picture is {kind}, or none", "Correct it or leave it out.", name
+        ) from fault
+
+
+def _smaller(image: Image.Image, max_side: int) -> ImageBytes:
+    """Within a square of this side, upright; JPEG reads large files at a fraction of their size."""
+    image.draft("RGB", (max_side, max_side))
+    upright = ImageOps.exif_transpose(image)
+    upright.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    if image.format != "JPEG" or upright.mode != "RGB":
+        return _as_png(upright)
+    file = BytesIO()
+    upright.save(file, "JPEG", quality=_JPEG_QUALITY)
+    return ImageBytes("jpg", file.getvalue())
+
+
+def _as_png(image: Image.Image) -> ImageBytes:
+    file = BytesIO()
+    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
+        image = image.convert("RGB")
+    image.save(file, "PNG")
+    return ImageBytes("png", file.getvalue())

@@ -1,0 +1,117 @@
+"""Ways to ask that any data set can use, and those that a run file brings.
+
+A run file's own template is plain text with names in braces: `question`, `answer`, `choices`,
+`lettered_choices`, `letter`, and whatever else a sample knows of itself. It is filled in by name
+alone: nothing of it is evaluated.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+from mmtrain.errors import ConfigError, nearest
+from mmtrain.tasks.interface import Rendered, Sample, Template, Turn
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_PLACE = re.compile(r"\{\{|\}\}|\{([A-Za-z_][A-Za-z0-9_]*)\}|[{}]")
+
+
+def plain(sample: Sample) -> Rendered:
+    """The question alone; or a conversation, of which the last answer is the target."""
+    if sample.turns:
+        return Rendered(sample.turns[:-1], sample.turns[-1].text)
+    return Rendered((Turn("user", sample.question),), sample.answers[0], candidates=sample.choices)
+
+
+def letters(sample: Sample) -> Rendered:
+    """The question with lettered choices, answered by the letter; without choices as `plain`."""
+    if not sample.choices:
+        return plain(sample)
+    known = _known(sample)
+    prompt = "\n".join(filter(None, (known["question"], known["lettered_choices"])))
+    candidates = tuple(LETTERS[: len(sample.choices)])
+    return Rendered((Turn("user", prompt),), known["letter"], candidates=candidates)
+
+
+def own(prompt: str, target: str, mode: Literal["generate", "rank"]) -> Template:
+    """The template of a run file."""
+
+    def own_template(sample: Sample) -> Rendered:
+        known = _known(sample)
+        candidates = tuple(
+            _filled(target, known | _choice(sample, number))
+            for number in range(len(sample.choices))
+        )
+        asked = (Turn("user", _filled(prompt, known)),)
+        return Rendered(asked, _filled(target, known), candidates=candidates)
+
+    return Template(own_template, mode)
+
+
+def placeholders(text: str) -> list[str]:
+    """The names in braces; a brace that belongs to none is an error with the remedy."""
+    names = []
+    for place in _PLACE.finditer(text):
+        if place[0] in "{}":
+            raise ValueError(
+                f"a single '{place[0]}' at character {place.start() + 1}; write a name in braces,"
+                " as in {question}, or '{{' and '}}' for braces"
+            )
+        if place[1]:
+            names.append(place[1])
+    return names
+
+
+def refuse_unknown_places(texts: Mapping[str, str], sample: Sample) -> None:
+    """Names that the data, of which this is the first sample, do not have."""
+    known = _known(sample)
+    problems = [
+        f"data.template.{key}: the data have no '{name}'; {nearest(name, known)}"
+        for key, text in texts.items()
+        for name in placeholders(text)
+        if name not in known
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _known(sample: Sample) -> dict[str, str]:
+    known = {name: _shown(value) for name, value in sample.meta.items()}
+    known["question"] = sample.question
+    if sample.answers:
+        known["answer"] = sample.answers[0]
+    if sample.choices:
+        pairs = zip(LETTERS, sample.choices, strict=False)
+        known["choices"] = ", ".join(sample.choices)
+        known["lettered_choices"] = "\n".join(f"{letter}. {text}" for letter, text in pairs)
+        known |= _choice(sample, answer_index(sample))
+    return known
+
+
+def _choice(sample: Sample, number: int) -> dict[str, str]:
+    return {"answer": sample.choices[number], "letter": LETTERS[number : number + 1]}
+
+
+def answer_index(sample: Sample) -> int:
+    """The number of the right choice; `meta` says it where two choices read the same."""
+    index = sample.meta.get("answer_index")
+    if index is None:
+        return sample.choices.index(sample.answers[0])
+    if type(index) is not int or not 0 <= index < len(sample.choices):
+        raise ValueError(f"answer_index {index!r} among {len(sample.choices)} choices")
+    if sample.choices[index] != sample.answers[0]:
+        raise ValueError(f"choice {index} is not the answer")
+    return index
+
+
+def _shown(value: object) -> str:
+    return value if isinstance(value, str) else str(value)
+
+
+def _filled(text: str, known: Mapping[str, str]) -> str:
+    def value(place: re.Match[str]) -> str:
+        return known[place[1]] if place[1] else place[0][0]
+
+    return _PLACE.sub(value, text)

@@ -1,0 +1,82 @@
+"""docs/own-data.md: its commands one after the other, as its reader types them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image, ImageDraw
+
+from mmtrain.data.shards import ShardFolder
+from tests import tiny
+
+PAGE = tiny.REPOSITORY / "docs" / "own-data.md"
+NUM_PHOTOS = 30
+PARTS = ("bearing", "gasket", "bolt")
+# A checkpoint of 7B parameters is not at hand; a tiny one has other needs than a GPU.
+STANDS_FOR = "/data/llava-1.5-7b-hf"
+ON_A_CPU = ["model.dtype=fp32", "optim.epochs=1", "components.llm.r=8", "tracking.uri=none"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Thirty photos of parts, drawn, and a row for each."""
+    (tmp_path / "photos").mkdir()
+    rows = []
+    for number in range(NUM_PHOTOS):
+        kind = number % len(PARTS)
+        photo = Image.new("RGB", (64, 48), (200, 200 - number, 180))
+        draw = ImageDraw.Draw(photo)
+        (draw.ellipse, draw.rectangle, draw.line)[kind]((10, 8, 40 + number % 9, 40), fill="navy")
+        name = f"photos/{number:04d}.jpg"
+        photo.save(tmp_path / name)
+        answer = PARTS[kind]
+        rows.append({"image": name, "question": "Which part is this?", "answer": answer})
+    lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+    (tmp_path / "parts.jsonl").write_text(lines)
+    return tmp_path
+
+
+def commands() -> list[str]:
+    """Of the page's shell blocks."""
+    blocks = re.findall(r"^```console\n(.*?)^```$", PAGE.read_text(), flags=re.M | re.S)
+    return [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
+
+
+def test_its_commands_run_one_after_the_other(folder: Path, tiny_checkpoint: Path) -> None:
+    said = ""
+    for command in commands():
+        words = shlex.split(command.replace(STANDS_FOR, str(tiny_checkpoint)))
+        assert words[0] == "mmtrain"
+        words += ON_A_CPU if words[1] in ("check", "train") else []
+        ran = subprocess.run(
+            [sys.executable, "-m", *words], cwd=folder, capture_output=True, text=True, timeout=300
+        )
+        assert ran.returncode == 0, f"$ {command}\n{ran.stdout}{ran.stderr}"
+        said += ran.stdout
+    assert "30 rows; columns: image: image, question: question, answer: answer" in said
+    assert "next: mmtrain shards build jsonl --raw parts.jsonl --out shards/parts" in said
+    sizes = [len(ShardFolder.open(folder / "shards" / "parts" / one)) for one in ("train", "val")]
+    assert sum(sizes) == NUM_PHOTOS and sizes[1] > 0
+    found = yaml.safe_load((folder / "parts.yaml").read_text())
+    assert found["optim"]["global_batch"] == 2 and found["optim"]["epochs"] == 7
+    page = (folder / "parts.html").read_text()
+    assert page.count("data:image/jpeg") == min(24, sizes[0])
+    assert "Which part is this?" in page and "bearing" in page and " tokens, loss on " in page
+    assert (folder / "runs" / "llava-lora-jsonl" / "adapter").is_dir()
+
+
+@pytest.mark.parametrize("block", re.findall(r"^```yaml\n(.*?)^```$", PAGE.read_text(), flags=re.M | re.S))  # fmt: skip
+def test_its_yaml_is_valid(block: str) -> None:
+    from mmtrain.resolve import resolve
+
+    run = yaml.safe_load(block)
+    run["data"] |= {"task": "jsonl", "train": "shards/parts/train"}
+    run |= {"model": {"family": "llava", "preset": "tiny"}}
+    assert resolve(run).data
