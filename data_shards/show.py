@@ -22,6 +22,9 @@ from mmtrain.tasks.interface import Rendered, Sample
 _THUMBNAIL_PIXELS = 320
 _JPEG_QUALITY = 85
 _STYLE = """<style>
+main { max-width: 80rem; }
+.sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(22rem, 1fr)); gap: 1rem; }
+.sheet section { margin: 0; } dl { margin: 0; }
 .shown { display: flex; flex-wrap: wrap; gap: .6rem; margin-bottom: .8rem; }
 .shown figure { margin: 0; } figcaption, .count { color: #6b6963; font-size: .8rem; }
 dt { color: #6b6963; font-size: .8rem; margin-top: .5rem; }
@@ -39,12 +42,12 @@ def contact_sheet(
     task = plugins.load("task", shards.manifest.task)
     template = source.template if source else next(iter(task.templates.values()))
     chosen = sorted(epoch_order(len(shards), seed, epoch=0)[:num].tolist())
-    sections, lengths = [_STYLE], list[int]()
+    samples, lengths = list[str](), list[int]()
     for done, index in enumerate(chosen, start=1):
         sample = shards.read(index)
         rendered = render(template, sample)
         counts = "" if source is None else _counts(source, index, lengths)
-        sections.append(_card(sample, rendered, counts))
+        samples.append(_card(sample, rendered, counts))
         progress(done)
     facts = [
         (f"{len(shards):,}", "samples in the folder"),
@@ -52,12 +55,14 @@ def contact_sheet(
         (template.mode, "how validation finds answers"),
     ]
     if lengths:
-        longest = max(lengths)
-        facts += [(f"{sum(lengths) / len(lengths):.0f}", "tokens per sample shown, on average")]
-        facts += [(str(longest), "tokens of the longest shown")]
+        mean, most = sum(lengths) / len(lengths), max(lengths)
+        facts.append(
+            (f"{mean:.0f}", f"tokens per sample on average, {most} at most, of those shown")
+        )
     footer = f"{len(chosen)} of {len(shards)} samples of {folder}, drawn by seed {seed}"
-    sections.insert(1, cards(facts))
-    return page(f"{shards.manifest.task}, {shards.manifest.split}", sections, footer)
+    sheet = f'<div class="sheet">{"".join(samples)}</div>'
+    title = f"{shards.manifest.task}, {shards.manifest.split}"
+    return page(title, [_STYLE, cards(facts), sheet], footer)
 
 
 def _counts(source: Source, index: int, lengths: list[int]) -> str:

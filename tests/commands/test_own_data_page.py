@@ -43,10 +43,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def fenced(language: str) -> list[str]:
+    """The page's blocks in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text(), flags=re.M | re.S)
+
+
 def commands() -> list[str]:
     """Of the page's shell blocks."""
-    blocks = re.findall(r"^```console\n(.*?)^```$", PAGE.read_text(), flags=re.M | re.S)
-    return [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
+    lines = (line for block in fenced("console") for line in block.splitlines())
+    return [line[2:] for line in lines if line.startswith("$ ")]
 
 
 def test_its_commands_run_one_after_the_other(folder: Path, tiny_checkpoint: Path) -> None:
@@ -72,10 +77,10 @@ def test_its_commands_run_one_after_the_other(folder: Path, tiny_checkpoint: Pat
     assert (folder / "runs" / "llava-lora-jsonl" / "adapter").is_dir()
 
 
-@pytest.mark.parametrize("block", re.findall(r"^```yaml\n(.*?)^```$", PAGE.read_text(), flags=re.M | re.S))  # fmt: skip
-def test_its_yaml_is_valid(block: str) -> None:
+def test_its_yaml_is_valid() -> None:
     from mmtrain.resolve import resolve
 
+    (block,) = fenced("yaml")
     run = yaml.safe_load(block)
     run["data"] |= {"task": "jsonl", "train": "shards/parts/train"}
     run |= {"model": {"family": "llava", "preset": "tiny"}}
