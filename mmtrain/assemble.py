@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from mmtrain import plugins
-from mmtrain.config.schema import DataConfig, OwnTemplate, RunConfig
+from mmtrain.config.schema import DataConfig, MixPart, OwnTemplate, RunConfig
+from mmtrain.data.manifest import read_manifest
 from mmtrain.data.shards import ShardFolder
 from mmtrain.data.source import Encoder, Source
 from mmtrain.errors import CheckpointError, ConfigError
@@ -137,6 +138,18 @@ def data_section(config: RunConfig) -> DataConfig:
     return config.data
 
 
+def build_sources(config: RunConfig, assembled: Assembled, split: str) -> dict[str, Source]:
+    """The samples of `train` or `val` of every data set that has some, by its name."""
+    data = data_section(config)
+    limit = {"train": data.limit, "val": data.val_limit}[split]
+    folders = {name: getattr(part, split) for name, part in data.parts.items()}
+    return {
+        name: build_source(config, assembled, folder, limit)
+        for name, folder in folders.items()
+        if folder is not None
+    }
+
+
 def build_source(
     config: RunConfig,
     assembled: Assembled,
@@ -147,8 +160,7 @@ def build_source(
     """The samples of one shard folder, encoded for the run's family."""
     data = data_section(config)
     encoder = _encoder(data, assembled.family, assembled.processor)
-    shards = ShardFolder.open(Path(folder), data.task)
-    return Source(shards, template_for(data, shards), encoder, limit, blank_images)
+    return _source(data, encoder, folder, limit, blank_images)
 
 
 def source_to_look_at(config: RunConfig, folder: str) -> Source:
@@ -157,9 +169,32 @@ def source_to_look_at(config: RunConfig, folder: str) -> Source:
     data, family = data_section(config), plugins.load("family", config.model.family)
     options = model_options(config)
     processor = family.code.read_processor(options, family.code.model_config(options))
-    encoder = _encoder(data, family, processor)
-    shards = ShardFolder.open(Path(folder), data.task)
-    return Source(shards, template_for(data, shards), encoder)
+    return _source(data, _encoder(data, family, processor), folder)
+
+
+def _source(
+    data: DataConfig,
+    encoder: Encoder,
+    folder: str,
+    limit: int | None = None,
+    blank_images: bool = False,
+) -> Source:
+    name, part = part_with(data, folder)
+    shards = ShardFolder.open(Path(folder), part.task)
+    # Ids of one data set may be those of another.
+    prefix = f"{name}/" if name else ""
+    return Source(shards, template_for(part, shards), encoder, limit, blank_images, prefix)
+
+
+def part_with(data: DataConfig, folder: str) -> tuple[str, MixPart]:
+    """The data set that a folder is of: it names the folder, or its task is that of the shards."""
+    for name, part in data.parts.items():
+        if folder in (part.train, part.val):
+            return name, part
+    found = read_manifest(Path(folder))[0].task if len(data.parts) > 1 else None
+    alike = [name for name, part in data.parts.items() if part.task == found]
+    name = alike[0] if alike else next(iter(data.parts))
+    return name, data.parts[name]
 
 
 def _encoder(data: DataConfig, family: Family, processor: Processor) -> Encoder:
@@ -167,9 +202,9 @@ def _encoder(data: DataConfig, family: Family, processor: Processor) -> Encoder:
     return Encoder(family, processor, max_length, data.truncation_side)
 
 
-def template_for(data: DataConfig, shards: ShardFolder) -> Template:
+def template_for(part: MixPart, shards: ShardFolder) -> Template:
     """The template that the run file names, or has; its own is tried on the first sample."""
-    chosen, task = data.template, plugins.load("task", data.task)
+    chosen, task = part.template, plugins.load("task", part.task)
     if not isinstance(chosen, OwnTemplate):
         template: Template = task.templates[chosen or next(iter(task.templates))]
         return template

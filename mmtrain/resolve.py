@@ -23,8 +23,7 @@ from mmtrain.errors import ConfigError, MmtrainError, nearest
 from mmtrain.models.interface import Family, ModelOptions
 from mmtrain.peft.interface import Surroundings
 from mmtrain.peft.placement import sublayer_problems
-from mmtrain.tasks.interface import LOSS
-from mmtrain.tasks.templates import placeholders
+from mmtrain.tasks.choice import data_problems, with_template_names
 from mmtrain.tracking.uri import DISABLED, URI_EXAMPLES, uri_problem
 
 
@@ -46,8 +45,7 @@ def resolve(
     config, found = checked(RunConfig, data)
     problems += found
     problems += _model_problems(_section(data, "model"), _section(data, "components"))
-    problems += _data_problems(_section(data, "data"))
-    problems += _validation_problems(_section(data, "validate"), _section(data, "data"))
+    problems += data_problems(_section(data, "data"), _section(data, "validate"))
     problems += _tracking_problems(_section(data, "tracking"))
     problems += _layout_problems(data, world_size)
     problems += _initial_problems(data.get("init_from"), config)
@@ -208,47 +206,6 @@ def _quantization_problems(config: RunConfig, stage: int) -> list[str]:
     return problems
 
 
-def _data_problems(data: Mapping[str, object]) -> list[str]:
-    task, problems = _plugin("task", data.get("task"), "data.task")
-    template = data.get("template")
-    if task and isinstance(template, str) and template not in task.templates:
-        hint = nearest(template, task.templates)
-        problems.append(f"data.template: '{data['task']}' has no template '{template}'; {hint}")
-    if isinstance(template, Mapping):
-        problems += _own_template_problems(template)
-    return problems
-
-
-def _own_template_problems(template: Mapping[str, object]) -> list[str]:
-    """Braces that name nothing; which names the data have is known with the data."""
-    problems = []
-    for key, text in template.items():
-        try:
-            placeholders(text if isinstance(text, str) else "")
-        except ValueError as fault:
-            problems.append(f"data.template.{key}: {fault}")
-    return problems
-
-
-def _validation_problems(validate: Mapping[str, object], data: Mapping[str, object]) -> list[str]:
-    """A metric that no validation gives, or patience without validation: known before training."""
-    problems: list[str] = []
-    task, _ = _plugin("task", data.get("task"), "data.task")
-    metric = validate.get("metric")
-    if task and isinstance(metric, str):
-        known = [given.name for given in (LOSS, *task.metrics)]
-        if metric not in known:
-            hint = nearest(metric, known)
-            problems.append(f"validate.metric: '{data['task']}' gives no '{metric}'; {hint}")
-    # Without a data section the file is only checked or planned with: nothing trains.
-    if data and data.get("val") is None and validate.get("patience") is not None:
-        problems.append(
-            "validate.patience: counts validations, and there is no data.val; "
-            "set data.val or remove patience"
-        )
-    return problems
-
-
 def _tracking_problems(tracking: Mapping[str, object]) -> list[str]:
     uri = tracking.get("uri")
     problem = uri_problem(uri) if isinstance(uri, str) and uri != DISABLED else None
@@ -328,9 +285,7 @@ def _with_defaults(config: RunConfig) -> RunConfig:
         for name, block in config.components.items()
     }
     data = config.data
-    if data and data.template is None:
-        templates = plugins.load("task", data.task).templates
-        data = data.model_copy(update={"template": next(iter(templates))})
+    data = with_template_names(data) if data else None
     if data and data.max_length is None:
         family = plugins.load("family", config.model.family)
         data = data.model_copy(update={"max_length": family.default_max_length})

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mmtrain import plugins
 from mmtrain.config.problems import shown
 from mmtrain.config.schema import RunConfig, TrackingConfig
 from mmtrain.errors import ConfigError, nearest
+from mmtrain.tasks.choice import tasks_of
 from mmtrain.tasks.interface import Metric, validation_metrics
 from ray_tune.study import BOOKKEEPING, SearchKey, Study
 
@@ -80,8 +80,7 @@ def check_trials(study: Study, trials: Sequence[Trial], source: str) -> Metric:
 
 def _ranking_metric(study: Study, config: RunConfig) -> Metric:
     """The best trial's adapter must be that of the step which made it the best."""
-    task = plugins.load("task", config.data.task) if config.data else None
-    declared, name = validation_metrics(task), study.metric
+    declared, name = validation_metrics(tasks_of(config)), study.metric
     if name not in declared:
         hint = nearest(name, declared)
         raise ConfigError([f"metric: validation of the trials gives no '{name}'; {hint}"])

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmtrain.commands.arguments import positive
@@ -151,11 +152,9 @@ def _memory_table(memory: dict[str, Any]) -> Table:
 
 def _steps_line(report: dict[str, object], config: RunConfig) -> str:
     if report["steps_per_epoch"] is None:
-        missing = (
-            "no training shards named"
-            if not config.data or not config.data.train
-            else (f"no shards at {config.data.train} yet")
-        )
+        named = [part.train for part in config.data.parts.values()] if config.data else []
+        absent = [folder for folder in named if folder and not Path(folder).is_dir()]
+        missing = f"no shards at {absent[0]} yet" if absent else "no training shards named"
         return f"steps per epoch: unknown, {missing}"
     return (
         f"steps per epoch: {report['steps_per_epoch']:,} of {config.optim.global_batch} samples "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mmtrain.commands.arguments import positive
 
 if TYPE_CHECKING:
+    from mmtrain.evaluation.evaluate import Evaluation
     from mmtrain.training.inference import Ready
 
 HELP = "score a run (or its base) on a shard folder"
@@ -65,25 +66,60 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace, ready: Ready) -> None:
-    from mmtrain.assemble import build_source, data_section
+    """On the folder that was given, or on what validates each data set of the run."""
+    from mmtrain.assemble import data_section, part_with
     from mmtrain.errors import ConfigError
+
+    data = data_section(ready.config)
+    if args.data:
+        name, part = part_with(data, args.data)
+        return _evaluate_on(args, ready, args.data, Path(args.data).name, part.task)
+    folders = {name: part for name, part in data.parts.items() if part.val}
+    if not folders:
+        raise ConfigError(["data.val: is missing; name it or give --data"])
+    if len(folders) > 1 and args.out:
+        raise ConfigError(
+            [f"--out is for one folder, {len(folders)} data sets validate; give --data"]
+        )
+    for name, part in folders.items():
+        label = f"val-{name}" if name else Path(str(part.val)).name
+        _evaluate_on(args, ready, str(part.val), label, part.task)
+
+
+def _evaluate_on(
+    args: argparse.Namespace, ready: Ready, folder: str, label: str, task: str
+) -> None:
+    from mmtrain import plugins
+    from mmtrain.assemble import build_source
     from mmtrain.evaluation.evaluate import write_evaluation
     from mmtrain.training.inference import evaluate_with_progress
 
-    folder = args.data or data_section(ready.config).val
-    if folder is None:
-        raise ConfigError(["data.val: is missing; name it or give --data"])
     source = build_source(
         ready.config, ready.assembled, folder, args.limit, blank_images=args.blank_images
     )
     run_dir = ready.run_dir or Path(ready.config.run_dir)
-    evaluation = evaluate_with_progress(run_dir.name, ready.engine, source, ready.config)
+    settings = ready.config.generation
+    evaluation = evaluate_with_progress(
+        run_dir.name, ready.engine, source, plugins.load("task", task), settings
+    )
     if ready.engine.world.is_main:
-        label = Path(folder).name + ("-base" if args.base else "")
+        label += "-base" if args.base else ""
         label += "-blank" if args.blank_images else ""
         out = Path(args.out) if args.out else run_dir / "evaluation" / label
         write_evaluation(out, evaluation)
-        print(f"{run_dir}:")
-        for name, value in evaluation.metrics.items():
-            print(f"{name:20s} {value:.4f}")
-        print(f"{len(evaluation.predictions)} predictions in {out / 'predictions.jsonl'}")
+        _print(run_dir, evaluation, out)
+
+
+def _print(run_dir: Path, evaluation: Evaluation, out: Path) -> None:
+    """Every metric; of means over the samples, how sure they are."""
+    from mmtrain.evaluation.uncertainty import PERCENT, interval, is_mean
+
+    scores = [one.score for one in evaluation.predictions]
+    print(f"{run_dir}:")
+    for name, value in evaluation.metrics.items():
+        line = f"{name:20s} {value:.4f}"
+        if name != "loss" and is_mean(value, scores):
+            found = interval(scores)
+            line += f"  ({found.low:.4f} to {found.high:.4f}, {PERCENT} %)"
+        print(line)
+    print(f"{len(evaluation.predictions)} predictions in {out / 'predictions.jsonl'}")

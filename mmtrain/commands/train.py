@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mmtrain.commands.arguments import positive
 from mmtrain.config.load import load_run_file
-from mmtrain.config.schema import RunConfig
+from mmtrain.config.schema import DataConfig, RunConfig
 from mmtrain.errors import ConfigError, MmtrainError
 from mmtrain.ranks import place_of
 from mmtrain.tracking.uri import DISABLED
@@ -119,7 +119,7 @@ def _quick(args: argparse.Namespace, config: RunConfig, world_size: int) -> dict
             "optim.epochs": None,
             "optim.max_steps": args.max_steps,
         }
-        if data and data.val:
+        if data:
             limit = data.val_limit or _QUICK_VALIDATION_SAMPLES
             changes["data.val_limit"] = min(limit, _QUICK_VALIDATION_SAMPLES)
         return changes
@@ -131,7 +131,7 @@ def _quick(args: argparse.Namespace, config: RunConfig, world_size: int) -> dict
         "output_dir": f"{config.run_dir}-overfit",
         "tracking.uri": DISABLED,
         "data.limit": args.overfit,
-        "data.val": data.train if data else None,
+        **_own_validation(data),
         "data.val_limit": args.overfit,
         "optim.epochs": None,
         "optim.max_steps": 150,
@@ -142,3 +142,13 @@ def _quick(args: argparse.Namespace, config: RunConfig, world_size: int) -> dict
         "optim.global_batch": batch * world_size,
         "validate.every": 50,
     }
+
+
+def _own_validation(data: DataConfig | None) -> dict[str, object]:
+    """What trains is what validates."""
+    if data is None:
+        return {}
+    if data.mix:
+        mix = [part.model_copy(update={"val": part.train}) for part in data.mix]
+        return {"data.mix": [part.model_dump() for part in mix]}
+    return {"data.val": data.train}

@@ -144,17 +144,41 @@ class OwnTemplate(Section):
     )
 
 
+class MixPart(Section):
+    """One of several data sets of a run."""
+
+    task: str = Field(description="plug-in in mmtrain/tasks/datasets, e.g. scienceqa")
+    name: str | None = Field(
+        None, pattern=r"^[a-z0-9_]+$", description="in metrics; default: the task"
+    )
+    template: str | OwnTemplate | None = Field(
+        None, description="the task's template of that name, or an own; default: the task's first"
+    )
+    weight: float = Field(1.0, gt=0, le=1000, description="passes over its samples in one epoch")
+    train: AnyPath | None = Field(None, description="folder of training shards")
+    val: AnyPath | None = Field(None, description="folder of validation shards")
+
+
 class DataConfig(Section):
     """Which shards, with which template, cut how."""
 
-    task: str = Field(description="plug-in in mmtrain/tasks/datasets, e.g. scienceqa")
+    task: str | None = Field(
+        None, description="plug-in in mmtrain/tasks/datasets, e.g. scienceqa; or give `mix`"
+    )
     template: str | OwnTemplate | None = Field(
         None, description="the task's template of that name, or an own; default: the task's first"
     )
     train: AnyPath | None = Field(None, description="folder of training shards")
     val: AnyPath | None = Field(None, description="folder of validation shards")
-    limit: int | None = Field(None, ge=1, description="use only the first N training samples")
-    val_limit: int | None = Field(None, ge=1, description="use only the first N validation samples")
+    mix: list[MixPart] = Field(
+        default_factory=list, description="several data sets, in the place of the four keys above"
+    )
+    limit: int | None = Field(
+        None, ge=1, description="use only the first N training samples (of each set of a mix)"
+    )
+    val_limit: int | None = Field(
+        None, ge=1, description="use only the first N validation samples (of each set of a mix)"
+    )
     seed: int | None = Field(None, ge=0, description="order of samples; default: the run's seed")
     workers: int = Field(2, ge=0, le=64, description="threads that decode ahead, per rank")
     cut: Literal["order", "balanced"] = Field(
@@ -166,6 +190,28 @@ class DataConfig(Section):
     truncation_side: Literal["left", "right"] = Field(
         "left", description="which end of an over-long prompt is cut; never image tokens or answers"
     )
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> DataConfig:
+        alone = ("task", "template", "train", "val")
+        given = [key for key in alone if getattr(self, key) is not None]
+        if self.mix and given:
+            raise ValueError(f"'mix' has its own {', '.join(given)}; give these there")
+        if not self.mix and self.task is None:
+            raise ValueError("give 'task', or several in 'mix'")
+        names = [part.name or part.task for part in self.mix]
+        if len(set(names)) < len(names):
+            raise ValueError("two parts of 'mix' have one name; give one of them a 'name'")
+        return self
+
+    @property
+    def parts(self) -> dict[str, MixPart]:
+        """The data sets by the name that their metrics carry: none where there is only one."""
+        if self.mix:
+            return {part.name or part.task: part for part in self.mix}
+        assert self.task is not None, "the validator has seen it"
+        alone = MixPart(task=self.task, template=self.template, train=self.train, val=self.val)
+        return {"": alone}
 
 
 LARGEST_BATCH = 2**20

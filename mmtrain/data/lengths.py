@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from mmtrain import distributed
-from mmtrain.data.source import Source
+from mmtrain.data.mixture import Mixed
 from mmtrain.files import cache_folder, keep_in_cache, read_regular
 
 _BYTES_PER_SAMPLE = 4
@@ -23,7 +23,7 @@ _HEADER_BYTES = 4096  # more than any header of these files
 
 
 def token_lengths(
-    source: Source,
+    source: Mixed,
     identity: Mapping[str, object],
     world: distributed.World,
     on_sample: Callable[[int, int], None] = lambda done, total: None,

@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from mmtrain.data.mixture import Mixture
 from mmtrain.data.order import epoch_order
 from mmtrain.errors import ConfigError
 
@@ -81,6 +82,7 @@ class Planner:
     layout: Layout
     seed: int
     lengths: np.ndarray | None = None
+    mixture: Mixture | None = None  # whose epochs have `num_samples`; None: every sample once
 
     @property
     def steps_per_epoch(self) -> int:
@@ -91,7 +93,10 @@ class Planner:
         """An optimizer step, by its number."""
         epoch, step = divmod(position, self.steps_per_epoch)
         size = self.layout.global_batch
-        order = _order_of_epoch(self.num_samples, self.seed, epoch)
+        if self.mixture is None:
+            order = _order_of_epoch(self.num_samples, self.seed, epoch)
+        else:
+            order = self.mixture.order(self.seed, epoch)
         chosen = order[step * size : (step + 1) * size].tolist()
         world = self.layout.world_size
         if self.lengths is None:

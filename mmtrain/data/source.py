@@ -72,6 +72,7 @@ class Source:
     encoder: Encoder
     limit: int | None = None
     blank_images: bool = False  # for the proof that answers come from the images
+    prefix: str = ""  # of ids, which several data sets may share
 
     def __len__(self) -> int:
         return min(len(self.shards), self.limit or len(self.shards))
@@ -83,7 +84,7 @@ class Source:
         images = open_images(sample)
         if self.blank_images:
             images = [Image.new("RGB", image.size, (127, 127, 127)) for image in images]
-        example = self.encoder.example(sample.id, rendered, images)
+        example = self.encoder.example(f"{self.prefix}{sample.id}", rendered, images)
         emptied = replace(sample, images=tuple(replace(one, data=b"") for one in sample.images))
         return Question(emptied, rendered, example, tuple(image.size for image in images))
 
@@ -96,10 +97,10 @@ class Source:
         sample = self.shards.read(index)
         sizes = [image_size(image.data, sample.id) for image in sample.images]
         rendered = render(self.template, sample)
-        return len(self.encoder.text(sample.id, rendered, sizes).input_ids)
+        return len(self.encoder.text(f"{self.prefix}{sample.id}", rendered, sizes).input_ids)
 
     def with_answer(self, question: Question, answer: str) -> Example:
         """The question's example with another answer; its images are not cut again."""
         rendered = replace(question.rendered, target=answer)
-        text = self.encoder.text(question.sample.id, rendered, question.sizes)
+        text = self.encoder.text(question.example.id, rendered, question.sizes)
         return replace(text, pixels=question.example.pixels, weight=question.example.weight)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class Evaluation:
 
     metrics: dict[str, float]
     predictions: list[Prediction]
+    num_tokens: int  # of answers, which the loss is a mean over
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,19 @@ def evaluate(
         return metrics
 
     metrics = {"loss": total_loss / max(1, total_tokens), **on_main(score)}
-    return Evaluation(metrics, _predictions(everything, scores))
+    return Evaluation(metrics, _predictions(everything, scores), int(total_tokens))
+
+
+def recorded_metrics(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
+    """By the names that a run records: of several data sets each, and the loss over all."""
+    found = {
+        "/".join(filter(None, ("val", data_set, name))): value
+        for data_set, evaluation in evaluations.items()
+        for name, value in evaluation.metrics.items()
+    }
+    tokens = sum(one.num_tokens for one in evaluations.values())
+    total = sum(one.metrics["loss"] * one.num_tokens for one in evaluations.values())
+    return {"val/loss": total / max(1, tokens)} | found
 
 
 def _question(source: Source, index: int) -> Question:

@@ -8,6 +8,7 @@ from mmtrain.assemble import template_for
 from mmtrain.config.deepspeed import find_deepspeed_config, zero_stage
 from mmtrain.config.schema import OwnTemplate, RunConfig
 from mmtrain.data.manifest import read_manifest
+from mmtrain.data.mixture import mixture_of
 from mmtrain.data.shards import ShardFolder
 from mmtrain.models.weights import check_files, has_weights
 from mmtrain.planning.census import count, usual_size
@@ -62,11 +63,16 @@ def _check_weights(config: RunConfig) -> None:
 
 def _steps(config: RunConfig) -> dict[str, int | None]:
     """Samples and steps per epoch; None where the training shards are not at hand."""
-    samples, data = None, config.data
-    if data is not None and data.train is not None and Path(data.train).is_dir():
-        samples = read_manifest(Path(data.train), data.task)[0].samples
-        samples = min(samples, data.limit or samples)
-        if isinstance(data.template, OwnTemplate):
-            template_for(data, ShardFolder.open(Path(data.train), data.task))
-    steps = None if samples is None else -(-samples // config.optim.global_batch)
-    return {"train_samples": samples, "steps_per_epoch": steps}
+    data = config.data
+    parts = data.parts if data else {}
+    if data is None or not all(part.train and Path(part.train).is_dir() for part in parts.values()):
+        return {"train_samples": None, "steps_per_epoch": None}
+    sizes = []
+    for part in parts.values():
+        folder = Path(str(part.train))
+        samples = read_manifest(folder, part.task)[0].samples
+        sizes.append(min(samples, data.limit or samples))
+        if isinstance(part.template, OwnTemplate):
+            template_for(part, ShardFolder.open(folder, part.task))
+    samples = mixture_of(parts, sizes).num_samples
+    return {"train_samples": samples, "steps_per_epoch": -(-samples // config.optim.global_batch)}

@@ -143,7 +143,14 @@ class Task(Protocol):
         """
 
 
-def validation_metrics(task: Task | None) -> dict[str, Metric]:
-    """What a validation gives, by the name that a run records it under: `val/loss`, …"""
-    given = (LOSS, *(task.metrics if task else ()))
-    return {f"val/{metric.name}": replace(metric, name=f"val/{metric.name}") for metric in given}
+def validation_metrics(tasks: Mapping[str, Task]) -> dict[str, Metric]:
+    """What a validation gives, by the name that a run records it under: `val/loss`, …
+
+    Of several data sets each has its own: `val/okvqa/loss`, … beside the loss over all.
+    """
+    found = {"val/loss": replace(LOSS, name="val/loss")}
+    for data_set, task in tasks.items():
+        for metric in (LOSS, *task.metrics):
+            name = "/".join(filter(None, ("val", data_set, metric.name)))
+            found[name] = replace(metric, name=name)
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -31,9 +32,9 @@ class EarlyStopping:
     since_best: int = 0
 
     @classmethod
-    def of(cls, settings: ValidateConfig, task: Task) -> EarlyStopping:
-        """A fresh one, by a metric that the task declares."""
-        metric = validation_metrics(task)[f"val/{settings.metric}"]
+    def of(cls, settings: ValidateConfig, tasks: Mapping[str, Task]) -> EarlyStopping:
+        """A fresh one, by a metric that the tasks declare."""
+        metric = validation_metrics(tasks)[f"val/{settings.metric}"]
         return cls(metric, settings.patience, settings.min_epochs)
 
     def update(self, metrics: dict[str, float], step: int) -> bool:

@@ -209,7 +209,8 @@ def model_card(
 ) -> str:
     """README.md of an adapter folder."""
     base = base_name(config)
-    data = config.data.task if config.data else "none"
+    parts = config.data.parts.values() if config.data else ()
+    data = ", ".join(part.task for part in parts) or "none"
     options = ", ".join(f"{key} {value}" for key, value in attachment.options)
     full = "none"
     if trainable.full_components:

@@ -6,17 +6,18 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mmtrain import distributed, plugins
-from mmtrain.assemble import Assembled, asked_of, build_model, data_section, refuse_preset
+from mmtrain import distributed
+from mmtrain.assemble import Assembled, asked_of, build_model, refuse_preset
 from mmtrain.config.deepspeed import find_deepspeed_config, zero_stage
 from mmtrain.config.load import load_run_file
-from mmtrain.config.schema import RunConfig
+from mmtrain.config.schema import GenerationConfig, RunConfig
 from mmtrain.data.source import Source
 from mmtrain.distributed import World
 from mmtrain.errors import CheckpointError, MmtrainError
 from mmtrain.evaluation.evaluate import Evaluation, evaluate
 from mmtrain.main_rank import on_main
 from mmtrain.resolve import is_run_folder
+from mmtrain.tasks.interface import Task
 from mmtrain.training import checkpoint as checkpoints
 from mmtrain.training.checkpoint import WEIGHTS, CheckpointFolder
 from mmtrain.training.engine import Engine, complete_config
@@ -133,12 +134,9 @@ def ready_from_argument(path: str, overrides: list[str], base: bool) -> Ready:
 
 
 def evaluate_with_progress(
-    label: str, engine: Engine, source: Source, config: RunConfig
+    label: str, engine: Engine, source: Source, task: Task, settings: GenerationConfig
 ) -> Evaluation:
     """Loss and answers on a source as the run file asks for them, under a bar."""
-    task = plugins.load("task", data_section(config).task)
-    chunks = -(-len(source) // (engine.world.size * config.generation.batch_size))
+    chunks = -(-len(source) // (engine.world.size * settings.batch_size))
     with Progress(label, chunks, engine.world.is_main) as progress:
-        return evaluate(
-            engine, source, task, config.generation, lambda done, _: progress.update(done)
-        )
+        return evaluate(engine, source, task, settings, lambda done, _: progress.update(done))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from mmtrain.data.source import Source
 from mmtrain.data.stream import StepBatches, StepStream
+from mmtrain.evaluation.evaluate import recorded_metrics
+from mmtrain.tasks.choice import tasks_of
 from mmtrain.training.engine import Engine
 from mmtrain.training.inference import evaluate_with_progress
 from mmtrain.training.progress import Progress
@@ -28,7 +30,7 @@ class Loop:
 
     engine: Engine
     stream: StepStream
-    validation: Source | None
+    validation: Mapping[str, Source]  # by the name of its data set
     on_validation: OnValidation | None = None
 
     def run(self, trainees: Sequence[Trainee]) -> None:
@@ -71,21 +73,30 @@ class Loop:
 
     def _validate_and_save(self, trainee: Trainee) -> None:
         """When it is time: a validation is always followed by a checkpoint."""
-        if self.validation is not None and trainee.validates_now():
-            self._validate(trainee, self.validation)
+        if self.validation and trainee.validates_now():
+            self._validate(trainee)
             trainee.save(self.engine)
         elif trainee.saves_now():
             trainee.save(self.engine)
 
-    def _validate(self, trainee: Trainee, validation: Source) -> None:
-        step = trainee.state.step
+    def _validate(self, trainee: Trainee) -> None:
+        step, tasks = trainee.state.step, tasks_of(trainee.config)
+        settings = trainee.config.generation
         self.engine.evaluation_mode()
-        evaluation = evaluate_with_progress("validate", self.engine, validation, trainee.config)
+        evaluations = {
+            name: evaluate_with_progress(
+                f"validate {name}".strip(), self.engine, source, tasks[name], settings
+            )
+            for name, source in self.validation.items()
+        }
         self.engine.train_mode()
         if self.engine.world.is_main:
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items())
+            recorded = recorded_metrics(evaluations).items()
+            shown = ", ".join(
+                f"{name.removeprefix('val/')} {value:.4f}" for name, value in recorded
+            )
             log.info("step %d: validation %s", step, shown)
-        metrics = trainee.take_validation(evaluation)
+        metrics = trainee.take_validation(evaluations)
         if self.on_validation is not None:
             self.on_validation(step, metrics)
 

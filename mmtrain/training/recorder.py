@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mmtrain import plugins
-from mmtrain.assemble import data_section
 from mmtrain.config.load import flatten_run
 from mmtrain.config.schema import RunConfig
 from mmtrain.errors import TrainingError
 from mmtrain.files import write_json
 from mmtrain.main_rank import worded
+from mmtrain.tasks.choice import tasks_of
 from mmtrain.tasks.interface import LOSS, Metric, validation_metrics
 from mmtrain.tracking.declared import DECLARED_NAME, as_fields, as_tags
 from mmtrain.tracking.fields import environment_tags, flatten
@@ -84,8 +83,7 @@ class RunRecorder(Recorder):
                 step,
                 missing[0],
             )
-        task = plugins.load("task", data_section(self._config).task)
-        metrics = (*TRAINING_METRICS, *validation_metrics(task).values())
+        metrics = (*TRAINING_METRICS, *validation_metrics(tasks_of(self._config)).values())
         write_json(self._run_dir / DECLARED_NAME, as_fields(metrics))
         digests = {f"digest.{name}": digest for name, digest in inputs.items()}
         counted = {f"counted.{name}": f"{number:.0f}" for name, number in (numbers or {}).items()}

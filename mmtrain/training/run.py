@@ -18,7 +18,7 @@ from mmtrain.assemble import (
     Assembled,
     asked_of,
     build_model,
-    build_source,
+    build_sources,
     data_section,
     refuse_preset,
     template_for,
@@ -26,9 +26,9 @@ from mmtrain.assemble import (
 from mmtrain.config.deepspeed import find_deepspeed_config, zero_stage
 from mmtrain.config.schema import OwnTemplate, RunConfig
 from mmtrain.data.lengths import token_lengths
+from mmtrain.data.mixture import Mixed, mixture_of
 from mmtrain.data.plan import Layout, Planner
 from mmtrain.data.shards import ShardFolder
-from mmtrain.data.source import Source
 from mmtrain.data.stream import StepStream
 from mmtrain.distributed import World
 from mmtrain.errors import ConfigError
@@ -75,18 +75,19 @@ def _train(
     if not assembled.trainable.owner:
         raise ConfigError(["components: nothing trains; give a component mode 'full' or 'peft'"])
     data = data_section(config)
-    train = build_source(config, assembled, str(data.train), data.limit)
-    val = build_source(config, assembled, data.val, data.val_limit) if data.val else None
-    inputs = on_main(lambda: input_digests(assembled, train, val, initial, verify_base))
+    sources = {split: build_sources(config, assembled, split) for split in ("train", "val")}
+    train = Mixed(tuple(sources["train"].values()))
+    inputs = on_main(lambda: input_digests(assembled, sources, initial, verify_base))
     lengths = _lengths(config, train, inputs, world) if data.cut == "balanced" else None
-    planner = Planner(len(train), layout, config.data_seed, lengths)
+    mixture = mixture_of(data.parts, [len(source) for source in train.parts])
+    planner = Planner(mixture.num_samples, layout, config.data_seed, lengths, mixture)
     collate = partial(assembled.family.code.collate, processor=assembled.processor)
     stream = StepStream(planner, train.example, collate, data.workers)
     facts = _facts(config, layout, settings, inputs)
     trainee = Trainee.of(session, assembled, planner.steps_per_epoch, facts)
     engine = _engine(session, assembled, settings, trainee, initial)
     on_main(lambda: trainee.recorder.start(inputs, trainee.state.step, numbers))
-    Loop(engine, stream, val, on_validation).run([trainee])
+    Loop(engine, stream, sources["val"], on_validation).run([trainee])
     on_main(lambda: _finish(session, trainee, assembled))
     return trainee.state.best_metrics
 
@@ -95,10 +96,12 @@ def _planned(config: RunConfig, world: World) -> tuple[Layout, dict[str, object]
     """How the batch is cut and the state spread; what is wrong is known before long loading."""
     refuse_preset(config)
     data, optim = data_section(config), config.optim
-    if data.train is None:
-        raise ConfigError(["data.train: is missing; give a folder of training shards"])
-    for shards in filter(None, (data.train, data.val)):
-        template_for(data, ShardFolder.open(Path(shards), data.task))
+    for name, part in data.parts.items():
+        if part.train is None:
+            place = f"data.mix '{name}'" if name else "data.train"
+            raise ConfigError([f"{place}: is missing; give a folder of training shards"])
+        for shards in filter(None, (part.train, part.val)):
+            template_for(part, ShardFolder.open(Path(shards), part.task))
     sizes = (optim.micro_batch, optim.global_batch, optim.micro_tokens)
     layout = Layout(world.size, world.rank, *sizes).check()
     settings = complete_config(
@@ -130,12 +133,13 @@ def _plain(template: str | OwnTemplate | None) -> object:
 
 
 def _lengths(
-    config: RunConfig, train: Source, inputs: Mapping[str, str], world: World
+    config: RunConfig, train: Mixed, inputs: Mapping[str, str], world: World
 ) -> np.ndarray:
     """Tokens of every training sample, under a bar where they are counted first."""
     data, model = data_section(config), config.model
     identity = {
-        "data": [data.task, _plain(data.template), data.max_length, data.truncation_side],
+        "data": [data.max_length, data.truncation_side],
+        "parts": [[part.task, _plain(part.template)] for part in data.parts.values()],
         "model": [model.family, model.max_pixels, model.grounding_tokens],
         "inputs": {name: digest for name, digest in inputs.items() if name != "base"},
         "version": version("mmtrain"),

@@ -115,16 +115,16 @@ def _newest_state(folder: CheckpointFolder, inputs: Mapping[str, str]) -> Stored
 
 def input_digests(
     assembled: Assembled,
-    train: Source,
-    val: Source | None,
+    sources: Mapping[str, Mapping[str, Source]],
     initial: Sequence[Path],
     verify_base: bool,
 ) -> dict[str, str]:
     """What a resume must find unchanged, by name. Rank 0 only: it reads files."""
     base = base_digests(assembled.base_files, verify_base)
-    digests = {"base": base.pop("weights"), "data.train": train.shards.digest}
-    if val is not None:
-        digests["data.val"] = val.shards.digest
+    digests = {"base": base.pop("weights")}
+    for split, parts in sources.items():
+        for name, source in parts.items():
+            digests[".".join(filter(None, ("data", name, split)))] = source.shards.digest
     if initial:
         digests["init_from"] = base_digests(initial, verify_base)["weights"]
     return digests | {f"{BASE_FILE}{name}": digest for name, digest in base.items()}

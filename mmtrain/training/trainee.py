@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-from mmtrain import distributed, plugins
-from mmtrain.assemble import Assembled, data_section
+from mmtrain import distributed
+from mmtrain.assemble import Assembled
 from mmtrain.config.schema import RunConfig
-from mmtrain.evaluation.evaluate import Evaluation, write_evaluation
+from mmtrain.evaluation.evaluate import Evaluation, recorded_metrics, write_evaluation
 from mmtrain.main_rank import on_main
 from mmtrain.models.dropout import DropoutScope, scope_of
+from mmtrain.tasks.choice import tasks_of
 from mmtrain.training.audit import component_gradient_norms, refuse_dead_components
 from mmtrain.training.checkpoint import CheckpointFolder, Facts, StoredState, find_damage
 from mmtrain.training.early_stopping import EarlyStopping
@@ -56,7 +57,6 @@ class Trainee:
     def of(cls, session: Session, assembled: Assembled, per_epoch: int, facts: Facts) -> Trainee:
         """The one trainee of a run, before its first step."""
         config = session.config
-        task = plugins.load("task", data_section(config).task)
         return cls(
             config=config,
             run_dir=session.run_dir,
@@ -65,7 +65,7 @@ class Trainee:
             owner=assembled.trainable.owner,
             auxiliary=assembled.trainable.auxiliary,
             scope=scope_of(assembled.model),
-            stopping=EarlyStopping.of(config.validation, task),
+            stopping=EarlyStopping.of(config.validation, tasks_of(config)),
             steps_per_epoch=per_epoch,
             facts=facts,
         )
@@ -127,16 +127,21 @@ class Trainee:
         due = bool(every) and step % int(every or 1) == 0
         return due or step % self.steps_per_epoch == 0 or step == self.total_steps
 
-    def take_validation(self, evaluation: Evaluation) -> dict[str, float]:
-        """Record it, keep what is best so far, decide whether to stop; the metrics recorded."""
-        metrics = {f"val/{name}": value for name, value in evaluation.metrics.items()}
+    def take_validation(self, evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
+        """Record them, keep what is best so far, decide whether to stop; the metrics recorded."""
+        metrics = recorded_metrics(evaluations)
         self.record(metrics)
         if self.stopping.update(metrics, self.state.step):
             self.state.best_metrics = metrics
             # The answers that belong to the checkpoint that is exported in the end.
-            on_main(lambda: write_evaluation(self.run_dir / "evaluation" / "val", evaluation))
+            on_main(lambda: self._keep_answers(evaluations))
         self.state.stopped_early = self.stopping.should_stop(self.epoch)
         return metrics
+
+    def _keep_answers(self, evaluations: Mapping[str, Evaluation]) -> None:
+        for name, evaluation in evaluations.items():
+            label = f"val-{name}" if name else "val"
+            write_evaluation(self.run_dir / "evaluation" / label, evaluation)
 
     def save(self, engine: Engine) -> None:
         """Write a checkpoint. Every rank takes part."""

@@ -28,7 +28,7 @@ class Judged:
 
 def stopping(**settings: object) -> EarlyStopping:
     task: Any = Judged()
-    return EarlyStopping.of(ValidateConfig.model_validate(settings), task)
+    return EarlyStopping.of(ValidateConfig.model_validate(settings), {"": task})
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def run_dir(tmp_path: Path) -> Path:
         "tracking: {uri: 'http://me:hunter2@host'}\n"
     )
     (folder / "status.json").write_text(json.dumps({"state": "finished"}))
-    declared = (*validation_metrics(None).values(), ACCURACY, SPEED)
+    declared = (*validation_metrics({}).values(), ACCURACY, SPEED)
     (folder / DECLARED_NAME).write_text(json.dumps(as_fields(declared)))
     (folder / "evaluation" / "val").mkdir(parents=True)
     (folder / "evaluation" / "val" / "metrics.json").write_text('{"accuracy": 0.75}')

@@ -1,0 +1,102 @@
+"""Several data sets in one epoch, each as often as its weight says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from mmtrain.config.schema import MixPart
+from mmtrain.data.order import epoch_order
+from mmtrain.data.source import Source
+from mmtrain.models.interface import Example
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How many samples each set has, and how many passes over it one epoch makes.
+
+    Samples are numbered through, set after set.
+    """
+
+    sizes: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def num_samples(self) -> int:
+        """Of one epoch."""
+        return sum(self._counts())
+
+    def _counts(self) -> list[int]:
+        pairs = zip(self.sizes, self.weights, strict=True)
+        return [max(1, round(weight * size)) for size, weight in pairs]
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """The numbers of an epoch's samples, in its order."""
+        return _order(self, seed, epoch)
+
+    def slots(self, seed: int, epoch: int) -> np.ndarray:
+        """The same before they are shuffled.
+
+        Whole passes hold every sample. What is left of a weight goes on, epoch by epoch, through
+        keyed orders of the set, so that none of its samples comes twice before all have come.
+        """
+        found, start = [], 0
+        for number, (size, count) in enumerate(zip(self.sizes, self._counts(), strict=True)):
+            passes, rest = divmod(count, size)
+            chosen = [np.arange(size)] * passes
+            if rest:
+                chosen.append(_stretch(size, (seed, number), epoch * rest, rest))
+            found.append(start + np.concatenate(chosen))
+            start += size
+        return np.concatenate(found)
+
+
+def mixture_of(parts: Mapping[str, MixPart], sizes: Sequence[int]) -> Mixture:
+    """As the run file weighs its data sets."""
+    return Mixture(tuple(sizes), tuple(part.weight for part in parts.values()))
+
+
+def _stretch(size: int, key: tuple[int, int], start: int, count: int) -> np.ndarray:
+    """Part of an endless row of keyed orders, one behind the other."""
+    first, last = start // size, (start + count - 1) // size
+    # Another key than the epoch's own: a seed beyond all that a run file may hold.
+    seed = (key[0] << 32) + (1 << 31) + key[1]
+    row = np.concatenate([epoch_order(size, seed, number) for number in range(first, last + 1)])
+    return row[start - first * size :][:count]
+
+
+# Sorting a million hashes takes 0.1 s: once per epoch, not at every step.
+@lru_cache(maxsize=2)
+def _order(mixture: Mixture, seed: int, epoch: int) -> np.ndarray:
+    slots = mixture.slots(seed, epoch)
+    return slots[epoch_order(len(slots), seed, epoch)]
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """The samples of several sources, numbered through."""
+
+    parts: tuple[Source, ...]
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def example(self, index: int) -> Example:
+        """A sample, tokenised, with its images."""
+        part, own = self._place(index)
+        return part.example(own)
+
+    def num_tokens(self, index: int) -> int:
+        """Length of a sample, no image decoded."""
+        part, own = self._place(index)
+        return part.num_tokens(own)
+
+    def _place(self, index: int) -> tuple[Source, int]:
+        for part in self.parts:
+            if index < len(part):
+                return part, index
+            index -= len(part)
+        raise IndexError(index)

@@ -1,0 +1,154 @@
+"""Several data sets in one run: who comes how often, in one order for all, with metrics apart."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mmtrain.commands import evaluate
+from mmtrain.data.mixture import Mixture
+from mmtrain.data.order import epoch_order
+from mmtrain.data.plan import Layout, Planner
+from mmtrain.errors import ConfigError
+from mmtrain.resolve import resolve
+from mmtrain.tasks.choice import tasks_of
+from mmtrain.tasks.interface import validation_metrics
+from mmtrain.training.inference import ready_from_argument
+from tests import tiny
+from tests.distributed.jobs import Interrupted
+from tests.in_process import one_rank, train, trained_digest
+from tests.unit.test_own_data import row, shards, write_rows
+
+SEED = 7
+
+
+def test_one_data_set_has_the_order_that_it_has_alone() -> None:
+    for epoch in range(3):
+        found = Mixture((100,), (1.0,)).order(SEED, epoch)
+        assert found.tolist() == epoch_order(100, SEED, epoch).tolist()
+
+
+def test_whole_passes_hold_all_and_the_rest_goes_round() -> None:
+    mixture = Mixture((10, 7, 3), (2.0, 0.3, 1.5))
+    assert mixture.num_samples == 20 + 2 + 4
+    counts: Counter[int] = Counter()
+    for epoch in range(7):
+        order = mixture.order(SEED, epoch)
+        assert len(order) == mixture.num_samples
+        counts.update(order.tolist())
+        assert Counter(order[order < 10].tolist()) == dict.fromkeys(range(10), 2)
+    # Two of seven in each of seven epochs, and one of three beside the whole pass.
+    assert [counts[number] for number in range(10, 17)] == [2] * 7
+    assert sorted(counts[number] for number in range(17, 20)) == [9, 9, 10]
+    assert not np.array_equal(mixture.order(SEED, 0), mixture.order(SEED + 1, 0))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_the_same_samples_whatever_the_ranks(world_size: int) -> None:
+    mixture = Mixture((40, 24), (0.5, 2.0))
+    layout = Layout(world_size, 0, 2, 8)
+    planner = Planner(mixture.num_samples, layout, SEED, mixture=mixture)
+    seen = [
+        index
+        for position in range(planner.steps_per_epoch)
+        for step in planner.plan(position).bins
+        for one in step
+        for index in one
+        if index >= 0
+    ]
+    assert seen == mixture.order(SEED, 0).tolist()
+
+
+def mixed_run(root: Path, base: Path, digits: Path, name: str, **sections: Any) -> dict[str, Any]:
+    """Digits, and twice as often a table of texts."""
+    if not (root / "texts").exists():
+        rows = [row(id=f"digits-{n:04d}", question=f"Which {n}?", answer="0") for n in range(40)]
+        raw = write_rows(root, rows)
+        shards("build", "jsonl", "--raw", raw, "--out", root / "texts", "--val", "20%")
+    texts = {"task": "jsonl", "template": {"prompt": "{question} Say it."}, "weight": 2}
+    texts |= {split: str(root / "texts" / split) for split in ("train", "val")}
+    images = {"task": "digits", "name": "images"}
+    images |= {split: str(digits / split) for split in ("train", "val")}
+    run = tiny.run_data(base, digits, root / name, **sections)
+    run["data"] = {"mix": [images, texts], "limit": 10, "val_limit": 3, "workers": 1}
+    return run
+
+
+def test_a_mixed_run_trains_validates_each_set_and_resumes(
+    tiny_checkpoint: Path,
+    digit_shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sections = {
+        "optim": {"max_steps": 5, "epochs": None, "global_batch": 4},
+        "validate": {"every": 3, "metric": "jsonl/accuracy"},
+        "checkpoint": {"every_steps": 2},
+        "generation": {"max_new_tokens": 1, "batch_size": 2},
+    }
+    runs = {
+        name: mixed_run(tmp_path, tiny_checkpoint, digit_shards, name, **sections)
+        for name in ("whole", "cut")
+    }
+
+    def stop(step: int, metrics: dict[str, float]) -> None:
+        raise Interrupted
+
+    with one_rank():
+        train(runs["whole"])
+        with pytest.raises(Interrupted):
+            train(runs["cut"], stop)
+        train(runs["cut"])
+        capsys.readouterr()
+        parser = argparse.ArgumentParser()
+        evaluate.configure(parser)
+        ready = ready_from_argument(str(tmp_path / "whole"), [], base=False)
+        for data in ([], ["--data", str(digit_shards / "test")]):
+            evaluate._evaluate(parser.parse_args(["whole", "--limit", "2", *data]), ready)
+    said = capsys.readouterr().out
+    for label in ("val-images", "val-jsonl", "test"):
+        assert f"2 predictions in {tmp_path / 'whole' / 'evaluation' / label}" in said
+    assert said.count("accuracy") == 3 and "95 %)" in said
+    losses = {name: tiny.read_metrics(tmp_path / name, "train/loss") for name in runs}
+    assert losses["cut"] == losses["whole"] and len(losses["whole"]) == 5
+    assert trained_digest(tmp_path / "cut") == trained_digest(tmp_path / "whole")
+    status = json.loads((tmp_path / "whole" / "status.json").read_text())
+    declared = validation_metrics(tasks_of(resolve(runs["whole"])))
+    assert set(status["metrics"]) == set(declared)
+    tokens = {"images": 2 * 3, "jsonl": 2 * 3}  # of three answers each, a digit and an end
+    each = {name: status["metrics"][f"val/{name}/loss"] for name in tokens}
+    mean = sum(each[name] * tokens[name] for name in tokens) / sum(tokens.values())
+    assert status["metrics"]["val/loss"] == pytest.approx(mean, rel=1e-6)
+    kept = (tmp_path / "cut" / "evaluation" / "val-jsonl" / "predictions.jsonl").read_text()
+    assert "Say it." in kept and len(kept.splitlines()) == 3
+
+
+def test_what_is_wrong_with_a_mix_is_told_at_once(
+    tiny_checkpoint: Path, digit_shards: Path, tmp_path: Path
+) -> None:
+    run = mixed_run(tmp_path, tiny_checkpoint, digit_shards, "run")
+    good = json.loads(json.dumps(run))
+    run["data"]["mix"][0]["task"] = "digit"
+    run["data"]["mix"][1]["template"] = "lettres"
+    with pytest.raises(ConfigError) as caught:
+        resolve(run)
+    text = str(caught.value)
+    assert "data.mix[0].task: unknown task 'digit'; did you mean 'digits'" in text
+    assert "data.mix[1].template: 'jsonl' has no template 'lettres'; did you mean" in text
+    wrong = {
+        "'mix' has its own task": {"task": "digits"},
+        "two parts of 'mix' have one name": {"mix": [good["data"]["mix"][0]] * 2},
+    }
+    for fault, changes in wrong.items():
+        with pytest.raises(ConfigError, match=fault):
+            resolve({**good, "data": good["data"] | changes})
+    with pytest.raises(ConfigError, match="gives no 'accuracy'; did you mean '.*accuracy'"):
+        resolve({**good, "validate": {"metric": "accuracy"}})
+    with pytest.raises(ConfigError, match="give 'task', or several in 'mix'"):
+        resolve({**good, "data": {"train": "somewhere"}})
