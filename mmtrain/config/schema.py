@@ -181,6 +181,14 @@ class DataConfig(Section):
     )
     seed: int | None = Field(None, ge=0, description="order of samples; default: the run's seed")
     workers: int = Field(2, ge=0, le=64, description="threads that decode ahead, per rank")
+    on_bad_sample: Literal["stop", "skip"] = Field(
+        "stop",
+        description="'skip' trains without samples that are damaged or do not fit max_length, and"
+        " names them in the log",
+    )
+    max_bad_share: float = Field(
+        0.01, ge=0, lt=1, description="with 'skip': of the samples seen, more are an error"
+    )
     cut: Literal["order", "balanced"] = Field(
         "order", description="'balanced' puts samples of like length of a step together"
     )

@@ -11,6 +11,7 @@ import numpy as np
 from mmtrain.config.schema import MixPart
 from mmtrain.data.order import epoch_order
 from mmtrain.data.source import Source
+from mmtrain.errors import DataError
 from mmtrain.models.interface import Example
 
 
@@ -80,6 +81,7 @@ class Mixed:
     """The samples of several sources, numbered through."""
 
     parts: tuple[Source, ...]
+    skips_bad: bool = False
 
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts)
@@ -90,9 +92,14 @@ class Mixed:
         return part.example(own)
 
     def num_tokens(self, index: int) -> int:
-        """Length of a sample, no image decoded."""
+        """Length of a sample, no image decoded; of one that will be left out, next to nothing."""
         part, own = self._place(index)
-        return part.num_tokens(own)
+        try:
+            return part.num_tokens(own)
+        except DataError:
+            if not self.skips_bad:
+                raise
+            return 1
 
     def _place(self, index: int) -> tuple[Source, int]:
         for part in self.parts:

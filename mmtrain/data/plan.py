@@ -85,6 +85,11 @@ class Planner:
     mixture: Mixture | None = None  # whose epochs have `num_samples`; None: every sample once
 
     @property
+    def num_distinct(self) -> int:
+        """Samples that there are, however often an epoch has them."""
+        return sum(self.mixture.sizes) if self.mixture else self.num_samples
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one pass; the last one may be padded."""
         return -(-self.num_samples // self.layout.global_batch)

@@ -6,13 +6,18 @@ sees the same samples in the same order.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from mmtrain.data.plan import PADDING, Planner
+from mmtrain.errors import DataError
 from mmtrain.models.interface import Batch, Example
+
+log = logging.getLogger("mmtrain")
+_FILLERS_TRIED = 100
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class StepBatches:
     position: int
     micro_batches: list[Batch]
     num_samples: int  # over all ranks, padding left out
+    num_bad: int = 0  # of these, those that this rank left out
 
 
 @dataclass(frozen=True)
@@ -32,20 +38,40 @@ class StepStream:
     example: Callable[[int], Example]
     collate: Callable[[Sequence[Example]], Batch]
     workers: int
+    skips_bad: bool = False
 
     def step(self, position: int) -> StepBatches:
         """One optimizer step, made here and now."""
         plan = self.planner.plan(position)
+        bad: list[int] = []
         batches = [
-            self.collate([self._weighted(index) for index in share])
+            self.collate([self._weighted(index, bad) for index in share])
             for share in plan.of_rank(self.planner.layout.rank)
         ]
-        return StepBatches(position, batches, plan.num_samples)
+        return StepBatches(position, batches, plan.num_samples, len(bad))
 
-    def _weighted(self, index: int) -> Example:
+    def _weighted(self, index: int, bad: list[int]) -> Example:
         if index == PADDING:
-            return replace(self.example(0), weight=0.0)
-        return self.example(index)
+            return self._filler()
+        if not self.skips_bad:
+            return self.example(index)
+        try:
+            return self.example(index)
+        except DataError as fault:
+            log.warning("left out of training: %s", fault)
+            bad.append(index)
+            return self._filler()
+
+    def _filler(self) -> Example:
+        """A sample that counts for nothing: the first that is good."""
+        last = min(self.planner.num_distinct, _FILLERS_TRIED if self.skips_bad else 1)
+        for index in range(last):
+            try:
+                return replace(self.example(index), weight=0.0)
+            except DataError:
+                if index == last - 1:
+                    raise
+        raise AssertionError("there are samples")
 
     def steps(self, start: int, stop: int) -> Iterator[StepBatches]:
         """Steps start..stop-1 in order."""

@@ -53,6 +53,7 @@ class StoredState(Facts):
     early_stopping: StoppingState
     best_metrics: dict[str, float]
     stopped_early: bool
+    bad_samples: int
 
 
 class CheckpointFolder:
@@ -161,6 +162,7 @@ def _unusable(state: StoredState) -> list[str]:
         and isinstance(stopping["since_best"], int),
         "best_metrics": all(isinstance(v, number) for v in dict(state["best_metrics"]).values()),
         "stopped_early": isinstance(state["stopped_early"], bool),
+        "bad_samples": type(state.get("bad_samples", 0)) is int,
     }
     return [key for key, good in usable.items() if not good]
 

@@ -58,6 +58,7 @@ class Loop:
         rate = trainee.begin_step(self.engine)
         result = train_step(self.engine, batches, trainee)
         trainee.state.step = batches.position + 1
+        trainee.take_bad_samples(result.num_bad)
         elapsed_s = time.perf_counter() - began_s
         metrics = {
             "train/loss": result.loss,
@@ -68,6 +69,8 @@ class Loop:
             "memory/peak_gib": peak_memory_gib(),
             **{f"train/{name}": value for name, value in result.auxiliary.items()},
         }
+        if trainee.state.bad_samples:
+            metrics["train/bad_samples"] = trainee.state.bad_samples
         trainee.record(metrics)
         return result.loss
 

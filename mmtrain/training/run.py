@@ -76,13 +76,14 @@ def _train(
         raise ConfigError(["components: nothing trains; give a component mode 'full' or 'peft'"])
     data = data_section(config)
     sources = {split: build_sources(config, assembled, split) for split in ("train", "val")}
-    train = Mixed(tuple(sources["train"].values()))
+    skips = data.on_bad_sample == "skip"
+    train = Mixed(tuple(sources["train"].values()), skips)
     inputs = on_main(lambda: input_digests(assembled, sources, initial, verify_base))
     lengths = _lengths(config, train, inputs, world) if data.cut == "balanced" else None
     mixture = mixture_of(data.parts, [len(source) for source in train.parts])
     planner = Planner(mixture.num_samples, layout, config.data_seed, lengths, mixture)
     collate = partial(assembled.family.code.collate, processor=assembled.processor)
-    stream = StepStream(planner, train.example, collate, data.workers)
+    stream = StepStream(planner, train.example, collate, data.workers, skips)
     facts = _facts(config, layout, settings, inputs)
     trainee = Trainee.of(session, assembled, planner.steps_per_epoch, facts)
     engine = _engine(session, assembled, settings, trainee, initial)

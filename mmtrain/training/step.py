@@ -26,6 +26,7 @@ class StepResult:
     num_tokens: int
     gradient_norm: float
     auxiliary: dict[str, float]  # further losses of methods, divided as the loss is
+    num_bad: int  # samples left out
 
 
 def train_step(engine: Engine, step: StepBatches, trainee: Trainee) -> StepResult:
@@ -39,7 +40,11 @@ def train_step(engine: Engine, step: StepBatches, trainee: Trainee) -> StepResul
     batches = step.micro_batches
     # Counted where batches are prepared, summed on the device.
     counts = distributed.summed_over_ranks(
-        [sum(b.num_answer_tokens for b in batches), sum(b.num_tokens for b in batches)],
+        [
+            sum(b.num_answer_tokens for b in batches),
+            sum(b.num_tokens for b in batches),
+            step.num_bad,
+        ],
         dtype=torch.int64,
     )
     factor = engine.divisor / counts[0].clamp(min=1).double()
@@ -95,10 +100,10 @@ def _checked(
         refuse_bad_gradients(by_parameter, trainee.owner, distributed.gather_objects(ids))
     if unwritten_lines:
         on_main(trainee.recorder.refuse_fault)
-    answer_tokens, tokens = map(int, counted)
+    answer_tokens, tokens, num_bad = map(int, counted)
     divisor = max(1, answer_tokens)
     auxiliary = {
         name: total / divisor for name, total in zip(trainee.auxiliary, further_sums, strict=True)
     }
     norm = math.sqrt(squared_norm)
-    return StepResult(loss_total / divisor, tokens, norm, auxiliary)
+    return StepResult(loss_total / divisor, tokens, norm, auxiliary, num_bad)

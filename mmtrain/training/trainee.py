@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from mmtrain import distributed
-from mmtrain.assemble import Assembled
+from mmtrain.assemble import Assembled, data_section
 from mmtrain.config.schema import RunConfig
+from mmtrain.errors import TrainingError
 from mmtrain.evaluation.evaluate import Evaluation, recorded_metrics, write_evaluation
 from mmtrain.main_rank import on_main
 from mmtrain.models.dropout import DropoutScope, scope_of
@@ -26,6 +27,7 @@ from mmtrain.training.recorder import Recorder
 from mmtrain.training.session import Session
 
 log = logging.getLogger("mmtrain")
+_BAD_IN_ANY_RUN = 10
 
 
 @dataclass
@@ -35,6 +37,7 @@ class RunState:
     step: int = 0  # optimizer steps done, which is also the stream's position
     best_metrics: dict[str, float] = field(default_factory=dict)
     stopped_early: bool = False
+    bad_samples: int = 0  # left out so far
 
 
 @dataclass
@@ -111,6 +114,21 @@ class Trainee:
         self.record({f"audit/grad_norm/{name}": norm for name, norm in norms.items()})
         refuse_dead_components(norms)
 
+    def take_bad_samples(self, count: int) -> None:
+        """Count what a step left out, the same on every rank; too many end the run."""
+        self.state.bad_samples += count
+        if not count:
+            return
+        share = data_section(self.config).max_bad_share
+        seen = self.state.step * self.config.optim.global_batch
+        # A bound on few samples would be none at all, or end a run for the first of a million.
+        if self.state.bad_samples > max(_BAD_IN_ANY_RUN * (share > 0), share * seen):
+            raise TrainingError(
+                f"{self.state.bad_samples} of the {seen} samples seen were left out, more than"
+                f" data.max_bad_share {share:g}.",
+                "The ranks' logs name them with the reason; correct them, or raise the share.",
+            )
+
     def record(self, metrics: Mapping[str, float]) -> None:
         """What was measured at the step that it has reached."""
         self.recorder.record(self.state.step, self.epoch, metrics)
@@ -155,6 +173,7 @@ class Trainee:
             "early_stopping": self.stopping.state(),
             "best_metrics": self.state.best_metrics,
             "stopped_early": self.state.stopped_early,
+            "bad_samples": self.state.bad_samples,
             **self.facts,
         }
         folder.save(engine, self.parameters, state)
@@ -162,7 +181,12 @@ class Trainee:
     def restore(self, stored: StoredState) -> None:
         """Go on from what a checkpoint's state.json says."""
         self.stopping.restore(stored["early_stopping"])
-        self.state = RunState(int(stored["step"]), stored["best_metrics"], stored["stopped_early"])
+        self.state = RunState(
+            int(stored["step"]),
+            stored["best_metrics"],
+            stored["stopped_early"],
+            stored.get("bad_samples", 0),  # a checkpoint of an older version counted none
+        )
 
     def export(self, assembled: Assembled) -> tuple[int, list[Path]]:
         """Export the best intact checkpoint; its step, and what was written. Rank 0 only."""

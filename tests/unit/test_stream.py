@@ -13,7 +13,7 @@ import torch
 from mmtrain.data.order import epoch_order
 from mmtrain.data.plan import PADDING, Layout, Planner
 from mmtrain.data.stream import StepBatches, StepStream, equal_chunks
-from mmtrain.errors import ConfigError
+from mmtrain.errors import ConfigError, DataError
 from mmtrain.models.interface import Batch, Example
 
 SEED, NUM_SAMPLES, GLOBAL_BATCH = 5, 21, 8
@@ -44,6 +44,35 @@ def plan_step(position: int, num_samples: int, global_batch: int, seed: int) -> 
 
 def steps_per_epoch(num_samples: int, global_batch: int) -> int:
     return Planner(num_samples, Layout(1, 0, 1, global_batch), SEED).steps_per_epoch
+
+
+BAD = {0, 3, 4}
+
+
+def damaged(index: int) -> Example:
+    if index in BAD:
+        raise DataError(f"sample '{index}' is damaged;", "copy it again.")
+    return make_example(index)
+
+
+def test_bad_samples_are_left_out_named_and_counted_on_every_split(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Whatever is left of a step stays what it was, and what fills it up counts for nothing."""
+    for world, micro in SPLITS:
+        steps = [
+            [stream(world, rank, micro, example=damaged, skips_bad=True).step(n) for n in range(3)]
+            for rank in range(world)
+        ]
+        wanted = stream(1, 0, GLOBAL_BATCH)
+        for number in range(3):
+            found = sorted(index for rank in steps for index in seen(rank[number]) if index >= 0)
+            whole = sorted(index for index in seen(wanted.step(number)) if index >= 0)
+            assert found == [index for index in whole if index not in BAD]
+        assert sum(one.num_bad for rank in steps for one in rank) == len(BAD)
+    assert "left out of training: sample '3' is damaged; copy it again." in caplog.text
+    with pytest.raises(DataError, match="damaged"):
+        list(stream(example=damaged).steps(0, 3))
 
 
 def seen(step: StepBatches) -> list[int]:
