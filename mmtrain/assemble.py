@@ -187,14 +187,19 @@ def _source(
 
 
 def part_with(data: DataConfig, folder: str) -> tuple[str, MixPart]:
-    """The data set that a folder is of: it names the folder, or its task is that of the shards."""
+    """The data set that a folder is of: it names the folder, or its task is that of the shards.
+
+    To shards of no task of the run, which a trained model may be asked about, the first template
+    of their own task belongs.
+    """
     for name, part in data.parts.items():
         if folder in (part.train, part.val):
             return name, part
-    found = read_manifest(Path(folder))[0].task if len(data.parts) > 1 else None
-    alike = [name for name, part in data.parts.items() if part.task == found]
-    name = alike[0] if alike else next(iter(data.parts))
-    return name, data.parts[name]
+    found = read_manifest(Path(folder))[0].task
+    for name, part in data.parts.items():
+        if part.task == found:
+            return name, part
+    return "", MixPart(task=found)
 
 
 def _encoder(data: DataConfig, family: Family, processor: Processor) -> Encoder:

@@ -1,8 +1,10 @@
-"""mmtrain evaluate: loss and answers of a trained run, or of its base, on a shard folder."""
+"""mmtrain evaluate: loss and answers of trained runs, or of a base, on shard folders."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,12 +12,14 @@ from mmtrain.commands.arguments import positive
 
 if TYPE_CHECKING:
     from mmtrain.evaluation.evaluate import Evaluation
+    from mmtrain.tasks.interface import Task
     from mmtrain.training.inference import Ready
 
-HELP = "score a run (or its base) on a shard folder"
+HELP = "score runs (or a base) on shard folders"
 _EXAMPLES = """examples:
   mmtrain evaluate runs/r64 --data shards/scienceqa/test
   mmtrain evaluate runs/lr1 runs/lr2 runs/lr3         one base, three adapters
+  mmtrain evaluate runs/r64 --data shards/okvqa/val --data shards/vizwiz/val --every-checkpoint
   mmtrain evaluate run.yaml --base                    the unadapted base model
   mmtrain evaluate runs/r64 --blank-images            must fall to chance"""
 
@@ -32,13 +36,41 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="further runs that adapt the same base in the same places, which is loaded once;"
         " dotted overrides",
     )
-    parser.add_argument("--data", help="shard folder; default: the run's data.val")
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="shard folder, repeatable, of any task; default: what the run validates on",
+    )
+    parser.add_argument(
+        "--every-checkpoint", action="store_true", help="not the best alone: all that are kept"
+    )
     parser.add_argument("--base", action="store_true", help="the base model, nothing trained")
     parser.add_argument("--blank-images", action="store_true", help="replace images by grey ones")
     parser.add_argument("--limit", type=positive, help="only the first N samples")
     parser.add_argument(
         "--out", help="folder of the result; default: evaluation/ in the run folder"
     )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A folder to evaluate on."""
+
+    label: str
+    folder: str
+    task: Task
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One cell of the table: whose answers, on what, how good."""
+
+    who: str
+    label: str
+    metric: str
+    value: float
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,72 +82,110 @@ def run(args: argparse.Namespace) -> int:
 
     overrides = [text for text in args.more if "=" in text]
     others = [text for text in args.more if "=" not in text]
-    if others and (args.out or args.base):
-        raise MmtrainError(
-            "--out and --base are for one run.", "Leave them out, or evaluate runs one by one."
-        )
-    if args.data:
-        ShardFolder.open(Path(args.data))  # a missing folder is known before minutes of loading
+    if args.base and (others or args.every_checkpoint):
+        raise MmtrainError("--base is nothing trained.", "Leave it out, or the runs beside it.")
+    for folder in args.data:
+        ShardFolder.open(Path(folder))  # a missing folder is known before minutes of loading
     ready = ready_from_argument(args.run, overrides, args.base)
-    _evaluate(args, ready)
+    scored = evaluate_all(args, ready)
     for other in others:
         ready = with_weights_of(ready, other, overrides)
-        _evaluate(args, ready)
+        scored += evaluate_all(args, ready)
+    if ready.engine.world.is_main and len(scored) > 1:
+        print_table(scored)
     distributed.shut_down()
     return 0
 
 
-def _evaluate(args: argparse.Namespace, ready: Ready) -> None:
-    """On the folder that was given, or on what validates each data set of the run."""
-    from mmtrain.assemble import data_section, part_with
+def evaluate_all(args: argparse.Namespace, ready: Ready) -> list[Scored]:
+    """Every checkpoint asked for, on every folder."""
     from mmtrain.errors import ConfigError
 
-    data = data_section(ready.config)
-    if args.data:
-        name, part = part_with(data, args.data)
-        return _evaluate_on(args, ready, args.data, Path(args.data).name, part.task)
-    folders = {name: part for name, part in data.parts.items() if part.val}
-    if not folders:
+    asked = list(_asked(args, ready))
+    if not asked:
         raise ConfigError(["data.val: is missing; name it or give --data"])
-    if len(folders) > 1 and args.out:
-        raise ConfigError(
-            [f"--out is for one folder, {len(folders)} data sets validate; give --data"]
-        )
-    for name, part in folders.items():
-        label = f"val-{name}" if name else Path(str(part.val)).name
-        _evaluate_on(args, ready, str(part.val), label, part.task)
+    run_dir = ready.run_dir or Path(ready.config.run_dir)
+    scored = []
+    for step in _checkpoints(args, ready, run_dir):
+        who = run_dir.name + ("" if step is None else f" step {step}")
+        for one in asked:
+            evaluation = _evaluation(args, ready, one, who)
+            metric = one.task.primary_metric.name
+            scored.append(Scored(who, one.label, metric, evaluation.metrics[metric]))
+            if not ready.engine.world.is_main:
+                continue
+            label = one.label + ("-base" if args.base else "")
+            label += "-blank" if args.blank_images else ""
+            label += "" if step is None else f"-step-{step}"
+            alone = len(asked) == 1 and step is None
+            _keep(who, evaluation, _place(args, run_dir, label, alone))
+    return scored
 
 
-def _evaluate_on(
-    args: argparse.Namespace, ready: Ready, folder: str, label: str, task: str
-) -> None:
+def _place(args: argparse.Namespace, run_dir: Path, label: str, alone: bool) -> Path:
+    """Where a result goes: in the run's folder, or where it was asked for."""
+    if not args.out:
+        return run_dir / "evaluation" / label
+    if any("=" not in text for text in args.more):
+        return Path(args.out) / run_dir.name / label
+    return Path(args.out) if alone else Path(args.out) / label
+
+
+def _asked(args: argparse.Namespace, ready: Ready) -> Iterator[Asked]:
+    """The folders that were given, or what validates each data set of the run."""
     from mmtrain import plugins
+    from mmtrain.assemble import data_section, part_with
+
+    data = data_section(ready.config)
+    for folder in args.data:
+        path = Path(folder)
+        label = path.name if len(args.data) == 1 else f"{path.resolve().parent.name}-{path.name}"
+        yield Asked(label, folder, plugins.load("task", part_with(data, folder)[1].task))
+    for name, part in data.parts.items() if not args.data else ():
+        if part.val:
+            label = f"val-{name}" if name else Path(part.val).name
+            yield Asked(label, part.val, plugins.load("task", part.task))
+
+
+def _checkpoints(args: argparse.Namespace, ready: Ready, run_dir: Path) -> Iterator[int | None]:
+    """The steps to evaluate, each loaded when it is its turn; None: what is loaded already."""
+    from mmtrain.main_rank import on_main
+    from mmtrain.training.checkpoint import CheckpointFolder, find_damage
+    from mmtrain.training.inference import load_trained
+
+    if not args.every_checkpoint:
+        yield None
+        return
+    folder = CheckpointFolder(run_dir, keep=1)
+    steps = on_main(
+        lambda: [step for step in sorted(folder.steps()) if not find_damage(folder.path(step))]
+    )
+    for step in steps:
+        load_trained(ready.assembled, folder.path(step))
+        yield step
+
+
+def _evaluation(args: argparse.Namespace, ready: Ready, asked: Asked, who: str) -> Evaluation:
     from mmtrain.assemble import build_source
-    from mmtrain.evaluation.evaluate import write_evaluation
     from mmtrain.training.inference import evaluate_with_progress
 
     source = build_source(
-        ready.config, ready.assembled, folder, args.limit, blank_images=args.blank_images
+        ready.config, ready.assembled, asked.folder, args.limit, blank_images=args.blank_images
     )
-    run_dir = ready.run_dir or Path(ready.config.run_dir)
     settings = ready.config.generation
-    evaluation = evaluate_with_progress(
-        run_dir.name, ready.engine, source, plugins.load("task", task), settings
+    return evaluate_with_progress(
+        f"{who} {asked.label}", ready.engine, source, asked.task, settings
     )
-    if ready.engine.world.is_main:
-        label += "-base" if args.base else ""
-        label += "-blank" if args.blank_images else ""
-        out = Path(args.out) if args.out else run_dir / "evaluation" / label
-        write_evaluation(out, evaluation)
-        _print(run_dir, evaluation, out)
 
 
-def _print(run_dir: Path, evaluation: Evaluation, out: Path) -> None:
-    """Every metric; of means over the samples, how sure they are."""
+def _keep(who: str, evaluation: Evaluation, out: Path) -> None:
+    """Write it, and print every metric; of means over the samples, how sure they are."""
+    from mmtrain.evaluation.evaluate import write_evaluation
     from mmtrain.evaluation.uncertainty import PERCENT, interval, is_mean
 
+    write_evaluation(out, evaluation)
     scores = [one.score for one in evaluation.predictions]
-    print(f"{run_dir}:")
+    print(f"{who}:")
     for name, value in evaluation.metrics.items():
         line = f"{name:20s} {value:.4f}"
         if name != "loss" and is_mean(value, scores):
@@ -123,3 +193,16 @@ def _print(run_dir: Path, evaluation: Evaluation, out: Path) -> None:
             line += f"  ({found.low:.4f} to {found.high:.4f}, {PERCENT} %)"
         print(line)
     print(f"{len(evaluation.predictions)} predictions in {out / 'predictions.jsonl'}")
+
+
+def print_table(scored: Sequence[Scored]) -> None:
+    """Runs and their checkpoints down, folders across."""
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = dict.fromkeys((one.label, one.metric) for one in scored)
+    table = Table("run", *(f"{label} {metric}" for label, metric in columns))
+    for who in dict.fromkeys(one.who for one in scored):
+        cells = {(one.label, one.metric): one.value for one in scored if one.who == who}
+        table.add_row(who, *(f"{cells[c]:.4f}" if c in cells else "" for c in columns))
+    Console().print(table)

@@ -110,11 +110,19 @@ def test_a_mixed_run_trains_validates_each_set_and_resumes(
         evaluate.configure(parser)
         ready = ready_from_argument(str(tmp_path / "whole"), [], base=False)
         for data in ([], ["--data", str(digit_shards / "test")]):
-            evaluate._evaluate(parser.parse_args(["whole", "--limit", "2", *data]), ready)
+            evaluate.evaluate_all(parser.parse_args(["whole", "--limit", "2", *data]), ready)
+        several = ["--data", str(digit_shards / "test"), "--data", str(tmp_path / "texts" / "val")]
+        asked = parser.parse_args(["whole", "--limit", "2", "--every-checkpoint", *several])
+        scored = evaluate.evaluate_all(asked, ready)
+    wanted = [("whole step 4", "texts-val"), ("whole step 5", "texts-val")]
+    assert [(one.who, one.label) for one in scored if "texts" in one.label] == wanted
+    assert (tmp_path / "whole" / "evaluation" / "texts-val-step-5" / "metrics.json").is_file()
+    evaluate.print_table(scored)
     said = capsys.readouterr().out
+    assert said.count("whole step 5") == 3 and "texts-val accuracy" in said
     for label in ("val-images", "val-jsonl", "test"):
         assert f"2 predictions in {tmp_path / 'whole' / 'evaluation' / label}" in said
-    assert said.count("accuracy") == 3 and "95 %)" in said
+    assert "95 %)" in said
     losses = {name: tiny.read_metrics(tmp_path / name, "train/loss") for name in runs}
     assert losses["cut"] == losses["whole"] and len(losses["whole"]) == 5
     assert trained_digest(tmp_path / "cut") == trained_digest(tmp_path / "whole")
