@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,8 +71,19 @@ class Census:
         return sum(part.trainable_params for part in self.components.values())
 
 
-def count(config: RunConfig, size: BatchSize | None = None) -> Census:
-    """Build the run's model on the meta device, adapt it, count every component, measure a step."""
+@dataclass(frozen=True)
+class Adapted:
+    """The run's model on the meta device, with all that the run adds."""
+
+    model: Any
+    trainable: Trainable
+    sizes: Mapping[str, int]  # of parameters and buffers
+    quantized: Sequence[int]  # of the base's weights that are held in fewer bits
+    components: Mapping[str, ComponentCount]
+
+
+def adapted(config: RunConfig) -> Adapted:
+    """Build the run's model without numbers, adapt it, count every component."""
     family: Family = plugins.load("family", config.model.family)
     model: Any = planned_model(config)
     quantized = quantised_linears(model, model_options(config).quantized)
@@ -87,19 +98,26 @@ def count(config: RunConfig, size: BatchSize | None = None) -> Census:
         name: _component_count(config, name, base_params[name], sizes, trainable)
         for name in family.components
     }
-    size = size or usual_size(config)
+    return Adapted(model, trainable, sizes, in_fewer_bits, components)
+
+
+def count(config: RunConfig, size: BatchSize | None = None) -> Census:
+    """Count the run's model, and measure a step of it on the meta device."""
+    found, size = adapted(config), size or usual_size(config)
+    family: Family = plugins.load("family", config.model.family)
+    model = found.model
     batch = family.code.planned_batch(model.config, size).to(torch.device("meta"))
     seen = watch(family, model, batch, config.model.attention == FLASH)
-    trained = sum(sizes[name] for name in trainable.owner)
+    trained = sum(found.sizes[name] for name in found.trainable.owner)
     frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
     by_formula = (2 * frozen + 4 * trained) * size.samples * size.tokens
     answer = _answer_flops(family, model, size.tokens)
     return Census(
-        components,
+        found.components,
         size,
         seen.peak_bytes,
-        sum(in_fewer_bits),
-        max(in_fewer_bits, default=0),
+        sum(found.quantized),
+        max(found.quantized, default=0),
         seen.flops,
         by_formula,
         answer,

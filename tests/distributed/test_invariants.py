@@ -35,14 +35,14 @@ SPLIT_TOLERANCE = 1e-5  # relative, fp32
 BF16_SPREAD = 1e-3  # relative, measured 2.4e-4: ZeRO-3 linears round elsewhere than torch does
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 # What `make test` trains, and what is left for `make test-all`.
-RESUMED = [("bf16", "zero1"), ("bf16", "zero3")]
+# Whole before anything is sharded, cut after it: what ZeRO-3 leaves in the process would show.
+BEFORE_SHARDING = ("bf16", "zero1")
+RESUMED = [BEFORE_SHARDING, ("bf16", "zero3")]
 ALL_RESUMED = [(dtype, stage) for dtype in ("fp32", "bf16") for stage in STAGES]
 # Under ZeRO-1 gradients meet at the boundary alone, under ZeRO-3 at every micro-step.
 BALANCED, BALANCED_TOKENS = ("zero3",), 250
 SPLIT = [("zero2", 1), ("zero3", 2)]
 ALL_SPLIT = [(stage, micro) for stage in STAGES for micro in (1, 2)]
-# Whole before anything is sharded, cut after it: what ZeRO-3 leaves in the process would show.
-BEFORE_SHARDING = ("bf16", "zero1")
 WHOLE = [BEFORE_SHARDING, *(("fp32", stage) for stage in STAGES), ("bf16", "zero3")]
 
 

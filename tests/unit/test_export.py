@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from mmtrain.resolve import resolve
 from tests import tiny
 from tests.in_process import one_rank, train
+from tests.soaks import cases
 from tests.unit import llava_material, qwen2_vl_material
 from tests.unit.one_by_one import logits_one_by_one
 
@@ -215,7 +216,7 @@ def test_export_refuses_a_folder_that_is_not_empty(root: Path) -> None:
         export.run(asked(root / "fp32", root))
 
 
-@pytest.mark.parametrize("name", ["fp32", "two-adapters", "qwen2_vl"])
+@pytest.mark.parametrize("name", cases(["fp32"], ["fp32", "two-adapters", "qwen2_vl"]))
 def test_an_adapter_folder_is_read_back(
     root: Path,
     name: str,

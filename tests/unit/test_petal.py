@@ -17,6 +17,7 @@ from mmtrain.models import decoding
 from mmtrain.models.interface import Batch, BatchSize
 from mmtrain.peft.information import ClubBound, ContrastiveBound
 from mmtrain.peft.petal import GatedExperts, SharedModes, owners, weighted_by_score
+from mmtrain.planning.census import adapted
 from mmtrain.planning.report import examine
 from mmtrain.resolve import resolve
 from tests.soaks import cases
@@ -38,8 +39,8 @@ def run_of(preset: str = "tiny", **options: Any) -> RunConfig:
 
 
 def trained_of(**options: Any) -> int:
-    report = examine(run_of("instructblip-flan-t5-xl", **options), world_size=1)
-    return int(report["components"]["qformer"]["trainable_params"])
+    found = adapted(run_of("instructblip-flan-t5-xl", **options)).components
+    return found["qformer"].trainable_params
 
 
 COUNTS: dict[str, tuple[dict[str, Any], int]] = {
