@@ -32,10 +32,11 @@ def read_items(path: Path) -> Iterator[tuple[str, Any]]:
             yield key, listed.entry()
 
 
-def read_list(path: Path, key: str) -> Iterator[tuple[str, Any]]:
-    """(its place, the entry) of every entry of the list `key` in a `.json` file's object."""
+def read_list(path: Path, key: str | None = None) -> Iterator[tuple[str, Any]]:
+    """(its place, the entry) of every entry of a `.json` file's list, or of its object's `key`."""
     with _opened(path) as file:
-        yield from _Listed(file, path).list_of(key)
+        listed = _Listed(file, path)
+        yield from listed.rows() if key is None else listed.list_of(key)
 
 
 @contextmanager

@@ -14,7 +14,6 @@ import re
 from collections.abc import Sequence
 
 from mmtrain.tasks.interface import Metric, Sample, Template
-from mmtrain.tasks.metrics import target_matches
 
 VQA_SCORE = Metric("vqa_score", larger_is_better=True, unit="%")
 _ENOUGH = 3  # people who agree
@@ -80,7 +79,7 @@ def vqa_score(prediction: str, answers: Sequence[str]) -> float:
     """
     said, given = plain_form(prediction), [plain_form(answer) for answer in answers]
     same, total = given.count(said), len(given)
-    if total == 1:
+    if total <= 1:
         return float(same)
     one_of_them_out, another_out = _share(same - 1), _share(same)
     return (same * one_of_them_out + (total - same) * another_out) / total
@@ -103,12 +102,13 @@ def equal_in_plain_form(prediction: str, answer: str) -> float:
 def vqa_scores(
     samples: Sequence[Sample], predictions: Sequence[str], template: Template
 ) -> list[float]:
-    """The VQA score of each; where a template words answers its own way, 1.0 for its target."""
-    return [
-        (
-            vqa_score(prediction, sample.answers)
-            if template(sample).target in sample.answers
-            else target_matches([sample], [prediction], template)[0]
-        )
-        for sample, prediction in zip(samples, predictions, strict=True)
-    ]
+    """The VQA score of each.
+
+    Where a template words answers its own way, what it wanted is right, too.
+    """
+    scores = []
+    for sample, prediction in zip(samples, predictions, strict=True):
+        target = template(sample).target
+        worded = 0.0 if target in sample.answers else equal_in_plain_form(prediction, target)
+        scores.append(max(worded, vqa_score(prediction, sample.answers)))
+    return scores

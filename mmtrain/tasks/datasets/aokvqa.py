@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from mmtrain.tasks.interface import Dropped, Metric, Rendered, Sample, Template, Turn
-from mmtrain.tasks.json_rows import read_rows
+from mmtrain.tasks.json_rows import read_list
 from mmtrain.tasks.metrics import ACCURACY, mean, target_matches
 from mmtrain.tasks.pictures import Unusable
 from mmtrain.tasks.raw_files import needed
@@ -88,7 +88,7 @@ class AOKVQA:
         remedy = "give --raw the folder that aokvqa_v1p0.tar.gz was unpacked in."
         file = needed(raw, [f"aokvqa_v1p0_{split}.json"], remedy)
         folder = options.image_folder or file.parent
-        rows = named(read_rows(file), "question_id")
+        rows = named(read_list(file), "question_id")
         return built(rows, lambda name, row: _sample(name, row, split, folder))
 
     def score(

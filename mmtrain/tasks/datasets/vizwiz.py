@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from mmtrain.tasks.interface import Dropped, Metric, Rendered, Sample, Template, Turn
-from mmtrain.tasks.json_rows import read_rows
+from mmtrain.tasks.json_rows import read_list
 from mmtrain.tasks.metrics import mean
 from mmtrain.tasks.raw_files import needed
 from mmtrain.tasks.templates import plain
@@ -60,7 +60,7 @@ class VizWiz:
             picture = f"{split}/{text_of(row, 'image')}"
             return answered(name, row, picture, folder, "answer_type", "answerable")
 
-        return built(named(read_rows(file), "image"), make)
+        return built(named(read_list(file), "image"), make)
 
     def score(
         self, samples: Sequence[Sample], predictions: Sequence[str], template: Template
