@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import re
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from mmtrain import plugins
 from mmtrain.data.shards import ShardFolder
 from mmtrain.errors import DataError
 from mmtrain.tasks.interface import Dropped, ImageBytes, Sample
+from tests.fuzz import examples
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tasks"
 NAMES = ("iconqa", "vizwiz", "okvqa", "aokvqa", "ocrvqa", "vqav2", "textvqa")
@@ -324,6 +326,31 @@ def test_names_in_iconqa_lead_nowhere_else(copy: Callable[[str], Path]) -> None:
     change(raw / "problems.json", lambda content: content.update({name: content["10"]}))
     change(raw / "pid_splits.json", lambda content: content.update(choose_txt_train=[name]))
     assert left_out("iconqa", raw=raw)[name][0] == "its picture lies outside of the folder"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_damage_anywhere_is_an_error_or_a_sample(name: str, copy: Callable[[str], Path]) -> None:
+    """Cut off, bits turned over, a piece put elsewhere, a value of another type."""
+    raw = copy(name)
+    path = raw / FILES[name]
+    whole, draw = path.read_bytes(), random.Random(name)
+    for _ in range(examples(30)):
+        at, to = draw.randrange(len(whole)), draw.randrange(len(whole))
+        path.write_bytes(
+            draw.choice(
+                [
+                    whole[:at],
+                    whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1 :],
+                    whole[:at] + whole[to : to + 9] + whole[at:],
+                    re.sub(rb'"[^"]*"(?=,)', draw.choice([b"null", b"1.5", b"[]", b"{}"]), whole),
+                ]
+            )
+        )
+        try:
+            found = read(name, "train", raw)
+        except DataError:
+            continue
+        assert all(isinstance(one, (Sample, Dropped)) for one in found)
 
 
 # --- from raw files to shards ---------------------------------------------------------------------

@@ -23,7 +23,9 @@ from mmtrain.tasks.vqa_templates import wang2024, zhou2024
 class OKVQA:
     """The OKVQA task."""
 
-    description = "9,009 questions that need knowledge, ten answers each; 5,046 in val, its test"
+    description = (
+        "9,009 questions that need knowledge, ten answers each; 5,046 in val, which plays test"
+    )
     splits: tuple[str, ...] = ("train", "val")
     build_options: type[BaseModel] = PictureOptions
     needs_raw = True
