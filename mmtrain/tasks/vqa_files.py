@@ -73,10 +73,11 @@ def texts_of(row: Row, key: str) -> tuple[str, ...]:
     """A field that is a list of texts, or of objects with a text `answer`; some may be empty."""
     value = row.get(key)
     listed = value if isinstance(value, list) else []
-    texts = [one.get("answer") if isinstance(one, Mapping) else one for one in listed]
-    if not all(isinstance(one, str) for one in texts) or not any(one.strip() for one in texts):
+    given = [one.get("answer") if isinstance(one, Mapping) else one for one in listed]
+    texts = tuple(one for one in given if isinstance(one, str))
+    if len(texts) < len(given) or not any(one.strip() for one in texts):
         raise Unusable(f"its {key} are no texts", _FIX)
-    return tuple(texts)
+    return texts
 
 
 def pictures(names: Iterable[str], folder: Path) -> tuple[ImageBytes, ...]:

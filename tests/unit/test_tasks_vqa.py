@@ -242,8 +242,9 @@ def change_row(name: str, raw: Path, changed: Callable[[Any], object]) -> None:
     ("name", "changes", "reason"),
     [
         ("iconqa", {"answer": 3}, "its answer is none of its choices"),
-        ("iconqa", {"answer": -1}, "its answer is none of its choices"),
-        ("iconqa", {"answer": "²"}, "its answer is none of its choices"),
+        ("iconqa", {"answer": 26, "choices": ["a"] * 27}, "its answer is none of its choices"),
+        ("iconqa", {"answer": -1}, "its answer is no number"),
+        ("iconqa", {"answer": "²"}, "its answer is no number"),
         ("iconqa", {"choices": None}, "its choices are no texts"),
         ("iconqa", {"question": " "}, "its question is no text"),
         ("vizwiz", {"answers": []}, "its answers are no texts"),

@@ -25,7 +25,7 @@ from mmtrain.tasks.metrics import (
 from mmtrain.tasks.pictures import Unusable
 from mmtrain.tasks.raw_files import needed
 from mmtrain.tasks.templates import LETTERS, answer_index, bracketed, plain, without_signs
-from mmtrain.tasks.vqa_files import Row, built, pictures, text_of, texts_of
+from mmtrain.tasks.vqa_files import Row, built, number_of, pictures, text_of, texts_of
 
 _FILES = "give --raw the folder iconqa_data, with problems.json, pid_splits.json and iconqa/."
 _FIX = "Download problems.json again."
@@ -66,11 +66,9 @@ def kim2023(sample: Sample) -> Rendered:
 def _sample(problem_id: str, problem: Row, kind: str, place: Path) -> Sample:
     """A problem; `place` is the folder of its kind and split."""
     names, meta = ["image.png"], {key: problem[key] for key in ("grade", "label") if key in problem}
-    question = text_of(problem, "question")
+    question, choices = text_of(problem, "question"), tuple[str, ...]()
     if kind == "fill_in_blank":
-        answer, choices = str(problem.get("answer", "")), ()
-        if not answer.strip():
-            raise Unusable("it has no answer", _FIX)
+        answer = text_of(problem, "answer")
     else:
         choices, right = _choices(problem)
         if kind == "choose_img":
@@ -83,9 +81,8 @@ def _sample(problem_id: str, problem: Row, kind: str, place: Path) -> Sample:
 
 def _choices(problem: Row) -> tuple[tuple[str, ...], int]:
     """What can be chosen, and the number of the right one."""
-    choices, given = texts_of(problem, "choices"), str(problem.get("answer"))
-    right = int(given) if given.isascii() and given.isdigit() else len(LETTERS)
-    if right >= len(choices):
+    choices, right = texts_of(problem, "choices"), number_of(problem, "answer")
+    if not right < len(choices) <= len(LETTERS):
         raise Unusable("its answer is none of its choices", _FIX)
     return choices, right
 
