@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from mmtrain.errors import DataError
 from mmtrain.tasks.interface import Dropped, Metric, Rendered, Sample, Template, Turn
@@ -25,16 +25,22 @@ from mmtrain.tasks.metrics import (
 from mmtrain.tasks.pictures import Unusable
 from mmtrain.tasks.raw_files import needed
 from mmtrain.tasks.templates import LETTERS, answer_index, bracketed, plain, without_signs
-from mmtrain.tasks.vqa_files import Row, built, number_of, pictures, text_of, texts_of
+from mmtrain.tasks.vqa_files import (
+    PictureOptions,
+    Row,
+    built,
+    number_of,
+    pictures,
+    text_of,
+    texts_of,
+)
 
 _FILES = "give --raw the folder iconqa_data, with problems.json, pid_splits.json and iconqa/."
 _FIX = "Download problems.json again."
 
 
-class IconQAOptions(BaseModel):
+class IconQAOptions(PictureOptions):
     """Options of `mmtrain shards build iconqa --set key=value`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["choose_txt", "choose_img", "fill_in_blank"] = Field(
         "choose_txt",
@@ -63,8 +69,8 @@ def kim2023(sample: Sample) -> Rendered:
     return Rendered((Turn("user", prompt),), target, instruction=prompt, candidates=candidates)
 
 
-def _sample(problem_id: str, problem: Row, kind: str, place: Path) -> Sample:
-    """A problem; `place` is the folder of its kind and split."""
+def _sample(problem_id: str, problem: Row, kind: str, place: str, folder: Path) -> Sample:
+    """A problem; `place` is where its kind and split lie below the folder."""
     names, meta = ["image.png"], {key: problem[key] for key in ("grade", "label") if key in problem}
     question, choices = text_of(problem, "question"), tuple[str, ...]()
     if kind == "fill_in_blank":
@@ -75,7 +81,7 @@ def _sample(problem_id: str, problem: Row, kind: str, place: Path) -> Sample:
             names += choices
             choices = tuple(LETTERS[: len(choices)])
         answer, meta["answer_index"] = choices[right], right
-    images = pictures([f"{problem_id}/{name}" for name in names], place)
+    images = pictures([f"{place}/{problem_id}/{name}" for name in names], folder)
     return Sample(problem_id, images, (), question, (answer,), choices, {**meta, "kind": kind})
 
 
@@ -111,9 +117,10 @@ class IconQA:
         """The problems of a kind and split in the order of `pid_splits.json`."""
         problems_file = needed(raw, ["problems.json"], _FILES)
         splits_file = needed(raw, ["pid_splits.json"], _FILES)
-        place = problems_file.parent / "iconqa" / split / options.kind
-        rows = _rows(problems_file, splits_file, options.kind, split)
-        return built(rows, lambda name, row: _sample(name, row, options.kind, place))
+        kind, place = options.kind, f"iconqa/{split}/{options.kind}"
+        folder = options.image_folder or problems_file.parent
+        rows = _rows(problems_file, splits_file, kind, split)
+        return built(rows, lambda name, row: _sample(name, row, kind, place, folder))
 
     def score(
         self, samples: Sequence[Sample], predictions: Sequence[str], template: Template
