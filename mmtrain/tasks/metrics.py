@@ -25,6 +25,11 @@ def exact_matches(predictions: Sequence[str], references: Sequence[str]) -> list
     ]
 
 
+def lower_case_matches(predictions: Sequence[str], references: Sequence[str]) -> list[float]:
+    """1.0 where both are equal once case and outer white space are gone."""
+    return exact_matches([one.lower() for one in predictions], [one.lower() for one in references])
+
+
 def target_matches(
     samples: Sequence[Sample], predictions: Sequence[str], template: Template
 ) -> list[float]:

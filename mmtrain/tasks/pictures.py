@@ -32,7 +32,7 @@ class Unusable(MmtrainError):
 
     def dropped(self, sample_id: str) -> Dropped:
         """The sample that this is the end of."""
-        return Dropped(sample_id, str(self), self.detail)
+        return Dropped(sample_id, f"{self.fault}. {self.remedy}", self.detail)
 
 
 def locate(name: str, folder: Path) -> Path:

@@ -21,3 +21,12 @@ def only_file(raw: Path | None, endings: Sequence[str]) -> Path:
             "give the file itself as --raw.",
         )
     return found[0]
+
+
+def needed(raw: Path | None, names: Sequence[str], remedy: str) -> Path:
+    """The first of these files that is below the folder."""
+    assert raw is not None, "needs_raw is True"
+    found = [raw / name for name in names if (raw / name).is_file()]
+    if not found:
+        raise DataError(f"'{raw}' has no file {' or '.join(names)};", remedy)
+    return found[0]

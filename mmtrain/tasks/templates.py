@@ -8,7 +8,7 @@ alone: nothing of it is evaluated.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from mmtrain.errors import ConfigError, nearest
@@ -33,6 +33,17 @@ def letters(sample: Sample) -> Rendered:
     prompt = "\n".join(filter(None, (known["question"], known["lettered_choices"])))
     candidates = tuple(LETTERS[: len(sample.choices)])
     return Rendered((Turn("user", prompt),), known["letter"], candidates=candidates)
+
+
+def bracketed(choices: Sequence[str]) -> tuple[str, ...]:
+    """The choices as the InstructBLIP PEFT papers letter them, in prompts and in answers."""
+    small = LETTERS.lower()[: len(choices)]
+    return tuple(f"({letter}) {choice}" for letter, choice in zip(small, choices, strict=True))
+
+
+def without_signs(prompt: str) -> str:
+    """Those papers' text processor drops four signs from prompts, not from answers."""
+    return re.sub(r"[!*#;]", "", prompt)
 
 
 def own(prompt: str, target: str, mode: Literal["generate", "rank"]) -> Template:

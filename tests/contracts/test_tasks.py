@@ -30,7 +30,8 @@ _SAMPLES_AT_MOST = 5
 def _samples(name: str, split: str) -> list[Sample]:
     task: Task = plugins.load("task", name)
     raw = GOLDEN / name / "raw" if task.needs_raw else None
-    return list(islice(task.read(raw, split, task.build_options()), _SAMPLES_AT_MOST))
+    found = task.read(raw, split, task.build_options())
+    return list(islice((one for one in found if isinstance(one, Sample)), _SAMPLES_AT_MOST))
 
 
 def _readable(sample: Sample, rendered: Rendered) -> str:

@@ -155,7 +155,7 @@ class FamilyRuns:
         looks = {name: {"folder": str(material / name), "batch_size": 8} for name in LOOKS}
         jobs = [self.memorised(material), self._evaluation([], looks)]
         # Prompts of many lengths; one template lets the model speak, the other ranks the choices.
-        for mode, template in (("spoken", "zhou2024"), ("ranked", "instructblip_peft")):
+        for mode, template in (("spoken", "zhou2024"), ("ranked", "kim2023")):
             asked = [f"data.template={template}", f"data.val_limit={NUM_ASKED}"]
             for stage in ("zero0", "zero3"):
                 batches = {

@@ -73,7 +73,7 @@ def source_of(model: Model, shards: Path, template: Template, limit: int = 7) ->
     return Source(ShardFolder.open(shards, "scienceqa"), template, encoder, limit)
 
 
-@pytest.mark.parametrize("template", ["zhou2024", "instructblip_peft"])
+@pytest.mark.parametrize("template", ["zhou2024", "kim2023"])
 def test_every_sample_is_read_once_and_every_image_seen_once(
     model: Model, shards: Path, template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,7 +90,7 @@ def test_every_sample_is_read_once_and_every_image_seen_once(
 
 
 def test_ranking_takes_the_candidate_with_the_lowest_loss(model: Model, shards: Path) -> None:
-    source = source_of(model, shards, TASK.templates["instructblip_peft"])
+    source = source_of(model, shards, TASK.templates["kim2023"])
     found = evaluate(model, source, TASK, SETTINGS)
     for index, prediction in enumerate(found.predictions):
         question = source.question(index)

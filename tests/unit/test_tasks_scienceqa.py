@@ -15,6 +15,7 @@ from mmtrain.tasks.datasets.scienceqa import (
     ScienceQAOptions,
     chosen_letter,
     instructblip_peft,
+    kim2023,
     zhou2024,
 )
 from mmtrain.tasks.interface import ImageBytes, Sample
@@ -52,8 +53,8 @@ def test_zhou2024_is_the_printed_form() -> None:
     assert rendered.instruction is None
 
 
-def test_instructblip_peft_keeps_braces_and_drops_four_signs() -> None:
-    rendered = instructblip_peft(_sample(hint="Look! #1", lecture="Learn."))
+def test_kim2023_keeps_braces_and_drops_four_signs() -> None:
+    rendered = kim2023(_sample(hint="Look! #1", lecture="Learn."))
     assert rendered.turns[0].text == (
         "Context: {Look 1 Learn.} Question: {Which colour?} "
         "Options: {(a) red\n(b) blue green\n(c) none\n} Answer:"
@@ -61,6 +62,14 @@ def test_instructblip_peft_keeps_braces_and_drops_four_signs() -> None:
     assert rendered.instruction == rendered.turns[0].text
     assert rendered.target == "(b) blue; green", "answers keep their signs"
     assert rendered.candidates == ("(a) red", "(b) blue; green", "(c) *none*")
+
+
+def test_the_former_name_of_kim2023_still_works() -> None:
+    sample, template = _sample(), TASK.templates["instructblip_peft"]
+    assert instructblip_peft(sample) == kim2023(sample)
+    assert template.mode == "rank" and template.name == "instructblip_peft"
+    assert TASK.score([sample], ["(b) blue; green"], template)[1] == [1.0]
+    assert TASK.score([sample], ["B"], template)[1] == [0.0]
 
 
 # --- evaluators ---------------------------------------------------------------------------------
@@ -94,11 +103,7 @@ def test_each_template_has_its_own_rule() -> None:
     samples = [_sample(1)] * 3
     predictions = ["B", "(b) blue; green", "blue; green"]
     assert TASK.score(samples, predictions, TASK.templates["zhou2024"])[1] == [1.0, 0.0, 0.0]
-    assert TASK.score(samples, predictions, TASK.templates["instructblip_peft"])[1] == [
-        0.0,
-        1.0,
-        0.0,
-    ]
+    assert TASK.score(samples, predictions, TASK.templates["kim2023"])[1] == [0.0, 1.0, 0.0]
 
 
 def test_accuracy_over_images_is_apart() -> None:

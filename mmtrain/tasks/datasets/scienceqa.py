@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mmtrain.errors import DataError
 from mmtrain.tasks.interface import ImageBytes, Metric, Rendered, Sample, Template, Turn
 from mmtrain.tasks.metrics import ACCURACY, exact_matches, mean, target_matches
-from mmtrain.tasks.templates import answer_index
+from mmtrain.tasks.templates import answer_index, bracketed, without_signs
 
 LETTERS = "ABCDE"  # no question has more than five choices
 _META_KEYS = ("hint", "lecture", "solution", "subject", "topic", "category", "skill", "grade")
@@ -45,23 +45,20 @@ def zhou2024(sample: Sample) -> Rendered:
     return Rendered((Turn("user", prompt),), target, candidates=tuple(letters))
 
 
-def instructblip_peft(sample: Sample) -> Rendered:
+def kim2023(sample: Sample) -> Rendered:
     """The form of the InstructBLIP PEFT papers, with its literal braces and removed signs."""
-    candidates = _lettered_candidates(sample)
+    candidates = bracketed(sample.choices)
     context = f"{sample.meta.get('hint', '')} {sample.meta.get('lecture', '')}"
     options = "".join(f"{candidate}\n" for candidate in candidates)
     text = f"Context: {{{context}}} Question: {{{sample.question}}} Options: {{{options}}} Answer:"
-    # The papers' text processor drops these four signs from prompts, not from answers.
-    prompt = re.sub(r"[!*#;]", "", text)
+    prompt = without_signs(text)
     target = candidates[answer_index(sample)]
     return Rendered((Turn("user", prompt),), target, instruction=prompt, candidates=candidates)
 
 
-def _lettered_candidates(sample: Sample) -> tuple[str, ...]:
-    letters = LETTERS.lower()[: len(sample.choices)]
-    return tuple(
-        f"({letter}) {choice}" for letter, choice in zip(letters, sample.choices, strict=True)
-    )
+def instructblip_peft(sample: Sample) -> Rendered:
+    """What `kim2023` was called: run files that say so go on."""
+    return kim2023(sample)
 
 
 def chosen_letter(prediction: str) -> str | None:
@@ -89,7 +86,7 @@ def _scores(
     """As the template's paper scores its answers."""
     if template.name == zhou2024.__name__:
         return _letter_scores(samples, predictions)
-    if template.name == instructblip_peft.__name__:
+    if template.name in (kim2023.__name__, instructblip_peft.__name__):
         return exact_matches(predictions, [template(sample).target for sample in samples])
     return target_matches(samples, predictions, template)
 
@@ -104,6 +101,7 @@ class ScienceQA:
     templates: Mapping[str, Template] = {
         "zhou2024": Template(zhou2024),
         # Its papers rank the choices by their loss.
+        "kim2023": Template(kim2023, mode="rank"),
         "instructblip_peft": Template(instructblip_peft, mode="rank"),
     }
     metrics: tuple[Metric, ...] = (ACCURACY, ACCURACY_IMAGE)
