@@ -23,7 +23,7 @@ _TOKEN = re.compile(
     r"|'n'|o'clock|\bd'\w+|\by'(?=all\b)"
     r"|\d+(?:[.,:/]\d+)+(?!\w)"
     r"|\w+(?:(?:[-&/]|(?<!\d)')\w+)*"
-    r"|\*+|[^\w\s]"
+    r"|\*+|[?!]+|[^\w\s]"
 )
 # What a word ends in that counts as a word of its own.
 _CLITIC = re.compile(r"(.+?)(n't|'(?:s|m|d|re|ve|ll))")
