@@ -109,9 +109,10 @@ def cleaned(caption: str) -> str:
 
 
 def wang2024_with(prompt: str) -> Template:
-    """The template of Wang et al. 2024 with the data set's own prompt; the caption cleaned."""
+    """The template of Wang et al. 2024, which has a prompt for each data set."""
 
     def wang2024(sample: Sample) -> Rendered:
+        """The data set's own prompt; the caption cleaned (Wang et al. 2024)."""
         return Rendered((Turn("user", prompt),), cleaned(sample.answers[0]))
 
     return Template(wang2024)

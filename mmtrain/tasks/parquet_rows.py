@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ from mmtrain.errors import DataError
 _ROWS_AT_ONCE = 64
 
 
-def parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[str, Any]]:
-    """(its place, column -> value) of every row, of these columns or all."""
+def parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(its place, column -> value) of every row."""
     # Imported here: listing tasks must be instant.
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
@@ -20,7 +20,7 @@ def parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[t
     number = 0
     try:
         with ParquetFile(path) as file:
-            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=columns):
+            for batch in file.iter_batches(_ROWS_AT_ONCE):
                 for record in batch.to_pylist():
                     number += 1
                     yield f"{path.stem}-{number}", record

@@ -18,7 +18,9 @@ class PictureOptions(BaseModel):
 
     # Not part of the manifest: shards are the same wherever the pictures lay.
     image_folder: Path | None = Field(
-        None, exclude=True, description="folder of the pictures, if not below --raw (or --images)"
+        None,
+        exclude=True,
+        description="folder of the pictures, if not below --raw; --images says the same",
     )
 
 

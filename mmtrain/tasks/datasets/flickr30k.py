@@ -8,7 +8,7 @@ Without --set rows=pictures, `train` has a sample for each caption; `val` and `t
 each photo. `cider` is what pycocoevalcap prints as CIDEr, in words as the Penn Treebank cuts them
 (papers show 100 times it); `cider_d` is the same in words as white space cuts them;
 `cider_unclipped` is CIDEr's first formula. BLEU is that of the set, ROUGE the mean F1 over samples
-and references.
+and references. `wang2024` asks in validation as in training, where its paper's code asked nothing.
 """
 
 from __future__ import annotations

@@ -113,20 +113,25 @@ def _points(pictures: Mapping[str, Sequence[float]]) -> float:
 def _questions(raw: Path, name: str, pictures: Path) -> Iterator[Sample | Dropped]:
     folders = (pictures / name, pictures / name / "images")
     asked: Counter[str] = Counter()
-    with (raw / f"{name}.txt").open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                image, question, answer = _columns(line)
-                asked[image] += 1
-                sample_id = f"{name}/{image}/{asked[image]}"
-                pixels = picture(image, folders)
-            except Unusable as fault:
-                yield fault.dropped(f"{name}.txt, line {number}")
-                continue
-            meta = {"sub_task": name, "picture": image}
-            yield Sample(sample_id, (pixels,), (), question, (answer,), CHOICES, meta)
+    for number, line in enumerate(_lines(raw / f"{name}.txt"), start=1):
+        if not line.strip():
+            continue
+        try:
+            image, question, answer = _columns(line)
+            asked[image] += 1
+            pixels = picture(image, folders)
+        except Unusable as fault:
+            yield fault.dropped(f"{name}.txt, line {number}")
+            continue
+        sample_id, meta = f"{name}/{image}/{asked[image]}", {"sub_task": name, "picture": image}
+        yield Sample(sample_id, (pixels,), (), question, (answer,), CHOICES, meta)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as fault:
+        raise DataError(f"'{path}' is not UTF-8: {fault.reason};", "download it again.") from fault
 
 
 def _columns(line: str) -> tuple[str, str, str]:

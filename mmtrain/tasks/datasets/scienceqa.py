@@ -157,7 +157,10 @@ def _problems_of_split(
     splits = _object(path)
     if split not in splits:
         raise DataError(f"'{path}' has no split '{split}';", f"it has: {', '.join(splits)}.")
-    for problem_id in splits[split]:
+    ids = splits[split]
+    if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids):
+        raise DataError(f"split '{split}' of '{path}' is no list of texts;", "download it again.")
+    for problem_id in ids:
         if problem_id not in problems:
             raise DataError(
                 f"problem {problem_id} of '{path}' is not in problems.json;",

@@ -29,7 +29,6 @@ from mmtrain.tasks.words import ptb_words
 
 ROUGE_L = ROUGE[-1]
 _VAL_SHARE = 0.2
-_COLUMNS = ("id", "query", "response", "image", "human_ranking")
 
 
 class RewardOptions(BaseModel):
@@ -69,7 +68,7 @@ class VlRewardBench:
             raise DataError(f"'{raw}' holds no parquet file;", "give the file as --raw.")
         names = _names(files)
         validating = _validating(names, options.split_seed)
-        rows = (row for file in files for _, row in parquet_rows(file, _COLUMNS))
+        rows = (row for file in files for _, row in parquet_rows(file))
         for name, row in zip(names, rows, strict=True):
             if (name in validating) != (split == "val"):
                 continue
@@ -95,7 +94,7 @@ def _names(files: Sequence[Path]) -> list[str]:
     taken: Counter[str] = Counter()
     names = []
     for file in files:
-        for place, row in parquet_rows(file, _COLUMNS[:1]):
+        for place, row in parquet_rows(file):
             name = str(row.get("id") or place)
             taken[name] += 1
             names.append(name if taken[name] == 1 else f"{name}-{taken[name]}")
