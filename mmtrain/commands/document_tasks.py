@@ -24,6 +24,13 @@ to that share out. Options are given with `--set key=value`; `--limit N` keeps N
 `data.template` of a run file names one of the templates, the first if it is not given, or is
 [your own](own-data.md#your-own-words). The first metric is the one that early stopping and studies
 watch. Metrics in % are stored as shares of one.
+
+A data set that has a test split alone scores what was trained on another one:
+
+```console
+$ mmtrain evaluate runs/mine --data shards/mme/test --out runs/mine/evaluation/mme \\
+    data.task=mme data.template=plain
+```
 """
 _WAYS = {"generate": "the model speaks", "rank": "the candidate with the lowest loss"}
 

@@ -97,14 +97,15 @@ class Pope:
 
 
 def _sample(row: Any, kind: str, folder: Path) -> Sample:
-    fields = [row.get(key) for key in ("image", "text", "label")] if isinstance(row, dict) else []
-    if not fields or not all(isinstance(one, str) for one in fields) or "question_id" not in row:
+    known: dict[str, Any] = row if isinstance(row, dict) else {}
+    fields: list[Any] = [known.get(key) for key in ("image", "text", "label")]
+    if not all(isinstance(one, str) for one in fields) or "question_id" not in known:
         raise Unusable("it lacks question_id, image, text or label", "Download the file again.")
     image, text, label = fields
     if label not in CHOICES:
         raise Unusable("its label is neither yes nor no", "Download the file again.", label)
     return Sample(
-        id=f"{kind}-{row['question_id']}",
+        id=f"{kind}-{known['question_id']}",
         images=(picture(image, (folder,)),),
         question=text,
         answers=(label,),
