@@ -29,7 +29,7 @@ A data set that has a test split alone scores what was trained on another one:
 
 ```console
 $ mmtrain evaluate runs/mine --data shards/mme/test --out runs/mine/evaluation/mme \\
-    data.task=mme data.template=plain
+    data.task=mme data.template=plain validate.metric=loss
 ```
 """
 _WAYS = {"generate": "the model speaks", "rank": "the candidate with the lowest loss"}
