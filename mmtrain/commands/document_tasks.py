@@ -11,6 +11,7 @@ from itertools import groupby
 
 from mmtrain import plugins
 from mmtrain.commands.document import options_table
+from mmtrain.commands.markdown import row, table
 from mmtrain.tasks.interface import Task, Template
 
 _HEAD = """\
@@ -38,14 +39,14 @@ _WAYS = {"generate": "the model speaks", "rank": "the candidate with the lowest 
 def tasks_markdown() -> str:
     """The page: all data sets in one table, then a section for each."""
     tasks = {name: plugins.load("task", name) for name in plugins.names("task")}
-    summary = _table(["data set", "what it is", "splits", "templates", "watched metric"])
+    summary = table(["data set", "what it is", "splits", "templates", "watched metric"])
     summary += "".join(_summary(name, task) for name, task in tasks.items())
     return "\n".join([_HEAD, summary, *(_section(*each) for each in tasks.items())])
 
 
 def _summary(name: str, task: Task) -> str:
     cells = [f"[`{name}`](#{name})", task.description, _names(task.splits)]
-    return _row([*cells, _names(tuple(task.templates)), f"`{task.primary_metric.name}`"])
+    return row([*cells, _names(tuple(task.templates)), f"`{task.primary_metric.name}`"])
 
 
 def _section(name: str, task: Task) -> str:
@@ -54,9 +55,9 @@ def _section(name: str, task: Task) -> str:
     parts = [
         f"## {name}\n\n{about}\n",
         f"Splits: {_names(task.splits)}. {download}\n",
-        _table(["template", "answered by", "how it asks"])
+        table(["template", "answered by", "how it asks"])
         + "".join(_template(*each) for each in task.templates.items()),
-        _table(["metrics", "unit", "better"]) + "".join(_metric_rows(task)),
+        table(["metrics", "unit", "better"]) + "".join(_metric_rows(task)),
     ]
     if task.build_options.model_fields:
         parts.append(options_table(task.build_options))
@@ -65,7 +66,7 @@ def _section(name: str, task: Task) -> str:
 
 def _template(name: str, template: Template) -> str:
     about = " ".join((template.render.__doc__ or "").split())
-    return _row([f"`{name}`", _WAYS[template.mode], about])
+    return row([f"`{name}`", _WAYS[template.mode], about])
 
 
 def _metric_rows(task: Task) -> Iterator[str]:
@@ -75,19 +76,11 @@ def _metric_rows(task: Task) -> Iterator[str]:
         [task.primary_metric, *others], key=lambda metric: (metric.unit, metric.larger_is_better)
     ):
         names = _names(tuple(metric.name for metric in kind))
-        yield _row([names, unit, "more" if larger else "less"])
+        yield row([names, unit, "more" if larger else "less"])
 
 
 def _names(names: tuple[str, ...]) -> str:
     return ", ".join(f"`{name}`" for name in names)
-
-
-def _table(titles: list[str]) -> str:
-    return _row(titles) + _row(["---"] * len(titles))
-
-
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |\n"
 
 
 if __name__ == "__main__":
