@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import types
 import typing
+from pathlib import Path
 from typing import Any
 
 import annotated_types
@@ -48,9 +49,10 @@ def run_file_markdown() -> str:
         pages.append(f"## {key}\n\n{(section.__doc__ or '').strip()}\n")
         if section is ComponentConfig:
             pages.append(_COMPONENTS_NOTE)
-        pages.append(_fields(section))
+        pages.append(options_table(section))
         pages += [
-            f"### {key}.{name}{_per_component(field)}\n\n{nested.__doc__}\n\n{_fields(nested)}"
+            f"### {key}.{name}{_per_component(field)}\n\n{nested.__doc__}\n\n"
+            + options_table(nested)
             for name, field in section.model_fields.items()
             if (nested := _section_of(field.annotation)) is not None
         ]
@@ -63,10 +65,11 @@ def _method_page(name: str) -> str:
     """The options of one method."""
     options = plugins.load("method", name).options
     about = (sys.modules[options.__module__].__doc__ or "").strip().splitlines()[0]
-    return f"### method: {name}\n\n{about}\n\n{_fields(options)}"
+    return f"### method: {name}\n\n{about}\n\n{options_table(options)}"
 
 
-def _fields(model: type[BaseModel]) -> str:
+def options_table(model: type[BaseModel]) -> str:
+    """Key, type, default and meaning of each field, without nested sections."""
     return _table([_row(name, field) for name, field in model.model_fields.items()])
 
 
@@ -121,7 +124,7 @@ def _values(annotation: Any, metadata: list[object]) -> list[str]:
         return [_text_form(metadata)]
     if _section_of(annotation) is not None:
         return ["the keys below"]
-    names = {int: "whole number", float: "number", bool: "true, false"}
+    names = {int: "whole number", float: "number", bool: "true, false", Path: "path"}
     return [f"{names[annotation]}{_bounds(metadata)}"]
 
 

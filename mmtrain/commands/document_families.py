@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mmtrain import plugins
+from mmtrain.commands.markdown import row, table
 from mmtrain.models.interface import Family, ModelOptions
 from mmtrain.planning.report import examine
 from mmtrain.resolve import resolve
@@ -46,12 +47,12 @@ def _section(name: str, family: Family) -> str:
         f"## {name}\n\n{about}\n",
         f"Reads `model_type` {kinds}; `data.max_length` is {family.default_max_length} unless"
         " given.\n",
-        _table(["preset", "parameters", "weights in bf16", "LoRA r=128", "zero1", "zero3"])
+        table(["preset", "parameters", "weights in bf16", "LoRA r=128", "zero1", "zero3"])
         + "".join(_preset_row(preset, report) for preset, report in reports.items()),
-        _table(["component", *reports])
+        table(["component", *reports])
         + "".join(_component_row(component, reports) for component in family.components),
-        _table(["component", "sublayer", "role", "modules"])
-        + "".join(_row(cells) for cells in _roles(family)),
+        table(["component", "sublayer", "role", "modules"])
+        + "".join(row(cells) for cells in _roles(family)),
     ]
     return "\n".join(parts)
 
@@ -71,7 +72,7 @@ def _examined(name: str, preset: str) -> dict[str, object]:
 
 def _preset_row(preset: str, report: Mapping[str, Any]) -> str:
     base, memory = report["base_params"], report["memory"]["gib_per_rank"]
-    return _row(
+    return row(
         [
             f"`{preset}`",
             f"{base:,}",
@@ -85,7 +86,7 @@ def _preset_row(preset: str, report: Mapping[str, Any]) -> str:
 
 def _component_row(component: str, reports: Mapping[str, Mapping[str, Any]]) -> str:
     counts = (report["components"][component]["params"] for report in reports.values())
-    return _row([f"`{component}`", *(f"{count:,}" for count in counts)])
+    return row([f"`{component}`", *(f"{count:,}" for count in counts)])
 
 
 def _roles(family: Family) -> Iterator[list[str]]:
@@ -114,14 +115,6 @@ def _module_names(family: Family) -> set[str]:
             model = family.code.skeleton(family.code.model_config(ModelOptions(None, preset)))
         names |= {name for name, _ in model.named_modules()}
     return names
-
-
-def _table(titles: list[str]) -> str:
-    return _row(titles) + _row(["---"] * len(titles))
-
-
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |\n"
 
 
 if __name__ == "__main__":

@@ -101,6 +101,11 @@ def run(args: argparse.Namespace) -> int:
     """Write the file; an existing one stays as it is."""
     family = plugins.load("family", args.family)
     task = plugins.load("task", args.task)
+    if "train" not in task.splits:
+        raise MmtrainError(
+            f"nobody trains on '{args.task}', which has a test split alone.",
+            "Write the run file of another task; docs/tasks.md says how this one scores it.",
+        )
     own = None if args.raw is None else look_at(args.task, args.raw, args.images)
     text = run_file(args.family, family, args.task, task, args.checkpoint, own)
     try:

@@ -119,7 +119,7 @@ def _quick(args: argparse.Namespace, config: RunConfig, world_size: int) -> dict
             "optim.epochs": None,
             "optim.max_steps": args.max_steps,
         }
-        if data:
+        if data and any(part.val for part in data.parts.values()):
             limit = data.val_limit or _QUICK_VALIDATION_SAMPLES
             changes["data.val_limit"] = min(limit, _QUICK_VALIDATION_SAMPLES)
         return changes

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mmtrain.errors import DataError
 
@@ -30,3 +32,16 @@ def needed(raw: Path | None, names: Sequence[str], remedy: str) -> Path:
     if not found:
         raise DataError(f"'{raw}' has no file {' or '.join(names)};", remedy)
     return found[0]
+
+
+def json_object(path: Path, remedy: str) -> dict[str, Any]:
+    """A JSON file that holds an object. `remedy` says what to do where it is missing."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as fault:
+        raise DataError(f"'{path}' is not readable ({fault.strerror});", remedy) from fault
+    except (ValueError, RecursionError) as fault:
+        raise DataError(f"'{path}' is not valid JSON: {fault};", "download it again.") from fault
+    if not isinstance(content, dict):
+        raise DataError(f"'{path}' holds no JSON object;", "download it again.")
+    return content

@@ -8,6 +8,7 @@ Its prompts stand in tests/golden/tasks/<task>/<template>.txt, to be read by a p
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -27,11 +28,23 @@ TEMPLATES = [
 _SAMPLES_AT_MOST = 5
 
 
-def _samples(name: str, split: str) -> list[Sample]:
+def _all_samples(name: str, split: str) -> Iterator[Sample]:
+    """Those of the files beside the golden prompts; what a task drops is its own tests' matter."""
     task: Task = plugins.load("task", name)
     raw = GOLDEN / name / "raw" if task.needs_raw else None
     found = task.read(raw, split, task.build_options())
-    return list(islice((one for one in found if isinstance(one, Sample)), _SAMPLES_AT_MOST))
+    return (sample for sample in found if isinstance(sample, Sample))
+
+
+def _samples(name: str, split: str) -> list[Sample]:
+    return list(islice(_all_samples(name, split), _SAMPLES_AT_MOST))
+
+
+def _scored(name: str) -> list[Sample]:
+    """All of the small raw files: a metric may be about some samples only."""
+    task: Task = plugins.load("task", name)
+    split = task.splits[0]
+    return list(_all_samples(name, split)) if task.needs_raw else _samples(name, split)
 
 
 def _readable(sample: Sample, rendered: Rendered) -> str:
@@ -111,7 +124,7 @@ def test_prompts_are_the_golden_ones(name: str, template: str) -> None:
 @pytest.mark.parametrize(("name", "template"), TEMPLATES)
 def test_targets_score_best_and_nonsense_worst(name: str, template: str) -> None:
     task: Task = plugins.load("task", name)
-    samples = _samples(name, task.splits[0])
+    samples = _scored(name)
     rendered = [task.templates[template](sample) for sample in samples]
     best, best_each = task.score(
         samples, [each.target for each in rendered], task.templates[template]
@@ -139,7 +152,7 @@ def test_scores_are_the_declared_metrics_and_no_others(name: str, template: str)
     assert len(declared) == len(task.metrics) and LOSS.name not in declared
     assert task.primary_metric in task.metrics
     assert all(re.fullmatch("[a-z][a-z0-9_]*", each) for each in declared), "as MLflow takes it"
-    samples = _samples(name, task.splits[0])
+    samples = _scored(name)
     given, _ = task.score(samples, ["A"] * len(samples), task.templates[template])
     assert given.keys() == declared.keys()
     for each, value in given.items():

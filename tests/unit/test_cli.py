@@ -318,6 +318,8 @@ def test_init_for_a_checkpoint_and_another_task(tmp_path: Path) -> None:
     config = resolve(file)
     assert (config.model.checkpoint, config.model.preset) == (folder, None)
     assert config.data is not None and config.data.task == "digits"
+    assert main(["init", "--task", "mme", "--out", str(tmp_path / "c.yaml")]) == 2
+    assert not (tmp_path / "c.yaml").exists(), "nobody trains on a benchmark"
     assert main(["init", "--family", "lava", "--out", str(tmp_path / "b.yaml")]) == 2
 
 

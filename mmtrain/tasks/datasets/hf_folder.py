@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, Field
 
@@ -18,12 +17,12 @@ from mmtrain.tasks import own_data
 from mmtrain.tasks.interface import Dropped, Metric, Sample, Template
 from mmtrain.tasks.json_rows import read_rows
 from mmtrain.tasks.own_data import Columns, Row
+from mmtrain.tasks.parquet_rows import parquet_rows
 
 _NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
 _NAMES |= {"test": "test"}
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _METADATA = "metadata.jsonl"
-_ROWS_AT_ONCE = 64
 
 
 class HfOptions(Columns):
@@ -58,29 +57,12 @@ def _files(raw: Path) -> list[Path]:
     )
 
 
-def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
-    number = 0
-    try:
-        with ParquetFile(path) as file:
-            for batch in file.iter_batches(_ROWS_AT_ONCE):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"{path.stem}-{number}", record
-    except ArrowException as fault:
-        raise DataError(
-            f"'{path}' is no intact parquet file: {fault};", "copy it again."
-        ) from fault
-
-
 def _rows(
     files: Sequence[Path], raw: Path, options: HfOptions, labels: tuple[str, ...]
 ) -> Iterator[Row | Dropped]:
     if files and files[0].suffix == ".parquet":
         for file in files:
-            yield from own_data.table_rows(_parquet_records(file), options, raw, file)
+            yield from own_data.table_rows(parquet_rows(file), options, raw, file)
     elif files and files[0].name == _METADATA:
         columns = options.model_copy(update={"image": "file_name"})
         for file in files:

@@ -5,7 +5,6 @@ Raw files as published: `problems.json`, `pid_splits.json`, `images/<split>/<id>
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,11 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from mmtrain.errors import DataError
 from mmtrain.tasks.interface import ImageBytes, Metric, Rendered, Sample, Template, Turn
 from mmtrain.tasks.metrics import ACCURACY, exact_matches, mean, target_matches
+from mmtrain.tasks.raw_files import json_object
 from mmtrain.tasks.templates import answer_index, bracketed, without_signs
 
 LETTERS = "ABCDE"  # no question has more than five choices
 _META_KEYS = ("hint", "lecture", "solution", "subject", "topic", "category", "skill", "grade")
 _NAMED_AT_MOST = 5
+_REMEDY = "give --raw the folder with problems.json, pid_splits.json and images/."
 ACCURACY_IMAGE = Metric("accuracy_image", larger_is_better=True, unit="%")
 
 
@@ -110,7 +111,7 @@ class ScienceQA:
     def read(self, raw: Path | None, split: str, options: ScienceQAOptions) -> Iterator[Sample]:
         """The questions of a split in the order of `pid_splits.json`."""
         assert raw is not None, "needs_raw is True"
-        problems = _object(raw / "problems.json")
+        problems = json_object(raw / "problems.json", _REMEDY)
         chosen = [
             (problem_id, problem)
             for problem_id, problem in _problems_of_split(raw, problems, split)
@@ -132,30 +133,17 @@ class ScienceQA:
         return metrics, scores
 
 
-def _object(path: Path) -> dict[str, Any]:
-    """A JSON object from a raw file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as fault:
-        raise DataError(
-            f"ScienceQA needs '{path}' ({fault.strerror});",
-            "give --raw the folder with problems.json, pid_splits.json and images/.",
-        ) from fault
-    except ValueError as fault:
-        raise DataError(f"'{path}' is not valid JSON: {fault};", "download it again.") from fault
-    if not isinstance(content, dict):
-        raise DataError(f"'{path}' holds no JSON object;", "download it again.")
-    return content
-
-
 def _problems_of_split(
     raw: Path, problems: Mapping[str, object], split: str
 ) -> Iterator[tuple[str, dict[str, object]]]:
     path = raw / "pid_splits.json"
-    splits = _object(path)
+    splits = json_object(path, _REMEDY)
     if split not in splits:
         raise DataError(f"'{path}' has no split '{split}';", f"it has: {', '.join(splits)}.")
-    for problem_id in splits[split]:
+    ids = splits[split]
+    if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids):
+        raise DataError(f"split '{split}' of '{path}' is no list of texts;", "download it again.")
+    for problem_id in ids:
         if problem_id not in problems:
             raise DataError(
                 f"problem {problem_id} of '{path}' is not in problems.json;",
