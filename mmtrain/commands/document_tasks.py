@@ -26,11 +26,10 @@ to that share out. Options are given with `--set key=value`; `--limit N` keeps N
 [your own](own-data.md#your-own-words). The first metric is the one that early stopping and studies
 watch. Metrics in % are stored as shares of one.
 
-A data set that has a test split alone scores what was trained on another one:
+A trained run answers the shards of any data set, by the first template of theirs:
 
 ```console
-$ mmtrain evaluate runs/mine --data shards/mme/test --out runs/mine/evaluation/mme \\
-    data.task=mme data.template=plain validate.metric=loss
+$ mmtrain evaluate runs/mine --data shards/mme/test --data shards/pope/test
 ```
 """
 _WAYS = {"generate": "the model speaks", "rank": "the candidate with the lowest loss"}
