@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -49,7 +49,7 @@ class Built:
     folder: Path
     manifest: Manifest
     reused: bool
-    left_out: LeftOut
+    left_out: Sequence[str]  # a line for each reason
 
 
 @dataclass
@@ -95,10 +95,12 @@ def build_split(
     if folder.exists():
         kept = _identical(recipe, folder, source)
         if kept is not None:
-            return Built(folder, kept, True, left_out)
+            manifest, lines = kept
+            return Built(folder, manifest, True, lines)
         if not overwrite:
             raise DataError(
-                f"'{folder}' exists and was built from other files or options;",
+                f"'{folder}' exists and was built from other files or options, or by another"
+                " version of mmtrain;",
                 "choose another --out, or pass --overwrite to replace it.",
             )
     with published(folder) as partial:
@@ -115,8 +117,9 @@ def build_split(
             recipe.limit,
             recipe.options.model_dump(mode="json"),
         )
-        replace_file(partial / SOURCE_NAME, json.dumps(source, indent=2), sync=True)
-    return Built(folder, manifest, False, left_out)
+        about = {**source, "left_out": left_out.lines()}
+        replace_file(partial / SOURCE_NAME, json.dumps(about, indent=2), sync=True)
+    return Built(folder, manifest, False, left_out.lines())
 
 
 def _samples(recipe: Recipe, left_out: LeftOut) -> Iterator[Sample]:
@@ -162,32 +165,39 @@ def _usable(found: Sample | Dropped, task: Task) -> Sample | Dropped:
     return found
 
 
-def _source(recipe: Recipe) -> dict[str, str | int]:
+def _source(recipe: Recipe) -> dict[str, str | int | float]:
     """What the folder was made from: raw files by name, size and time, and the reader's code."""
     listing = sha256()
-    pictures = getattr(recipe.options, "image_folder", None)
-    for place in filter(None, (recipe.raw, pictures)):
+    raw, pictures = recipe.raw, getattr(recipe.options, "image_folder", None)
+    if raw is not None and raw.is_file() and pictures is None:
+        pictures = raw.parent  # where the names in it start from
+    for place in filter(None, (raw, pictures)):
         for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
             if path.is_file():
                 stat = path.stat()
                 name = path.relative_to(place).as_posix()
                 listing.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    reader = Path(plugins.__file__).parent / "tasks" / "datasets" / f"{recipe.task}.py"
+    tasks = Path(plugins.__file__).parent / "tasks"
+    readers = (*sorted(tasks.glob("*.py")), tasks / "datasets" / f"{recipe.task}.py")
     return {
         "raw_files": listing.hexdigest(),
-        "reader": sha256(reader.read_bytes()).hexdigest(),
+        "reader": sha256(b"".join(path.read_bytes() for path in readers)).hexdigest(),
         "samples_per_shard": recipe.samples_per_shard,
+        "droppable": recipe.droppable,
     }
 
 
-def _identical(recipe: Recipe, folder: Path, source: dict[str, str | int]) -> Manifest | None:
-    """The manifest of a finished folder if this recipe would write the same."""
+def _identical(
+    recipe: Recipe, folder: Path, source: Mapping[str, object]
+) -> tuple[Manifest, list[str]] | None:
+    """The manifest of a finished folder if this recipe would write the same; what it left out."""
     if not (folder / MANIFEST_NAME).is_file():
         return None
     try:
-        found = json.loads((folder / SOURCE_NAME).read_bytes())
+        found = dict(json.loads((folder / SOURCE_NAME).read_bytes()))
+        left_out = [str(line) for line in found.pop("left_out", [])]
         manifest = ShardFolder.open(folder).manifest
-    except (OSError, ValueError, DataError):
+    except (OSError, ValueError, TypeError, DataError):
         return None  # damaged or not ours: never kept, and replaced only when asked for
     same = (
         found == source
@@ -197,4 +207,4 @@ def _identical(recipe: Recipe, folder: Path, source: dict[str, str | int]) -> Ma
         and manifest.limit == recipe.limit
         and manifest.build_options == recipe.options.model_dump(mode="json")
     )
-    return manifest if same else None
+    return (manifest, left_out) if same else None

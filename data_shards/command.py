@@ -30,6 +30,7 @@ from mmtrain.data.manifest import (
 from mmtrain.data.verify import shortened, verify_folder
 from mmtrain.errors import ConfigError, DataError, nearest
 from mmtrain.files import replace_file
+from mmtrain.safe_text import presentable
 from mmtrain.tasks.interface import Task
 
 HELP = "build shards from raw files, index those of other programs, and verify them"
@@ -156,8 +157,8 @@ def _build(args: argparse.Namespace) -> int:
                 continue
             how = "reused, nothing has changed" if built.reused else "written"
             print(_summary(built.folder, built.manifest, how))
-            for line in built.left_out.lines():
-                print(f"  left out {line}")
+            for line in built.left_out:
+                print(f"  left out {presentable(line)}")
     return 0
 
 

@@ -18,7 +18,7 @@ from mmtrain.config.schema import DataConfig, MixPart, OwnTemplate, RunConfig
 from mmtrain.data.manifest import read_manifest
 from mmtrain.data.shards import ShardFolder
 from mmtrain.data.source import Encoder, Source
-from mmtrain.errors import CheckpointError, ConfigError
+from mmtrain.errors import CheckpointError, ConfigError, DataError
 from mmtrain.files import cache_folder, file_sha256, keep_in_cache
 from mmtrain.models.building import build_on_meta, working_precision
 from mmtrain.models.built import Asked
@@ -26,13 +26,14 @@ from mmtrain.models.interface import Family, Processor
 from mmtrain.peft.trainable import Trainable, make_trainable
 from mmtrain.resolve import model_options
 from mmtrain.tasks.interface import Template
-from mmtrain.tasks.templates import own, refuse_unknown_places
+from mmtrain.tasks.templates import own_for
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 FLASH = "flash_attention_2"
 _DIGESTS = "base-digests.json"
+_LOOKED_AT = 100  # samples that an own template is compared with
 # Of a base's folder, beside its weights; results and notes that lie there may change.
 _SMALL_FILES = (
     "config.json",
@@ -141,10 +142,11 @@ def data_section(config: RunConfig) -> DataConfig:
 def build_sources(config: RunConfig, assembled: Assembled, split: str) -> dict[str, Source]:
     """The samples of `train` or `val` of every data set that has some, by its name."""
     data = data_section(config)
+    encoder = _encoder(data, assembled.family, assembled.processor)
     limit = {"train": data.limit, "val": data.val_limit}[split]
     folders = {name: getattr(part, split) for name, part in data.parts.items()}
     return {
-        name: build_source(config, assembled, folder, limit)
+        name: _source(name, data.parts[name], encoder, folder, limit)
         for name, folder in folders.items()
         if folder is not None
     }
@@ -160,7 +162,7 @@ def build_source(
     """The samples of one shard folder, encoded for the run's family."""
     data = data_section(config)
     encoder = _encoder(data, assembled.family, assembled.processor)
-    return _source(data, encoder, folder, limit, blank_images)
+    return _source(*part_with(data, folder), encoder, folder, limit, blank_images)
 
 
 def source_to_look_at(config: RunConfig, folder: str) -> Source:
@@ -169,17 +171,17 @@ def source_to_look_at(config: RunConfig, folder: str) -> Source:
     data, family = data_section(config), plugins.load("family", config.model.family)
     options = model_options(config)
     processor = family.code.read_processor(options, family.code.model_config(options))
-    return _source(data, _encoder(data, family, processor), folder)
+    return _source(*part_with(data, folder), _encoder(data, family, processor), folder)
 
 
 def _source(
-    data: DataConfig,
+    name: str,
+    part: MixPart,
     encoder: Encoder,
     folder: str,
     limit: int | None = None,
     blank_images: bool = False,
 ) -> Source:
-    name, part = part_with(data, folder)
     shards = ShardFolder.open(Path(folder), part.task)
     # Ids of one data set may be those of another.
     prefix = f"{name}/" if name else ""
@@ -192,14 +194,23 @@ def part_with(data: DataConfig, folder: str) -> tuple[str, MixPart]:
     To shards of no task of the run, which a trained model may be asked about, the first template
     of their own task belongs.
     """
+    asked = Path(folder).resolve()
     for name, part in data.parts.items():
-        if folder in (part.train, part.val):
+        if asked in (Path(one).resolve() for one in (part.train, part.val) if one):
             return name, part
     found = read_manifest(Path(folder))[0].task
-    for name, part in data.parts.items():
-        if part.task == found:
-            return name, part
-    return "", MixPart(task=found)
+    alike = {name: part for name, part in data.parts.items() if part.task == found}
+    if not alike:
+        return "", MixPart(task=found)
+    name, part = next(iter(alike.items()))
+    if any(other.template != part.template for other in alike.values()):
+        raise ConfigError(
+            [
+                f"{folder}: is of task '{found}', which {' and '.join(alike)} of data.mix ask in"
+                " other words; give a run file with the one that is meant"
+            ]
+        )
+    return name, part
 
 
 def _encoder(data: DataConfig, family: Family, processor: Processor) -> Encoder:
@@ -208,14 +219,18 @@ def _encoder(data: DataConfig, family: Family, processor: Processor) -> Encoder:
 
 
 def template_for(part: MixPart, shards: ShardFolder) -> Template:
-    """The template that the run file names, or has; its own is tried on the first sample."""
+    """The template that the run file names, or has; its own must fit the first samples."""
     chosen, task = part.template, plugins.load("task", part.task)
     if not isinstance(chosen, OwnTemplate):
         template: Template = task.templates[chosen or next(iter(task.templates))]
         return template
-    texts = {"prompt": chosen.prompt, "target": chosen.target}
-    refuse_unknown_places(texts, shards.read(0))
-    return own(chosen.prompt, chosen.target, chosen.mode)
+    first = []
+    for index in range(min(len(shards), _LOOKED_AT)):
+        try:
+            first.append(shards.read(index))
+        except DataError:
+            continue  # training says so, or leaves it out
+    return own_for(chosen.prompt, chosen.target, chosen.mode, first)
 
 
 def base_digests(weights: Sequence[Path], afresh: bool = False) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,6 +85,9 @@ def run(args: argparse.Namespace) -> int:
     others = [text for text in args.more if "=" not in text]
     if args.base and (others or args.every_checkpoint):
         raise MmtrainError("--base is nothing trained.", "Leave it out, or the runs beside it.")
+    names = [Path(one).resolve().name for one in (args.run, *others)]
+    if args.out and len(set(names)) < len(names):
+        raise MmtrainError("two runs have one name.", "Leave --out away, or evaluate one by one.")
     for folder in args.data:
         ShardFolder.open(Path(folder))  # a missing folder is known before minutes of loading
     ready = ready_from_argument(args.run, overrides, args.base)
@@ -100,8 +104,13 @@ def run(args: argparse.Namespace) -> int:
 def evaluate_all(args: argparse.Namespace, ready: Ready) -> list[Scored]:
     """Every checkpoint asked for, on every folder."""
     from mmtrain.errors import ConfigError
+    from mmtrain.main_rank import on_main
 
     asked = list(_asked(args, ready))
+    labels = [one.label for one in asked]
+    if len(set(labels)) < len(labels):
+        twice = next(label for label in labels if labels.count(label) > 1)
+        raise ConfigError([f"--data: two folders would be kept as '{twice}'; evaluate one by one"])
     if not asked:
         raise ConfigError(["data.val: is missing; name it or give --data"])
     run_dir = ready.run_dir or Path(ready.config.run_dir)
@@ -112,13 +121,13 @@ def evaluate_all(args: argparse.Namespace, ready: Ready) -> list[Scored]:
             evaluation = _evaluation(args, ready, one, who)
             metric = one.task.primary_metric.name
             scored.append(Scored(who, one.label, metric, evaluation.metrics[metric]))
-            if not ready.engine.world.is_main:
-                continue
             label = one.label + ("-base" if args.base else "")
             label += "-blank" if args.blank_images else ""
             label += "" if step is None else f"-step-{step}"
             alone = len(asked) == 1 and step is None
-            _keep(who, evaluation, _place(args, run_dir, label, alone))
+            place = _place(args, run_dir, label, alone)
+            # What fails on rank 0 alone would leave the others waiting in the next collective.
+            on_main(partial(_keep, who, evaluation, place))
     return scored
 
 
@@ -139,8 +148,11 @@ def _asked(args: argparse.Namespace, ready: Ready) -> Iterator[Asked]:
     data = data_section(ready.config)
     for folder in args.data:
         path = Path(folder)
-        label = path.name if len(args.data) == 1 else f"{path.resolve().parent.name}-{path.name}"
-        yield Asked(label, folder, plugins.load("task", part_with(data, folder)[1].task))
+        task = part_with(data, folder)[1].task
+        own = len(args.data) == 1 and task in (part.task for part in data.parts.values())
+        # What another data set is answered with is not kept as the run's own.
+        label = path.name if own else f"{path.resolve().parent.name}-{path.name}"
+        yield Asked(label, folder, plugins.load("task", task))
     for name, part in data.parts.items() if not args.data else ():
         if part.val:
             label = f"val-{name}" if name else Path(part.val).name

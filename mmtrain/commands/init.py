@@ -37,8 +37,7 @@ components:
 {components}
 data:
   task: {task}
-  # {other_prompts}
-  # Or words of your own: template: {{prompt: "{{question}} In one word.", target: "{{answer}}"}}
+  # {other_prompts}{own_words}
   template: {template}
   # Folders that this writes:
   # {build}
@@ -80,6 +79,9 @@ tracking:
   uri: sqlite:///mlflow.db
   experiment: {task}
 """
+
+_OWN_WORDS = """
+  # Or words of your own: template: {prompt: "{question} In one word.", target: "{answer}"}"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -151,6 +153,7 @@ def run_file(
         template=templates[0],
         max_length=family.default_max_length,
         other_prompts=_others(templates),
+        own_words=_OWN_WORDS if own is not None and own.columns else "",
         train=_scalar(f"{facts.shards}/{task.splits[0]}"),
         val=_scalar(f"{facts.shards}/{_validation(task.splits)}"),
         metric=task.primary_metric.name,

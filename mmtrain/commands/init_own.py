@@ -10,10 +10,10 @@ from typing import Any
 
 from mmtrain.errors import MmtrainError
 from mmtrain.tasks.json_rows import read_rows
+from mmtrain.tasks.own_data import names_a_picture
 from mmtrain.tasks.raw_files import only_file
 
 _LOOKED_AT = 1000
-_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _QUESTIONS = ("question", "prompt", "instruction", "query", "input", "text", "problem")
 _ANSWERS = ("answer", "answers", "label", "caption", "response", "output", "target", "solution")
 _CHOICES = ("choices", "options", "candidates")
@@ -67,7 +67,8 @@ def _power_of_two_below(number: int, most: int) -> int:
 
 def _columns(records: Sequence[Mapping[str, Any]], file: Path) -> dict[str, str]:
     """Ours -> theirs, by name and by what is in them."""
-    names = list(dict.fromkeys(str(name) for record in records for name in record))
+    named = dict.fromkeys(str(name) for record in records for name in record)
+    names = [name for name in named if name.isprintable()]  # they go into a file, as one line
     found = {
         "image": next((name for name in names if _names_pictures(records, name)), None),
         "question": _named(names, _QUESTIONS),
@@ -91,10 +92,8 @@ def _named(names: Sequence[str], usual: Sequence[str]) -> str | None:
 
 
 def _names_pictures(records: Sequence[Mapping[str, Any]], column: str) -> bool:
-    values = [record.get(column) for record in records]
-    texts = [one[0] if isinstance(one, list) and one else one for one in values]
-    given = [one for one in texts if isinstance(one, str) and one]
-    return bool(given) and all(one.casefold().endswith(_ENDINGS) for one in given)
+    given = [record[column] for record in records if record.get(column)]
+    return bool(given) and all(names_a_picture(one) for one in given)
 
 
 def _build_command(

@@ -14,6 +14,8 @@ from mmtrain.data.source import Source
 from mmtrain.errors import DataError
 from mmtrain.models.interface import Example
 
+FILLERS_TRIED = 100  # samples, to find a good one in the place of bad ones
+
 
 @dataclass(frozen=True)
 class Mixture:
@@ -92,14 +94,17 @@ class Mixed:
         return part.example(own)
 
     def num_tokens(self, index: int) -> int:
-        """Length of a sample, no image decoded; of one that will be left out, next to nothing."""
-        part, own = self._place(index)
-        try:
-            return part.num_tokens(own)
-        except DataError:
-            if not self.skips_bad:
-                raise
-            return 1
+        """Length of a sample, no image decoded; of one that is left out, that of what fills in."""
+        fillers = range(min(len(self), FILLERS_TRIED)) if self.skips_bad else ()
+        fault: DataError | None = None
+        for number in (index, *fillers):
+            part, own = self._place(number)
+            try:
+                return part.num_tokens(own)
+            except DataError as error:
+                fault = fault or error
+        assert fault is not None
+        raise fault
 
     def _place(self, index: int) -> tuple[Source, int]:
         for part in self.parts:

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+from mmtrain.data.mixture import FILLERS_TRIED
 from mmtrain.data.plan import PADDING, Planner
 from mmtrain.errors import DataError
 from mmtrain.models.interface import Batch, Example
 
 log = logging.getLogger("mmtrain")
-_FILLERS_TRIED = 100
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class StepStream:
 
     def _filler(self) -> Example:
         """A sample that counts for nothing: the first that is good."""
-        last = min(self.planner.num_distinct, _FILLERS_TRIED if self.skips_bad else 1)
+        last = min(self.planner.num_distinct, FILLERS_TRIED if self.skips_bad else 1)
         for index in range(last):
             try:
                 return replace(self.example(index), weight=0.0)

@@ -140,7 +140,8 @@ def _empty(linear: nn.Linear, how: str, device: torch.device | None) -> nn.Modul
 def _quantise(linear: Any, how: str, device: torch.device, value: torch.Tensor | None) -> None:
     """Set the weight; from the working precision, as every other weight is."""
     assert value is not None, "quantised weights are not sharded"
-    library, weight = _library(), value.to(linear.weight.dtype)
+    # From the host: bitsandbytes rounds to eight bits on the way to a card, and there alone.
+    library, weight = _library(), value.to("cpu", linear.weight.dtype)
     if how == "nf4":
         made = library.Params4bit(
             weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=linear

@@ -287,7 +287,8 @@ def load_weights(
             set_parameter(parameters[name], value)
     initialise_weights({name: parameters[name] for name in fresh}, options.seed)
     for name in fresh:
-        setattr(parameters[name], FRESH, True)
+        # Its parameter may be another one by now: one in fewer bits.
+        setattr(model.get_parameter(name), FRESH, True)
     return tuple(sorted({found[name].path for name in stored}))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -17,6 +16,7 @@ from mmtrain.tasks.metrics import mean
 from mmtrain.tasks.overlap import BLEU, ROUGE, bleu, mean_of, rouge
 from mmtrain.tasks.pictures import Unusable
 from mmtrain.tasks.published import PictureOptions, picture
+from mmtrain.tasks.vqa_templates import SIGNS
 from mmtrain.tasks.words import ptb_words, spaced_words
 
 CIDER = Metric("cider", larger_is_better=True)
@@ -36,7 +36,6 @@ PROMPTS = (
     "Summarize the visual content of the image.",
     "Give a short and clear explanation of the subsequent image.",
 )
-_REMOVED = re.compile(r"[.!\"()*#:;~]")
 _LONGEST_WORDS = 50
 
 
@@ -105,7 +104,7 @@ def plain(sample: Sample) -> Rendered:
 
 def cleaned(caption: str) -> str:
     """As InstructBLIP's processor has captions: lower case, without nine signs, 50 words."""
-    return " ".join(_REMOVED.sub(" ", caption.lower()).split()[:_LONGEST_WORDS])
+    return " ".join(SIGNS.sub(" ", caption.lower()).split()[:_LONGEST_WORDS])
 
 
 def wang2024_with(prompt: str) -> Template:

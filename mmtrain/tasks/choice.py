@@ -36,21 +36,22 @@ def data_problems(data: Mapping[str, object], validate: Mapping[str, object]) ->
     parts = {f"data.mix[{n}]": one for n, one in enumerate(mix) if isinstance(one, Mapping)}
     problems: list[str] = []
     tasks: dict[str, Task] = {}
+    validates = any(part.get("val") is not None for part in (data, *parts.values()))
+    unknown = False  # what such a task gives is not known
     for place, part in (parts or {"data": data}).items():
         task, found = _task(part.get("task"), f"{place}.task")
         problems += found
-        if task is not None:
+        unknown = unknown or task is None
+        if task is not None and (part.get("val") is not None or not validates):
             tasks[str(part.get("name") or part["task"]) if parts else ""] = task
         problems += _template_problems(task, part, place)
     metric = validate.get("metric")
-    whole = len(tasks) == len(parts or [data])  # what an unknown task gives is not known
-    if tasks and whole and isinstance(metric, str):
+    if tasks and not unknown and isinstance(metric, str):
         known = [name.removeprefix("val/") for name in validation_metrics(tasks)]
         if metric not in known:
             of = ", ".join(f"'{name}'" for name in tasks) if parts else f"'{data['task']}'"
             problems.append(f"validate.metric: {of} gives no '{metric}'; {nearest(metric, known)}")
     # Without a data section the file is only checked or planned with: nothing trains.
-    validates = any(part.get("val") is not None for part in (data, *parts.values()))
     if data and not validates and validate.get("patience") is not None:
         problems.append(
             "validate.patience: counts validations, and there is no data.val; "

@@ -6,6 +6,7 @@ Shared by the tasks that read them from different files.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from mmtrain.tasks.pictures import DIGEST_BYTES, Picture, Unusable, encoded, loc
 from mmtrain.tasks.templates import LETTERS, letters, plain
 
 SPLITS = ("train", "val")
+PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TEMPLATES: Mapping[str, Template] = {"plain": Template(plain), "letters": Template(letters)}
 METRICS = (ACCURACY,)
 
@@ -91,14 +93,23 @@ def samples(rows: Rows, split: str, options: OwnOptions) -> Iterator[Sample | Dr
         if isinstance(row, Dropped):
             yield row
             continue
-        taken[row.id] += 1
-        name = row.id if taken[row.id] == 1 else f"{row.id}-{taken[row.id]}"
+        name = free_name(row.id, taken)
         try:
             images = tuple(encoded(picture, options.max_side) for picture in row.pictures)
         except Unusable as fault:
             yield fault.dropped(name)
             continue
         yield _sample(row, name, images)
+
+
+def free_name(name: str, taken: Counter[str]) -> str:
+    """The name, or with the first number behind it that nobody has."""
+    found = name
+    while found in taken:
+        taken[name] += 1
+        found = f"{name}-{taken[name]}"
+    taken[found] = 1
+    return found
 
 
 def _sample(row: Row, name: str, images: tuple[ImageBytes, ...]) -> Sample:
@@ -131,7 +142,7 @@ def _validating(rows: Iterable[Row | Dropped], options: OwnOptions) -> bytearray
     chosen = {number for number, drawn in draws.items() if drawn < options.val}
     if options.val and not chosen and len(draws) > 1:
         chosen = {min(draws, key=lambda number: draws[number])}
-    if len(chosen) == len(draws) > 1:
+    if chosen and len(chosen) == len(draws):
         chosen.remove(max(draws, key=lambda number: draws[number]))
     return bytearray(one in chosen for one in found)
 
@@ -219,13 +230,27 @@ def _refuse_missing_columns(record: Any, columns: Columns, file: Path, place: st
     if not isinstance(record, Mapping):
         raise DataError(f"'{file}': {place} is no object with columns;", "give one per row.")
     names = [str(name) for name in record]
-    for option in ("question", "answer"):
+    asked = columns.model_fields_set & {"image", "choices", "id"}
+    for option in ("question", "answer", *sorted(asked)):
         column = getattr(columns, option)
         if column not in record:
             raise DataError(
                 f"'{file}' has no column '{column}' ({nearest(column, names)});",
                 f"say which one it is: --set {option}=COLUMN, of {', '.join(names)}.",
             )
+    pictures = [name for name in names if names_a_picture(record[name])]
+    if columns.image not in record and pictures:
+        # Without a word, a mistyped name would train on texts alone.
+        raise DataError(
+            f"'{file}' has no column '{columns.image}', and '{pictures[0]}' looks like pictures;",
+            f"give --set image={pictures[0]}, or take that column out to train on texts alone.",
+        )
+
+
+def names_a_picture(value: Any) -> bool:
+    """Whether a value is the name of a picture's file, or a list that begins with one."""
+    one = value[0] if isinstance(value, list) and value else value
+    return isinstance(one, str) and one.casefold().endswith(PICTURE_ENDINGS)
 
 
 def _table_row(name: str, record: Mapping[str, Any], columns: Columns, folder: Path) -> Row:
@@ -275,7 +300,9 @@ def _texts(value: Any, what: str) -> tuple[str, ...]:
 
 
 def _text(value: Any) -> str | None:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, float) and value.is_integer():
+        return f"{value:.0f}"  # a column of whole numbers, some of them missing
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return f"{value}"
     return value if isinstance(value, str) and value.strip() else None
 
@@ -291,7 +318,11 @@ def _answers(value: Any, choices: Sequence[str]) -> tuple[tuple[str, ...], int |
         if str(value) not in choices:
             return (choices[value],), value
     text = _texts(value, "its answers are")
-    if len(text) == 1 and text[0] not in choices and text[0].strip() in LETTERS[: len(choices)]:
+    if (
+        len(text) == 1
+        and text[0] not in choices
+        and text[0].strip() in tuple(LETTERS[: len(choices)])
+    ):
         index = LETTERS.index(text[0].strip())
         return (choices[index],), index
     if not text or text[0] not in choices:

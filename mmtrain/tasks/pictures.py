@@ -15,7 +15,11 @@ from mmtrain.safe_text import presentable
 from mmtrain.tasks.interface import Dropped, ImageBytes
 
 # Formats that shards hold as they are; whatever else Pillow opens becomes PNG, which loses nothing.
-_KEPT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+# What cameras write with a second picture inside, MPO, is a JPEG to all who read one.
+_KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+# Nothing else is tried on bytes from outside: some of Pillow's readers start other programs.
+_READ = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_MOST_BYTES = 1 << 30
 _JPEG_QUALITY = 95
 _REMOTE = ("http://", "https://", "s3://", "gs://", "data:")
 DIGEST_BYTES = 16
@@ -40,11 +44,15 @@ def locate(name: str, folder: Path) -> Path:
     if name.startswith(_REMOTE):
         raise Unusable("its picture is an address, not a file", "Download them first.", name)
     path = folder / name
+    try:
+        is_file = path.is_file()
+    except (OSError, ValueError):  # a name too long for any file
+        is_file = False
     if "\0" in name or not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
         raise Unusable(
             "its picture lies outside of the folder", "Give --images a folder above.", name
         )
-    if not path.is_file():
+    if not is_file:
         remedy = "Give --images the folder that names start from."
         raise Unusable("its picture is not there", remedy, name)
     return path
@@ -66,17 +74,19 @@ def _file_digest(path: Path, size: int, time_ns: int) -> bytes:
 def encoded(picture: Picture, max_side: int | None = None) -> ImageBytes:
     """A picture's own bytes where shards take them; what is longer than asked for, made smaller."""
     name = "" if isinstance(picture, bytes) else picture.name
+    if not isinstance(picture, bytes) and picture.stat().st_size > _MOST_BYTES:
+        raise Unusable("its picture is too large", "Make it smaller or leave it out.", name)
     data = picture if isinstance(picture, bytes) else picture.read_bytes()
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
-        with Image.open(BytesIO(data)) as image:
+        with Image.open(BytesIO(data), formats=_READ) as image:
             kept = _KEPT.get(str(image.format))
             fits = max_side is None or max(image.size) <= max_side
             if kept and fits:
                 return ImageBytes(kept, data)
             if max_side is not None and not fits:
                 return _smaller(image, max_side)
-            return _as_png(image)
+            return _as_png(ImageOps.exif_transpose(image))
     except Exception as fault:  # of such bytes, Pillow's readers raise whatever they do
         if isinstance(fault, Unusable):
             raise
@@ -100,7 +110,12 @@ def _smaller(image: Image.Image, max_side: int) -> ImageBytes:
 
 def _as_png(image: Image.Image) -> ImageBytes:
     file = BytesIO()
-    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
+    if image.mode == "F":
+        raise Unusable("its picture holds fractions, no colours", "Convert it first.")
+    if image.mode.startswith("I"):
+        # The high byte, as of any 16 bits; Pillow's own conversion clips.
+        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    elif image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
         image = image.convert("RGB")
     image.save(file, "PNG")
     return ImageBytes("png", file.getvalue())

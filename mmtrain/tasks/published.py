@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from mmtrain.tasks.interface import ImageBytes
-from mmtrain.tasks.pictures import encoded, locate
+from mmtrain.tasks.pictures import Unusable, encoded, locate
 
 
 class PictureOptions(BaseModel):
@@ -26,5 +26,9 @@ class PictureOptions(BaseModel):
 
 def picture(name: str, folders: Sequence[Path]) -> ImageBytes:
     """A picture from the first folder that has it; `Unusable` where none does."""
-    with_it = (folder for folder in folders if (folder / name).is_file())
-    return encoded(locate(name, next(with_it, folders[0])))
+    for folder in folders[:-1]:
+        try:
+            return encoded(locate(name, folder))
+        except Unusable:
+            continue
+    return encoded(locate(name, folders[-1]))

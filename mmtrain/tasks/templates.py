@@ -8,7 +8,7 @@ alone: nothing of it is evaluated.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 from mmtrain.errors import ConfigError, nearest
@@ -26,11 +26,12 @@ def plain(sample: Sample) -> Rendered:
 
 
 def letters(sample: Sample) -> Rendered:
-    """The question with lettered choices, answered by the letter; without choices as `plain`."""
-    if not sample.choices:
+    """The question with lettered choices, answered by the letter; as `plain` without choices, or
+    with more than there are letters."""
+    if not 0 < len(sample.choices) <= len(LETTERS):
         return plain(sample)
     known = _known(sample)
-    prompt = "\n".join(filter(None, (known["question"], known["lettered_choices"])))
+    prompt = "\n".join(filter(None, (sample.question, known["lettered_choices"])))
     candidates = tuple(LETTERS[: len(sample.choices)])
     return Rendered((Turn("user", prompt),), known["letter"], candidates=candidates)
 
@@ -46,11 +47,19 @@ def without_signs(prompt: str) -> str:
     return re.sub(r"[!*#;]", "", prompt)
 
 
-def own(prompt: str, target: str, mode: Literal["generate", "rank"]) -> Template:
-    """The template of a run file."""
+def own(
+    prompt: str,
+    target: str,
+    mode: Literal["generate", "rank"],
+    optional: Collection[str] = frozenset(),
+) -> Template:
+    """The template of a run file; `optional` names may be missing in some samples."""
+    absent = dict.fromkeys(optional, "")
 
     def own_template(sample: Sample) -> Rendered:
-        known = _known(sample)
+        if sample.turns:
+            raise ValueError("a conversation asks in its own words")
+        known = absent | _known(sample)
         candidates = tuple(
             _filled(target, known | _choice(sample, number))
             for number in range(len(sample.choices))
@@ -75,34 +84,49 @@ def placeholders(text: str) -> list[str]:
     return names
 
 
-def refuse_unknown_places(texts: Mapping[str, str], sample: Sample) -> None:
-    """Names that the data, of which this is the first sample, do not have."""
-    known = _known(sample)
+def own_for(
+    prompt: str, target: str, mode: Literal["generate", "rank"], first: Sequence[Sample]
+) -> Template:
+    """A run file's template for data that begin so; names that they do not have are an error."""
+    known: set[str] = set()
+    for sample in first:
+        try:
+            known |= _known(sample).keys()
+        except ValueError:
+            continue  # it fits no template, and is told when it is asked
+    texts = {"prompt": prompt, "target": target}
     problems = [
         f"data.template.{key}: the data have no '{name}'; {nearest(name, known)}"
         for key, text in texts.items()
         for name in placeholders(text)
         if name not in known
     ]
+    if mode == "rank" and not any(sample.choices for sample in first):
+        problems.append("data.template.mode: the data have no choices to rank; use generate")
     if problems:
         raise ConfigError(problems)
+    return own(prompt, target, mode, {name for sample in first for name in sample.meta})
 
 
 def _known(sample: Sample) -> dict[str, str]:
     known = {name: _shown(value) for name, value in sample.meta.items()}
-    known["question"] = sample.question
+    if sample.question:
+        known["question"] = sample.question
     if sample.answers:
         known["answer"] = sample.answers[0]
     if sample.choices:
-        pairs = zip(LETTERS, sample.choices, strict=False)
         known["choices"] = ", ".join(sample.choices)
-        known["lettered_choices"] = "\n".join(f"{letter}. {text}" for letter, text in pairs)
+        if len(sample.choices) <= len(LETTERS):
+            pairs = zip(LETTERS, sample.choices, strict=False)
+            known["lettered_choices"] = "\n".join(f"{letter}. {text}" for letter, text in pairs)
         known |= _choice(sample, answer_index(sample))
     return known
 
 
 def _choice(sample: Sample, number: int) -> dict[str, str]:
-    return {"answer": sample.choices[number], "letter": LETTERS[number : number + 1]}
+    answer = {"answer": sample.choices[number]}
+    has_letters = len(sample.choices) <= len(LETTERS)
+    return answer | ({"letter": LETTERS[number]} if has_letters else {})
 
 
 def answer_index(sample: Sample) -> int:

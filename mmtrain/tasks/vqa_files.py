@@ -11,26 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from mmtrain.tasks.interface import Dropped, ImageBytes, Sample
 from mmtrain.tasks.json_rows import read_list
 from mmtrain.tasks.pictures import Unusable, encoded, locate
+from mmtrain.tasks.published import PictureOptions
 from mmtrain.tasks.raw_files import needed
 
 Row = Mapping[str, Any]
 _FIX = "Download the annotations again."
-
-
-class PictureOptions(BaseModel):
-    """Build options of sets whose pictures may lie elsewhere: several ask about COCO's."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    # Not part of the manifest: shards are the same wherever the pictures lay.
-    image_folder: Path | None = Field(
-        None, exclude=True, description="folder that picture names start from; default: --raw"
-    )
 
 
 def built(

@@ -59,7 +59,9 @@ def plain_form(text: str) -> str:
     """A text as it is compared."""
     words = _without_punctuation(" ".join(text.split())).lower().split()
     as_digits = (_DIGITS.get(word, word) for word in words)
-    return " ".join(_CONTRACTIONS.get(word, word) for word in as_digits if word not in _ARTICLES)
+    made = " ".join(_CONTRACTIONS.get(word, word) for word in as_digits if word not in _ARTICLES)
+    # Nothing is left of an article alone, the answer to "which letter is it?".
+    return made or text.strip().lower()
 
 
 def _without_punctuation(text: str) -> str:

@@ -7,7 +7,7 @@ import re
 from mmtrain.tasks.interface import Rendered, Sample, Turn
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
-_SIGNS = re.compile(r'[.!"()*#:;~]')
+SIGNS = re.compile(r'[.!"()*#:;~]')
 _MOST_WORDS = 50
 
 
@@ -22,7 +22,7 @@ def wang2024(sample: Sample) -> Rendered:
     Their evaluation asks OKVQA with the same words, but capitals and colons, and A-OKVQA with the
     question alone, which is `plain`.
     """
-    asked = _SIGNS.sub("", f"Question: {sample.question} Short answer:".lower()).rstrip(" ")
+    asked = SIGNS.sub("", f"Question: {sample.question} Short answer:".lower()).rstrip(" ")
     prompt = " ".join(asked.split(" ")[:_MOST_WORDS])
     return Rendered((Turn("user", prompt),), first_answer(sample), instruction=prompt)
 

@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 
 from mmtrain.tasks.interface import Rendered, Sample, Template, Turn
 from mmtrain.tasks.metrics import target_matches
+from mmtrain.tasks.vqa_templates import SHORT_ANSWER
 
 YES_OR_NO = "Please answer yes or no."
-_ONE_WORD = "Answer the question using a single word or phrase."
 
 
 def liu2023(sample: Sample) -> Rendered:
     """As LLaVA-1.5 asks (Liu et al. 2023): its own closing sentence in place of the set's."""
     question = sample.question.replace(YES_OR_NO, "").strip()
-    prompt = f"{question}\n{_ONE_WORD}"
+    prompt = f"{question}\n{SHORT_ANSWER}"
     return Rendered((Turn("user", prompt),), sample.answers[0], candidates=sample.choices)
 
 

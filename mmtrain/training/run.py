@@ -140,7 +140,10 @@ def _lengths(
     data, model = data_section(config), config.model
     identity = {
         "data": [data.max_length, data.truncation_side],
-        "parts": [[part.task, _plain(part.template)] for part in data.parts.values()],
+        "parts": [
+            [name, part.task, _plain(part.template), len(source)]
+            for (name, part), source in zip(data.parts.items(), train.parts, strict=True)
+        ],
         "model": [model.family, model.max_pixels, model.grounding_tokens],
         "inputs": {name: digest for name, digest in inputs.items() if name != "base"},
         "version": version("mmtrain"),

@@ -168,9 +168,9 @@ def test_runs_on_one_base_are_evaluated_one_after_another(
     from mmtrain.commands import evaluate
 
     def asked(*runs: Path) -> None:
-        run, *more = map(str, runs)
-        names = dict(data=None, base=False, blank_images=False, limit=2, out=None)
-        assert evaluate.run(argparse.Namespace(run=run, more=more, **names)) == 0
+        parser = argparse.ArgumentParser()
+        evaluate.configure(parser)
+        assert evaluate.run(parser.parse_args([*map(str, runs), "--limit", "2"])) == 0
 
     def losses() -> list[float]:
         files = [run / "evaluation" / "val" / "metrics.json" for run in (first, second)]

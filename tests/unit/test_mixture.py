@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mmtrain.assemble import build_sources
 from mmtrain.commands import evaluate
+from mmtrain.config.load import load_run_file
 from mmtrain.data.mixture import Mixture
 from mmtrain.data.order import epoch_order
 from mmtrain.data.plan import Layout, Planner
@@ -76,65 +78,79 @@ def mixed_run(root: Path, base: Path, digits: Path, name: str, **sections: Any) 
     images = {"task": "digits", "name": "images"}
     images |= {split: str(digits / split) for split in ("train", "val")}
     run = tiny.run_data(base, digits, root / name, **sections)
-    run["data"] = {"mix": [images, texts], "limit": 10, "val_limit": 3, "workers": 1}
+    # The same shards, asked in other words.
+    again = texts | {"name": "again", "template": "plain", "val": None, "weight": 0.5}
+    run["data"] = {"mix": [images, texts, again], "limit": 10, "val_limit": 3, "workers": 1}
     return run
 
 
-def test_a_mixed_run_trains_validates_each_set_and_resumes(
-    tiny_checkpoint: Path,
-    digit_shards: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+@pytest.fixture(scope="module")
+def mixed(
+    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, digit_shards: Path
+) -> Path:
+    """A folder with a run, `whole`, and the same one that was cut and went on, `cut`."""
+    root = tmp_path_factory.mktemp("mixed")
     sections = {
         "optim": {"max_steps": 5, "epochs": None, "global_batch": 4},
         "validate": {"every": 3, "metric": "jsonl/accuracy"},
         "checkpoint": {"every_steps": 2},
         "generation": {"max_new_tokens": 1, "batch_size": 2},
     }
-    runs = {
-        name: mixed_run(tmp_path, tiny_checkpoint, digit_shards, name, **sections)
-        for name in ("whole", "cut")
-    }
 
     def stop(step: int, metrics: dict[str, float]) -> None:
         raise Interrupted
 
     with one_rank():
-        train(runs["whole"])
-        with pytest.raises(Interrupted):
-            train(runs["cut"], stop)
-        train(runs["cut"])
-        capsys.readouterr()
-        parser = argparse.ArgumentParser()
-        evaluate.configure(parser)
-        ready = ready_from_argument(str(tmp_path / "whole"), [], base=False)
-        for data in ([], ["--data", str(digit_shards / "test")]):
-            evaluate.evaluate_all(parser.parse_args(["whole", "--limit", "2", *data]), ready)
-        several = ["--data", str(digit_shards / "test"), "--data", str(tmp_path / "texts" / "val")]
-        asked = parser.parse_args(["whole", "--limit", "2", "--every-checkpoint", *several])
-        scored = evaluate.evaluate_all(asked, ready)
-    wanted = [("whole step 4", "texts-val"), ("whole step 5", "texts-val")]
-    assert [(one.who, one.label) for one in scored if "texts" in one.label] == wanted
-    assert (tmp_path / "whole" / "evaluation" / "texts-val-step-5" / "metrics.json").is_file()
-    evaluate.print_table(scored)
-    said = capsys.readouterr().out
-    assert said.count("whole step 5") == 3 and "texts-val accuracy" in said
-    for label in ("val-images", "val-jsonl", "test"):
-        assert f"2 predictions in {tmp_path / 'whole' / 'evaluation' / label}" in said
-    assert "95 %)" in said
-    losses = {name: tiny.read_metrics(tmp_path / name, "train/loss") for name in runs}
-    assert losses["cut"] == losses["whole"] and len(losses["whole"]) == 5
-    assert trained_digest(tmp_path / "cut") == trained_digest(tmp_path / "whole")
-    status = json.loads((tmp_path / "whole" / "status.json").read_text())
-    declared = validation_metrics(tasks_of(resolve(runs["whole"])))
-    assert set(status["metrics"]) == set(declared)
+        for name in ("whole", "cut"):
+            run = mixed_run(root, tiny_checkpoint, digit_shards, name, **sections)
+            if name == "cut":
+                with pytest.raises(Interrupted):
+                    train(run, stop)
+            train(run)
+    return root
+
+
+def test_a_mixed_run_validates_each_set_and_resumes(mixed: Path) -> None:
+    losses = [tiny.read_metrics(mixed / name, "train/loss") for name in ("whole", "cut")]
+    assert losses[0] == losses[1] and len(losses[0]) == 5
+    assert trained_digest(mixed / "cut") == trained_digest(mixed / "whole")
+    status = json.loads((mixed / "whole" / "status.json").read_text())
+    declared = validation_metrics(tasks_of(load_run_file(mixed / "whole" / "run.yaml")))
+    assert set(status["metrics"]) == {name for name in declared if "/again/" not in name}
     tokens = {"images": 2 * 3, "jsonl": 2 * 3}  # of three answers each, a digit and an end
     each = {name: status["metrics"][f"val/{name}/loss"] for name in tokens}
     mean = sum(each[name] * tokens[name] for name in tokens) / sum(tokens.values())
     assert status["metrics"]["val/loss"] == pytest.approx(mean, rel=1e-6)
-    kept = (tmp_path / "cut" / "evaluation" / "val-jsonl" / "predictions.jsonl").read_text()
+    kept = (mixed / "whole" / "evaluation" / "val-jsonl" / "predictions.jsonl").read_text()
     assert "Say it." in kept and len(kept.splitlines()) == 3
+
+
+def test_it_is_evaluated_on_each_set_and_on_others_at_every_checkpoint(
+    mixed: Path, digit_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    evaluate.configure(parser)
+    several = ["--data", str(digit_shards / "test"), "--data", str(mixed / "texts" / "val")]
+    with one_rank():
+        ready = ready_from_argument(str(mixed / "cut"), [], base=False)
+        for data in ([], several[:2]):
+            evaluate.evaluate_all(parser.parse_args(["cut", "--limit", "2", *data]), ready)
+        parts = build_sources(ready.config, ready.assembled, "train")
+        asked = parser.parse_args(["cut", "--limit", "2", "--every-checkpoint", *several])
+        scored = evaluate.evaluate_all(asked, ready)
+    assert {name: (part.prefix, part.template.name) for name, part in parts.items()} == {
+        "images": ("images/", "multiple_choice"),
+        "jsonl": ("jsonl/", "own_template"),
+        "again": ("again/", "plain"),
+    }
+    found = [(one.who, one.label) for one in scored if "texts" in one.label]
+    assert found[-2:] == [("cut step 4", "texts-val"), ("cut step 5", "texts-val")]
+    assert (mixed / "cut" / "evaluation" / "texts-val-step-5" / "metrics.json").is_file()
+    evaluate.print_table(scored)
+    said = capsys.readouterr().out
+    assert said.count("cut step 5") == 3 and "texts-val accuracy" in said and "95 %)" in said
+    for label in ("val-images", "val-jsonl", "test"):
+        assert f"2 predictions in {mixed / 'cut' / 'evaluation' / label}" in said
 
 
 def test_what_is_wrong_with_a_mix_is_told_at_once(
@@ -149,6 +165,8 @@ def test_what_is_wrong_with_a_mix_is_told_at_once(
     text = str(caught.value)
     assert "data.mix[0].task: unknown task 'digit'; did you mean 'digits'" in text
     assert "data.mix[1].template: 'jsonl' has no template 'lettres'; did you mean" in text
+    with pytest.raises(ConfigError, match="gives no 'again/loss'"):
+        resolve({**good, "validate": {"metric": "again/loss"}})
     wrong = {
         "'mix' has its own task": {"task": "digits"},
         "two parts of 'mix' have one name": {"mix": [good["data"]["mix"][0]] * 2},

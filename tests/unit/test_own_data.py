@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,12 @@ from PIL import Image
 
 from data_shards import command
 from mmtrain import plugins
-from mmtrain.data.codec import decode_image, decode_sample, encode_sample
+from mmtrain.data.codec import decode_sample, encode_sample
 from mmtrain.data.shards import ShardFolder
 from mmtrain.errors import ConfigError, DataError
-from mmtrain.tasks import pictures, templates
+from mmtrain.tasks import templates
 from mmtrain.tasks.interface import Dropped, ImageBytes, Sample, Turn
 from mmtrain.tasks.json_rows import read_rows
-from mmtrain.tasks.pictures import Unusable, encoded
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tasks"
 
@@ -70,6 +68,9 @@ def row(**changes: object) -> dict[str, object]:
         # Texts before numbers and letters: what reads like a choice is that choice.
         ({"answer": 1, "choices": ["3", "1"]}, ("1",), None),
         ({"answer": "A", "choices": ["B", "A"]}, ("A",), None),
+        # Whole numbers of a column with gaps.
+        ({"answer": 3.0}, ("3",), None),
+        ({"answer": 2.5}, ("2.5",), None),
     ],
 )
 def test_an_answer_is_a_text_or_names_a_choice(
@@ -90,6 +91,9 @@ def test_an_answer_is_a_text_or_names_a_choice(
         ({"image": "https://example.org/a.png"}, "its picture is an address"),
         ({"image": "text.png"}, "its picture is damaged, or none"),
         ({"image": 7}, "its picture is neither a name nor bytes"),
+        ({"image": "long" * 100 + ".png"}, "its picture is not there"),
+        ({"answer": float("nan")}, "its answers are not all texts"),
+        ({"answer": "AB", "choices": ["red", "green"]}, "its answer is none of its choices"),
         ({"question": None}, "its question is no text"),
         ({"answer": ""}, "its answers are not all texts"),
         ({"answer": None}, "it has no answer"),
@@ -119,12 +123,18 @@ def test_other_columns_by_name_and_what_is_left_is_kept(tmp_path: Path) -> None:
     assert sample.meta == {"hint": "furry", "n": 3}
     with pytest.raises(DataError, match="no column 'question'.*--set question=COLUMN, of file, pr"):
         read("jsonl", raw, "train")
+    # Without a word, these would train on texts alone.
+    with pytest.raises(DataError, match="no column 'image', and 'file' looks like pictures"):
+        read("jsonl", raw, "train", question="prompt", answer="label")
+    with pytest.raises(DataError, match="no column 'fille'"):
+        read("jsonl", raw, "train", **{**options, "image": "fille"})
 
 
 def test_repeated_ids_are_told_apart(tmp_path: Path) -> None:
-    raw = write_rows(tmp_path, [row(id="a", question=f"Which {n}?") for n in range(3)])
-    found = read("jsonl", raw, "train", val=0)
-    assert [one.id for one in found] == ["a", "a-2", "a-3"]
+    names = ["a", "a", "a-2", "a"]
+    rows = [row(id=name, question=f"Which {n}?") for n, name in enumerate(names)]
+    found = read("jsonl", write_rows(tmp_path, rows), "train", val=0)
+    assert [one.id for one in found] == ["a", "a-2", "a-2-2", "a-3"]
 
 
 @pytest.mark.parametrize("content", ["[1, {", "[1 2]", "[1,]", "[", '[{"a": 1}'])
@@ -150,46 +160,6 @@ def test_lists_and_lines_of_any_make_are_read(
     (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a": \n')
     with pytest.raises(DataError, match="line 2: not valid JSON"):
         list(read_rows(tmp_path / "rows.jsonl"))
-
-
-# --- pictures ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
-def test_what_shards_take_is_kept_to_the_byte(tmp_path: Path, ending: str) -> None:
-    path = tmp_path / f"named-otherwise.{ending}.bmp"
-    Image.new("RGB", (6, 4), "red").save(path, {"jpg": "JPEG"}.get(ending, ending))
-    assert encoded(path) == ImageBytes(ending, path.read_bytes())
-
-
-@pytest.mark.parametrize(("mode", "name"), [("RGB", "a.bmp"), ("P", "a.gif"), ("CMYK", "a.tiff")])
-def test_other_formats_become_png_with_the_same_colours(
-    tmp_path: Path, mode: str, name: str
-) -> None:
-    Image.new("RGB", (6, 4), (200, 30, 40)).convert(mode).save(tmp_path / name)
-    made = encoded(tmp_path / name)
-    assert made.extension == "png"
-    with Image.open(tmp_path / name) as before:
-        wanted = before.convert("RGB").getpixel((1, 1))
-    assert decode_image(made.data, "a").getpixel((1, 1)) == wanted
-
-
-def test_large_pictures_are_made_smaller_upright_and_only_if_asked(tmp_path: Path) -> None:
-    large = Image.new("RGB", (600, 300), "blue")
-    exif = Image.Exif()
-    exif[0x0112] = 6  # a camera held upright
-    large.save(tmp_path / "a.jpg", exif=exif)
-    kept, made = encoded(tmp_path / "a.jpg"), encoded(tmp_path / "a.jpg", max_side=100)
-    assert decode_image(kept.data, "a").size == (300, 600)
-    assert made.extension == "jpg" and decode_image(made.data, "a").size == (50, 100)
-    assert encoded(tmp_path / "a.jpg", max_side=600) == kept
-
-
-def test_a_bomb_is_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    picture(tmp_path / "a.png", size=(100, 100))
-    monkeypatch.setattr(pictures.Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(Unusable, match="too large"):
-        encoded(tmp_path / "a.png")
 
 
 # --- splits -----------------------------------------------------------------------------------
@@ -239,6 +209,9 @@ def test_few_pictures_still_give_both_splits(tmp_path: Path) -> None:
         found = sides(raw, val=share)
         assert found["train"] and found["val"]
     assert not read("jsonl", raw, "val", val=0)
+    picture(tmp_path / "alone.png")
+    alone = write_rows(tmp_path, [row(image="alone.png")] * 2)
+    assert not read("jsonl", alone, "val", val="99%") and read("jsonl", alone, "train", val="99%")
 
 
 # --- conversations ------------------------------------------------------------------------------
@@ -315,6 +288,30 @@ def test_pictures_with_metadata_or_labels_of_one_folder(tmp_path: Path) -> None:
     assert isinstance(first, Sample) and first.answers == ("red",) and len(first.images) == 1
 
 
+def test_labels_that_sound_like_splits_are_labels_where_pictures_say_so(tmp_path: Path) -> None:
+    for label in ("car", "bus"):
+        picture(tmp_path / label / "test_01.png", (len(label), 0, 0))
+    found = read("hf_folder", tmp_path, "train", val=0)
+    assert {one.answers for one in found if isinstance(one, Sample)} == {("car",), ("bus",)}
+    picture(tmp_path / "train" / "1.png")
+    with pytest.raises(DataError, match="some files are in train, val or test, 2 are in none"):
+        read("hf_folder", tmp_path, "train")
+    shutil.rmtree(tmp_path / "car")
+    shutil.rmtree(tmp_path / "bus")
+    with pytest.raises(DataError, match="no folder says what is in train/1.png"):
+        read("hf_folder", tmp_path, "train")
+
+
+def test_more_choices_than_letters(tmp_path: Path) -> None:
+    for number in range(27):
+        picture(tmp_path / f"label{number:02d}" / "a.png", (number, 0, 0))
+    found = read("hf_folder", tmp_path, "train", val=0)
+    assert isinstance(found[26], Sample)
+    assert templates.letters(found[26]) == templates.plain(found[26])
+    with pytest.raises(KeyError, match="letter"):
+        templates.own("{question}", "{letter}", "generate")(found[26])
+
+
 # --- the command --------------------------------------------------------------------------------
 
 
@@ -343,54 +340,10 @@ def test_shards_are_built_bad_rows_are_counted_and_bounded(
     assert f"{out / 'val'}: the raw files have no such samples" in said
     assert len(ShardFolder.open(out / "train")) == 62
     assert shards("verify", out) == 0
+    capsys.readouterr()
+    assert shards(*build, "--val", "0", "--drop", "10%") == 0, "reused, and told again"
+    assert "reused" in (said := capsys.readouterr().out) and "left out 2 of 65" in said
+    with pytest.raises(DataError, match="was built from other files or options"):
+        shards(*build, "--val", "0", "--split", "train")
     with pytest.raises(ConfigError, match="unknown option 'image_folder'"):
         shards("build", "digits", "--out", tmp_path / "digits", "--images", tmp_path)
-
-
-# --- templates ----------------------------------------------------------------------------------
-
-SAMPLE = Sample("a", (), (), "Which?", ("green",), ("red", "green"), {"hint": "a {leaf}", "n": 3})
-
-
-def test_an_own_template_is_filled_in_by_name_and_nothing_else() -> None:
-    text = "{hint}|{n}|{question}|{choices}|{lettered_choices}|{letter}|{answer}|{{x}}"
-    found = templates.own(text, "It is {answer}.", "rank")(SAMPLE)
-    wanted = "a {leaf}|3|Which?|red, green|A. red\nB. green|B|green|{x}"
-    assert found.turns == (Turn("user", wanted),)
-    assert found.target == "It is green."
-    assert found.candidates == ("It is red.", "It is green.")
-
-
-def test_scores_follow_the_template() -> None:
-    task = plugins.load("task", "jsonl")
-    template = templates.own("{question}", "It is {answer}.", "generate")
-    said = ["it is green", "green", "It is red."]
-    assert task.score([SAMPLE] * 3, said, template)[1] == [1.0, 0.0, 0.0]
-    several = Sample("b", answers=("red", "crimson"), question="?")
-    plain = task.templates["plain"]
-    assert task.score([several] * 3, ["Crimson", " red. ", "re"], plain)[1] == [1.0, 1.0, 0.0]
-
-
-def own_run(template: Mapping[str, object], shards_folder: Path) -> dict[str, object]:
-    return {
-        "model": {"family": "llava", "preset": "tiny"},
-        "components": {"llm": {"mode": "peft", "method": "lora"}},
-        "data": {"task": "jsonl", "template": template, "train": str(shards_folder / "train")},
-    }
-
-
-def test_what_an_own_template_cannot_mean_is_told_by_check(tmp_path: Path) -> None:
-    from mmtrain.planning.report import examine
-    from mmtrain.resolve import resolve
-
-    with pytest.raises(ConfigError) as caught:
-        resolve(own_run({"prompt": "{question.id} {", "target": "}", "kind": 1}, tmp_path))
-    text = str(caught.value)
-    assert "data.template.prompt: a single '{' at character 1" in text
-    assert "data.template.target: a single '}' at character 1" in text and "kind" in text
-    raw = write_rows(tmp_path, [row(hint="x", question=f"{n}?") for n in range(20)])
-    shards("build", "jsonl", "--raw", raw, "--out", tmp_path / "shards")
-    config = resolve(own_run({"prompt": "{hin} {question}"}, tmp_path / "shards"))
-    with pytest.raises(ConfigError, match="no 'hin'; did you mean 'hint'"):
-        examine(config, 1)
-    assert examine(resolve(own_run({"prompt": "{hint}"}, tmp_path / "shards")), 1)

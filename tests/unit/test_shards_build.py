@@ -313,5 +313,5 @@ def test_raw_file_that_vanishes_is_blamed_on_the_raw_folder(raw: Path, tmp_path:
 def test_source_file_names_the_raw_files(raw: Path, tmp_path: Path) -> None:
     _shards("build", "scienceqa", "--raw", raw, "--out", tmp_path / "o", "--split", "val")
     source = json.loads((tmp_path / "o" / "val" / "source.json").read_text())
-    assert source.keys() == {"raw_files", "reader", "samples_per_shard"}
+    assert source.keys() == {*("raw_files", "reader", "samples_per_shard", "droppable", "left_out")}
     assert str(tmp_path) not in json.dumps(source), "no path of this machine in the data"

@@ -54,8 +54,8 @@ from mmtrain.tasks.vqa_score import (
         ("Crème brûlée?", "crème brûlée"),
         ("日本", "日本"),
         ("", ""),
-        ("?", ""),
-        ("the", ""),
+        ("?", "?"),
+        ("the", "the"),
     ],
 )
 def test_plain_form(text: str, form: str) -> None:
@@ -68,6 +68,11 @@ def test_plain_form(text: str, form: str) -> None:
 def test_scores_of_ten_answers(agreeing: int, score: float) -> None:
     answers = ["Net"] * agreeing + [f"other {n}" for n in range(10 - agreeing)]
     assert vqa_score("a net.", answers) == pytest.approx(score)
+
+
+def test_an_article_alone_is_an_answer_and_nothing_is_none() -> None:
+    assert vqa_score("A", ["a"] * 10) == 1 and vqa_score("the", ["a"] * 10) == 0
+    assert vqa_score("", ["a"] * 10) == 0 == vqa_score("!", ["a"] * 10)
 
 
 def test_a_single_answer_is_right_or_wrong() -> None:
@@ -115,7 +120,8 @@ def _slow_form(text: str) -> str:
             signs = signs[:at] + signs[at + 1 :]
     known = {"two": "2", "none": "0", "ten": "10", "dont": "don't", "whats": "what's"}
     words = [known.get(word, word) for word in signs.lower().split()]
-    return " ".join(word for word in words if word not in ("a", "an", "the"))
+    kept = [word for word in words if word not in ("a", "an", "the")]
+    return " ".join(kept) if kept else text.strip().lower()
 
 
 def _slow_score(prediction: str, answers: list[str]) -> float:

@@ -15,10 +15,10 @@ from mmtrain.tasks.interface import Dropped, Metric, Rendered, Sample, Template,
 from mmtrain.tasks.json_rows import read_list
 from mmtrain.tasks.metrics import ACCURACY, mean, target_matches
 from mmtrain.tasks.pictures import Unusable
+from mmtrain.tasks.published import PictureOptions
 from mmtrain.tasks.raw_files import needed
 from mmtrain.tasks.templates import letters
 from mmtrain.tasks.vqa_files import (
-    PictureOptions,
     Row,
     built,
     first_listed,

@@ -36,8 +36,9 @@ def _karpathy(file: Path, split: str) -> Iterator[Captioned | Dropped]:
         raise DataError(f"'{file}' has no list 'images';", "download it again.")
     for number, image in enumerate(images):
         known = image if isinstance(image, dict) else {}
-        if known.get("split") == split or "split" not in known:
-            name = known.get("filename")
+        if known.get("split") == split or (split == "train" and "split" not in known):
+            # What says no split is told once, as what it is.
+            name = known.get("filename") if "split" in known else None
             found = [one.get("raw") for one in _objects(known.get("sentences"))]
             stem = Path(name).stem if isinstance(name, str) and name else f"row-{number + 1}"
             yield captioned(stem, name, found)

@@ -16,12 +16,11 @@ from mmtrain.errors import DataError
 from mmtrain.tasks import own_data
 from mmtrain.tasks.interface import Dropped, Metric, Sample, Template
 from mmtrain.tasks.json_rows import read_rows
-from mmtrain.tasks.own_data import Columns, Row
+from mmtrain.tasks.own_data import PICTURE_ENDINGS, Columns, Row
 from mmtrain.tasks.parquet_rows import parquet_rows
 
 _NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
 _NAMES |= {"test": "test"}
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _METADATA = "metadata.jsonl"
 
 
@@ -34,13 +33,25 @@ class HfOptions(Columns):
 
 
 def _split_of(path: Path, raw: Path) -> str | None:
-    """The split that a file's name, or a folder above it, says."""
+    """The split that the first folder says, or the name of a file that is no picture."""
     parts = path.relative_to(raw).parts
-    for part in parts:
+    is_picture = path.suffix.casefold() in PICTURE_ENDINGS
+    for part in dict.fromkeys((*parts[:-1][:1], *(() if is_picture else parts[-1:]))):
         name = part.split("-")[0].split(".")[0].split("_")[0].casefold()
         if name in _NAMES:
             return _NAMES[name]
     return None
+
+
+def _refuse_files_of_no_split(files: Sequence[Path], raw: Path) -> None:
+    """Where some names say their split, files that say none would be lost in silence."""
+    unnamed = [path for path in files if _split_of(path, raw) is None]
+    if 0 < len(unnamed) < len(files):
+        raise DataError(
+            f"'{raw}': some files are in train, val or test, {len(unnamed)} are in none, as"
+            f" {unnamed[0].relative_to(raw)};",
+            "put them into one, or take that name from all.",
+        )
 
 
 def _files(raw: Path) -> list[Path]:
@@ -49,7 +60,7 @@ def _files(raw: Path) -> list[Path]:
     for kind in kinds:
         found = sorted(path for path in raw.glob(kind) if path.is_file())
         if kind == kinds[-1]:
-            found = [path for path in found if path.suffix.casefold() in _PICTURES]
+            found = [path for path in found if path.suffix.casefold() in PICTURE_ENDINGS]
         if found:
             return found
     raise DataError(
@@ -60,16 +71,23 @@ def _files(raw: Path) -> list[Path]:
 def _rows(
     files: Sequence[Path], raw: Path, options: HfOptions, labels: tuple[str, ...]
 ) -> Iterator[Row | Dropped]:
+    elsewhere = options.image_folder
     if files and files[0].suffix == ".parquet":
         for file in files:
-            yield from own_data.table_rows(parquet_rows(file), options, raw, file)
+            yield from own_data.table_rows(parquet_rows(file), options, elsewhere or raw, file)
     elif files and files[0].name == _METADATA:
         columns = options.model_copy(update={"image": "file_name"})
         for file in files:
-            yield from own_data.table_rows(read_rows(file), columns, file.parent, file)
+            place = elsewhere or file.parent
+            yield from own_data.table_rows(read_rows(file), columns, place, file)
     else:
         for path in files:
             name = path.relative_to(raw).as_posix()
+            if path.parent == raw or path.parent.name.casefold() in _NAMES:
+                raise DataError(
+                    f"'{raw}': no folder says what is in {name};",
+                    "put pictures into a folder for each label, or give a metadata.jsonl.",
+                )
             yield Row(name, (path,), options.ask, (path.parent.name,), labels)
 
 
@@ -89,6 +107,7 @@ class HfFolder:
         assert raw is not None, "needs_raw is True"
         files, own, part = _files(raw), options, split
         labels = tuple(sorted({path.parent.name for path in files}))
+        _refuse_files_of_no_split(files, raw)
         if any(_split_of(path, raw) for path in files):
             # The names say what is in a split: all of it.
             files = [path for path in files if _split_of(path, raw) == split]

@@ -23,10 +23,10 @@ from mmtrain.tasks.metrics import (
     target_matches,
 )
 from mmtrain.tasks.pictures import Unusable
+from mmtrain.tasks.published import PictureOptions
 from mmtrain.tasks.raw_files import needed
 from mmtrain.tasks.templates import LETTERS, answer_index, bracketed, plain, without_signs
 from mmtrain.tasks.vqa_files import (
-    PictureOptions,
     Row,
     built,
     number_of,

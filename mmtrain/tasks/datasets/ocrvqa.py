@@ -16,9 +16,10 @@ from mmtrain.tasks.interface import Dropped, Metric, Sample, Template
 from mmtrain.tasks.json_rows import read_items
 from mmtrain.tasks.metrics import ACCURACY, lower_case_matches, mean, target_matches
 from mmtrain.tasks.pictures import Unusable
+from mmtrain.tasks.published import PictureOptions
 from mmtrain.tasks.raw_files import needed
 from mmtrain.tasks.templates import plain
-from mmtrain.tasks.vqa_files import PictureOptions, Row, built, pictures, text_of
+from mmtrain.tasks.vqa_files import Row, built, pictures, text_of
 from mmtrain.tasks.vqa_templates import zhou2024
 
 _SPLITS = {"train": 1, "val": 2, "test": 3}

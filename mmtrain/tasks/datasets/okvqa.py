@@ -14,8 +14,9 @@ from pydantic import BaseModel
 
 from mmtrain.tasks.interface import Dropped, Metric, Sample, Template
 from mmtrain.tasks.metrics import mean
+from mmtrain.tasks.published import PictureOptions
 from mmtrain.tasks.templates import plain
-from mmtrain.tasks.vqa_files import PictureOptions, coco_questions
+from mmtrain.tasks.vqa_files import coco_questions
 from mmtrain.tasks.vqa_score import VQA_SCORE, vqa_scores
 from mmtrain.tasks.vqa_templates import wang2024, zhou2024
 

@@ -18,12 +18,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from mmtrain.errors import DataError
 from mmtrain.tasks.interface import Dropped, Metric, Sample, Template
 from mmtrain.tasks.json_rows import read_rows
 from mmtrain.tasks.metrics import ACCURACY, mean
 from mmtrain.tasks.pictures import Unusable
 from mmtrain.tasks.published import PictureOptions, picture
+from mmtrain.tasks.raw_files import needed
 from mmtrain.tasks.templates import plain
 from mmtrain.tasks.yes_no import liu2023, right_answers
 
@@ -65,11 +65,9 @@ class Pope:
         self, raw: Path | None, split: str, options: PopeOptions
     ) -> Iterator[Sample | Dropped]:
         """The questions of a kind in the order of their file."""
-        assert raw is not None, "needs_raw is True"
-        file = raw / f"coco_pope_{options.kind}.jsonl"
-        if not file.is_file():
-            raise DataError(f"POPE needs '{file}';", "give --raw the folder that holds it.")
-        folder = options.image_folder or raw / "val2014"
+        names = [f"coco_pope_{options.kind}{ending}" for ending in (".json", ".jsonl")]
+        file = needed(raw, names, "give --raw the folder that holds it.")
+        folder = options.image_folder or file.parent / "val2014"
         for place, row in read_rows(file):
             try:
                 yield _sample(row, options.kind, folder)

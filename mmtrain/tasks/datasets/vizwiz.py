@@ -14,9 +14,10 @@ from pydantic import BaseModel
 from mmtrain.tasks.interface import Dropped, Metric, Rendered, Sample, Template, Turn
 from mmtrain.tasks.json_rows import read_list
 from mmtrain.tasks.metrics import mean
+from mmtrain.tasks.published import PictureOptions
 from mmtrain.tasks.raw_files import needed
 from mmtrain.tasks.templates import plain
-from mmtrain.tasks.vqa_files import PictureOptions, Row, answered, built, named, text_of
+from mmtrain.tasks.vqa_files import Row, answered, built, named, text_of
 from mmtrain.tasks.vqa_score import VQA_SCORE, vqa_scores
 from mmtrain.tasks.vqa_templates import SHORT_ANSWER
 

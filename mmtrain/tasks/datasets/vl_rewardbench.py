@@ -22,6 +22,7 @@ from mmtrain.errors import DataError
 from mmtrain.tasks.interface import Dropped, Metric, Rendered, Sample, Template
 from mmtrain.tasks.metrics import mean
 from mmtrain.tasks.overlap import BLEU, ROUGE, bleu, mean_of, rouge
+from mmtrain.tasks.own_data import free_name
 from mmtrain.tasks.parquet_rows import parquet_rows
 from mmtrain.tasks.pictures import Unusable, encoded
 from mmtrain.tasks.templates import plain
@@ -95,9 +96,7 @@ def _names(files: Sequence[Path]) -> list[str]:
     names = []
     for file in files:
         for place, row in parquet_rows(file):
-            name = str(row.get("id") or place)
-            taken[name] += 1
-            names.append(name if taken[name] == 1 else f"{name}-{taken[name]}")
+            names.append(free_name(str(row.get("id") or place), taken))
     return names
 
 
