@@ -63,6 +63,11 @@ def render(template: Template, sample: Sample) -> Rendered:
         ) from fault
 
 
+def _emptied(sample: Sample) -> Sample:
+    """Without its images' bytes."""
+    return replace(sample, images=tuple(replace(one, data=b"") for one in sample.images))
+
+
 @dataclass(frozen=True)
 class Source:
     """The first `limit` samples of a folder, through one template and one family."""
@@ -77,6 +82,11 @@ class Source:
     def __len__(self) -> int:
         return min(len(self.shards), self.limit or len(self.shards))
 
+    def ask(self, index: int) -> tuple[Sample, Rendered]:
+        """A sample in its words, no image decoded."""
+        sample = self.shards.read(index)
+        return _emptied(sample), render(self.template, sample)
+
     def question(self, index: int) -> Question:
         """A sample with all that asking and scoring it needs."""
         sample = self.shards.read(index)
@@ -85,8 +95,7 @@ class Source:
         if self.blank_images:
             images = [Image.new("RGB", image.size, (127, 127, 127)) for image in images]
         example = self.encoder.example(f"{self.prefix}{sample.id}", rendered, images)
-        emptied = replace(sample, images=tuple(replace(one, data=b"") for one in sample.images))
-        return Question(emptied, rendered, example, tuple(image.size for image in images))
+        return Question(_emptied(sample), rendered, example, tuple(one.size for one in images))
 
     def example(self, index: int) -> Example:
         """The tokenised sample with its processed images."""

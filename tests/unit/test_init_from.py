@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from mmtrain.errors import CheckpointError, ConfigError, MmtrainError
+from mmtrain.errors import CheckpointError, ConfigError
 from mmtrain.resolve import resolve
 from tests import tiny
 from tests.distributed.jobs import Interrupted
@@ -159,30 +158,3 @@ def test_a_damaged_adapter_is_one_error(make: Any, first: Path, tmp_path: Path) 
     with pytest.raises(CheckpointError, match="cannot be read") as caught:
         train(make(tmp_path / "run", init_from=str(tmp_path / "adapter")))
     assert "\n" not in str(caught.value) and "export it again" in str(caught.value)
-
-
-def test_runs_on_one_base_are_evaluated_one_after_another(
-    make: Any, first: Path, several: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from mmtrain import distributed
-    from mmtrain.commands import evaluate
-
-    def asked(*runs: Path) -> None:
-        parser = argparse.ArgumentParser()
-        evaluate.configure(parser)
-        assert evaluate.run(parser.parse_args([*map(str, runs), "--limit", "2"])) == 0
-
-    def losses() -> list[float]:
-        files = [run / "evaluation" / "val" / "metrics.json" for run in (first, second)]
-        return [json.loads(file.read_text())["loss"] for file in files]
-
-    monkeypatch.setattr(distributed, "shut_down", lambda: None)
-    second = tmp_path / "second"
-    train(make(second, optim={"max_steps": 2, "lr": 1e-2}))
-    asked(first, second)
-    together = losses()
-    asked(first)
-    asked(second)
-    assert losses() == together and together[0] != together[1]
-    with pytest.raises(MmtrainError, match="needs a model of its own"):
-        asked(first, several)
