@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from mmtrain.errors import CheckpointError, ConfigError
 from mmtrain.resolve import resolve
+from mmtrain.training.exporting import export_run
+from mmtrain.training.inference import ready_from_argument
 from tests import tiny
 from tests.distributed.jobs import Interrupted
 from tests.in_process import one_rank, train
@@ -158,3 +160,18 @@ def test_a_damaged_adapter_is_one_error(make: Any, first: Path, tmp_path: Path) 
     with pytest.raises(CheckpointError, match="cannot be read") as caught:
         train(make(tmp_path / "run", init_from=str(tmp_path / "adapter")))
     assert "\n" not in str(caught.value) and "export it again" in str(caught.value)
+
+
+def test_another_method_starts_on_what_was_folded_into_the_base(
+    make: Any, first: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    ia3 = {"llm": {"mode": "peft", "method": "ia3", "sublayers": ["attn", "mlp"]}}
+    with pytest.raises(ConfigError, match=r"fold it into the base \(mmtrain export\)"):
+        train(unmoved(make, tmp_path / "refused", first, components=ia3))
+    export_run(ready_from_argument(str(first), [], base=False), tmp_path / "folded", "merged")
+    model = {"checkpoint": str(tmp_path / "folded")}
+    run = unmoved(make, tmp_path / "run", first, model=model, components=ia3)
+    del run["init_from"]
+    train(run)
+    (found,) = tiny.read_metrics(tmp_path / "run", "val/loss")
+    assert found == pytest.approx(tiny.read_metrics(first, "val/loss")[1], rel=1e-5)
