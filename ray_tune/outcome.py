@@ -29,14 +29,14 @@ _MAX_CURVE_POINTS = 400
 def write_results(study: Study, journal: Journal) -> Path:
     """results.csv: one line per trial, whatever became of it."""
     path = journal.folder / "results.csv"
-    keys = list(study.search)
+    keys = study.varied
     header = ["trial", "status", *keys, study.metric, "step", "seconds", "training_seconds"]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*header, "attempts", "reason"])
         for record in journal.records.values():
             value, step = record.best(journal.metric) or ("", "")
-            values = [_cell(record.params[key]) for key in keys]
+            values = [_cell(record.params.get(key, "")) for key in keys]
             times = [f"{record.seconds:.1f}", f"{record.training_seconds:.1f}"]
             row = [record.name, record.status, *values, value, step, *times]
             writer.writerow([*row, record.attempts, record.reason])
@@ -75,7 +75,7 @@ def _row(study: Study, journal: Journal, record: Record) -> dict[str, object]:
     entries = RunJournal.read(path) if path.exists() else []
     curve = [(entry.step, entry.metrics[_CURVE]) for entry in entries if _CURVE in entry.metrics]
     every = math.ceil(len(curve) / _MAX_CURVE_POINTS) or 1
-    params = {key: _cell(value) for key, value in record.params.items()}
+    params = {key: _cell(record.params.get(key)) for key in study.varied}
     value = found[0] if found else None
     return {**params, "name": record.name, study.metric: value, "curve": curve[::every]}
 
@@ -125,6 +125,7 @@ def open_parent(study: Study, journal: Journal, tracking: Mapping[str, Any]) -> 
         "study.trials": str(len(journal.records)),
         "study.scheduler": study.scheduler.type,
         **{f"search.{key}": _in_short(entry) for key, entry in study.search.items()},
+        **{f"axes.{name}": json.dumps(list(options)) for name, options in study.axes.items()},
     }
     try:
         tags = {"study": study.name}

@@ -75,25 +75,25 @@ def csv_text(result: Statistics) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(
-        [*map(_csv_cell, result.by), "metric", "n", "mean", "std", "best", "best_run", "values"]
+        [*map(csv_cell, result.by), "metric", "n", "mean", "std", "best", "best_run", "values"]
     )
     for group in result.groups:
         writer.writerow(
             [
-                *map(_csv_cell, group.key),
-                _csv_cell(result.metric.name),
+                *map(csv_cell, group.key),
+                csv_cell(result.metric.name),
                 group.n,
                 group.mean,
                 "" if group.std is None else group.std,
                 group.best,
-                _csv_cell(group.best_run),
+                csv_cell(group.best_run),
                 " ".join(map(repr, group.values)),
             ]
         )
     return out.getvalue()
 
 
-def _csv_cell(text: str) -> str:
+def csv_cell(text: str) -> str:
     """A name that a spreadsheet would run as a formula is quoted as text; numbers are not."""
     try:
         float(text)
