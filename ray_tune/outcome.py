@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.errors import MmtrainError, nearest
+from mmtrain.evaluation.uncertainty import is_mean
+from mmtrain.report.answers import read_answers
 from mmtrain.report.plot import plot_run
 from mmtrain.report.write import Comparison, write_comparison
 from mmtrain.tracking.client import TrackingError, end_parent_run, parent_run
@@ -77,7 +79,18 @@ def _row(study: Study, journal: Journal, record: Record) -> dict[str, object]:
     every = math.ceil(len(curve) / _MAX_CURVE_POINTS) or 1
     params = {key: _cell(record.params.get(key)) for key in study.varied}
     value = found[0] if found else None
-    return {**params, "name": record.name, study.metric: value, "curve": curve[::every]}
+    measured = {study.metric: value, "scores": _scores(path.parent, value)}
+    return {**params, **measured, "name": record.name, "curve": curve[::every]}
+
+
+def _scores(run_dir: Path, value: float | None) -> dict[str, float]:
+    """Of each sample at the best step, where the metric is their mean."""
+    try:
+        found = read_answers(run_dir, "val").by_id
+    except MmtrainError:
+        return {}  # several data sets, or an evaluation that did not come so far
+    scores = {name: one.score for name, one in found.items()}
+    return scores if value is not None and is_mean(value, list(scores.values())) else {}
 
 
 def _cell(value: object) -> object:
