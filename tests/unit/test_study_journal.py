@@ -378,3 +378,18 @@ def test_the_token_of_the_private_ray_is_its_users_own(tmp_path: Path) -> None:
 def test_an_address_where_nobody_listens_is_refused_at_once(address: str, fault: str) -> None:
     with pytest.raises(LaunchError, match=fault):
         cluster.check_address(address)
+
+
+def test_a_study_of_an_older_version_goes_on(tmp_path: Path) -> None:
+    study = a_study(tmp_path)
+    trials = expand(study)
+    journal = open_journal(study, trials, ACCURACY, resume=False)
+    journal.save(next(iter(journal.records.values())))
+    path = journal.folder / "study.json"
+    stored = json.loads(path.read_text())
+    for key in ("axes", "columns", "notes"):
+        del stored["study"][key]
+    for entry in stored["study"]["search"].values():
+        del entry["when"]
+    path.write_text(json.dumps(stored))
+    assert len(open_journal(study, trials, ACCURACY, resume=True).records) == len(trials)
