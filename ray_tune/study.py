@@ -75,12 +75,17 @@ class SearchKey(Section):
 class SchedulerConfig(Section):
     """Whether poor trials are stopped early. All times count validations of a trial."""
 
-    type: Literal["none", "asha"] = Field("none", description="none: every trial runs to its end")
+    type: Literal["none", "asha", "median"] = Field(
+        "none",
+        description="none: every trial runs to its end; median: one stops whose best is worse than"
+        " the median of the others' running means",
+    )
     grace: int = Field(1, ge=1, description="never stop a trial before this many validations")
     reduction_factor: float = Field(
         3.0, gt=1, description="about one trial in this many passes each rung"
     )
     max: int = Field(100, ge=1, description="no rungs beyond this many validations")
+    least_trials: int = Field(3, ge=1, description="median: none stops before so many were seen")
 
     @model_validator(mode="after")
     def _ordered(self) -> SchedulerConfig:

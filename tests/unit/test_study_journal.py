@@ -209,6 +209,27 @@ def test_the_scheduler_writes_down_before_it_stops_and_ignores_repeats(tmp_path:
     assert resumed.on_trial_result(None, trial, {"started": 1}) == "CONTINUE"
 
 
+def test_the_median_rule_after_a_restart_judges_as_before(tmp_path: Path) -> None:
+    from ray_tune.scheduler import Rungs
+
+    study = a_study(tmp_path, scheduler={"type": "median", "grace": 2, "least_trials": 2})
+    journal = open_journal(study, expand(study), ACCURACY, resume=False)
+    *past, last = journal.records.values()
+    live = Rungs(study.scheduler, ACCURACY)
+    for time_s, (record, seen) in enumerate(zip(past, [0.8, 0.4, 0.7])):
+        for step in (1, 2):
+            number = record.add(step, {"val/accuracy": seen}, time_s + step / 10)
+            assert live.goes_on(record.name, number, {"val/accuracy": seen})
+        journal.save(record)
+    restarted = Rungs(study.scheduler, ACCURACY)
+    restarted.replay(open_journal(study, expand(study), ACCURACY, resume=True).records)
+    for rungs in (live, restarted):
+        assert rungs.goes_on(last.name, 1, {"val/accuracy": 0.1}), "within the grace"
+        assert not rungs.goes_on(last.name, 2, {"val/accuracy": 0.5}), "the median is 0.7"
+    fresh = Rungs(study.scheduler, ACCURACY)
+    assert fresh.goes_on(last.name, 2, {"val/accuracy": 0.5}), "too few were seen"
+
+
 def test_no_scheduler_lets_every_trial_go_on(tmp_path: Path) -> None:
     from ray_tune.scheduler import Rungs
 
