@@ -1,7 +1,7 @@
 """Answers by the words' dictionary forms: surfing is surf, men are man.
 
-The published scorers lemmatise what a model says, and OKVQA's published answers are reduced already.
-Here both sides take the same form, so that who is right stays right. The word list is lemminflect's:
+The published scorer lemmatises what a model says, since OKVQA's answers are reduced already. Here
+both sides take the same form, so that whoever is right stays right. The word list is lemminflect's:
 verbs before nouns, and a word that it does not know stays as it is.
 """
 
