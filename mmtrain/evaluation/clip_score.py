@@ -39,6 +39,7 @@ class Clip:
         if kind != "clip":
             raise CheckpointError(f"{folder}: holds a '{kind}', no CLIP.", "Give --clip a CLIP.")
         logging.disable_progress_bar()
+        torch.backends.cudnn.allow_tf32 = False  # fp32 is not rounded
         safe: Any = {"local_files_only": True, "trust_remote_code": False}
         try:
             loaded: Any = CLIPModel.from_pretrained(
