@@ -27,6 +27,7 @@ _EXAMPLES = """examples:
       --sheet sheet.csv                     people fill it in; then --labels sheet.csv
   mmtrain judge runs/lora --split flickr30k-test --data shards/flickr30k/test --clip clip-vit"""
 _PER_PRICE = 1_000_000
+_MOST_PROMPT_BYTES, _MOST_IMPORTED_BYTES = 2**20, 2**31
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -127,7 +128,7 @@ def _asked(args: argparse.Namespace, answers: Sequence[Answers]) -> list[list[As
 
     prompt = PROMPT
     if args.prompt:
-        text = read_regular(args.prompt, _PER_PRICE).decode("utf-8", "replace")
+        text = read_regular(args.prompt, _MOST_PROMPT_BYTES).decode("utf-8", "replace")
         prompt = checked_prompt(text, str(args.prompt))
     shards = _shards(args)
     return [asked_of(one.by_id.values(), shards, prompt) for one in answers]
@@ -170,7 +171,8 @@ def _import(
     from mmtrain.files import read_regular
 
     missing = verdicts.missing(asked, args.model)
-    for verdict in imported(read_regular(args.imported, 2**31), args.imported):
+    content = read_regular(args.imported, _MOST_IMPORTED_BYTES)
+    for verdict in imported(content, args.imported):
         if missing.pop(verdict.key, None):
             verdicts.add(verdict)
     if missing:

@@ -103,19 +103,21 @@ def read_labels(path: Path) -> dict[str, float]:
     first = text.partition("\n")[0]
     # Some languages' spreadsheets save with semicolons.
     delimiter = ";" if first.count(";") > first.count(",") else ","
-    found: dict[str, float] = {}
-    for number, cells in enumerate(csv.DictReader(io.StringIO(text), delimiter=delimiter), start=1):
-        key, label = cells.get("key"), cells.get("hallucination")
-        if key is None or label is None:
-            raise DataError(
-                f"'{path}', row {number}: no key or hallucination;", "keep the sheet's columns."
-            )
-        if not label.strip():
-            continue
-        if label.strip().lower() not in _LABELS:
+    rows = csv.DictReader(io.StringIO(text), delimiter=delimiter)
+    try:
+        missing = [name for name in ("key", "hallucination") if name not in (rows.fieldnames or ())]
+        if missing:
+            raise DataError(f"'{path}': no column {missing[0]};", "keep the sheet's columns.")
+        found = [(row["key"], (row["hallucination"] or "").strip()) for row in rows]
+    except csv.Error as fault:
+        raise DataError(f"'{path}' is no CSV ({fault});", "save it as CSV again.") from fault
+    labels: dict[str, float] = {}
+    for number, (key, label) in enumerate(found, start=1):
+        if label and label.lower() not in _LABELS:
             raise DataError(f"'{path}', row {number}: '{label}';", "write yes or no.")
-        found[key.strip().removeprefix("k")] = _LABELS[label.strip().lower()]
-    return found
+        if label:
+            labels[key.strip().removeprefix("k")] = _LABELS[label.lower()]
+    return labels
 
 
 def labelled(compared: Compared, labels: dict[str, float]) -> list[Judged]:

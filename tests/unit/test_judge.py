@@ -9,9 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,11 @@ import pytest
 
 from data_shards.writer import ShardWriter
 from mmtrain.__main__ import main
-from mmtrain.errors import MmtrainError
 from mmtrain.evaluation import judge
-from mmtrain.evaluation.chat import Endpoint, endpoint_of
 from mmtrain.evaluation.evaluate import Prediction
 from mmtrain.tasks.datasets.mmhal import TYPES
 from mmtrain.tasks.interface import Sample
+from tests.unit.chat_server import Server, completion, listening, rated
 
 RAW = Path(__file__).parents[1] / "golden" / "tasks" / "mmhal" / "raw"
 KEY = "sk-not-to-be-seen-anywhere"
@@ -32,62 +29,14 @@ NUM = 9  # questions of the small raw files
 MODEL = ["--model", "judge-1"]
 
 
-@dataclass
-class Server:
-    """What a test's server was asked, and how it answers: status, headers, body."""
-
-    reply: Callable[[int, str], tuple[int, dict[str, str], bytes]]
-    url: str = ""
-    prompts: list[str] = field(default_factory=list)
-    keys: set[str] = field(default_factory=set)
-    paths: set[str] = field(default_factory=set)
-
-
-def completion(text: str) -> bytes:
-    usage = {"prompt_tokens": 100, "completion_tokens": 10}
-    answer = {"choices": [{"message": {"role": "assistant", "content": text}}], "usage": usage}
-    return json.dumps(answer).encode()
-
-
-def rated(number: int) -> tuple[int, dict[str, str], bytes]:
-    return 200, {}, completion(f"It is so.\nRating: {number}")
-
-
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """Listens on this machine; the environment names it and a key."""
-    state = Server(lambda count, prompt: rated(5))
-    guard = threading.Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            (message,) = body["messages"]
-            with guard:
-                state.prompts.append(message["content"])
-                state.paths.add(self.path)
-                state.keys.add(self.headers["Authorization"])
-                count = len(state.prompts)
-            status, headers, content = state.reply(count, message["content"])
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_: Any) -> None:
-            """Nothing on the terminal."""
-
-    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=listening.serve_forever, daemon=True).start()
-    state.url = f"http://127.0.0.1:{listening.server_address[1]}/v1"
-    monkeypatch.setenv("MMTRAIN_JUDGE_URL", state.url)
-    monkeypatch.setenv("MMTRAIN_JUDGE_KEY", KEY)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    yield state
-    listening.shutdown()
-    listening.server_close()
+    """The environment names it, and a key."""
+    with listening() as found:
+        monkeypatch.setenv("MMTRAIN_JUDGE_URL", found.url)
+        monkeypatch.setenv("MMTRAIN_JUDGE_KEY", KEY)
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -262,22 +211,6 @@ def test_a_redirection_is_not_followed_with_the_key(
     assert server.paths == {"/v1/chat/completions"}
 
 
-@pytest.mark.parametrize("body", [b"<html>", b"{}", b'{"choices": []}', completion("x")[:-5]])
-def test_what_is_no_completion_is_asked_for_again(server: Server, body: bytes) -> None:
-    server.reply = lambda count, prompt: (200, {}, body) if count < 3 else rated(1)
-    endpoint = Endpoint(f"{server.url}/chat/completions", None, first_wait_s=0.001)
-    assert judge.rating(endpoint.ask("m", "said 1").text) == 1
-    assert server.keys == {None}, "no key, no header"
-    server.reply = lambda count, prompt: (200, {}, body)
-    with pytest.raises(MmtrainError, match="cannot be read.*Wait, then give the same command"):
-        endpoint.ask("m", "said 1")
-
-
-def test_nobody_listens(server: Server) -> None:
-    with pytest.raises(MmtrainError, match="no answer.*Wait"):
-        Endpoint("http://127.0.0.1:9/v1/chat/completions", None, 0.001).ask("m", "p")
-
-
 KILLED = """
 import sys
 from data_shards.writer import ShardWriter
@@ -393,30 +326,6 @@ def test_samples_must_say_what_is_in_their_picture(
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("{question} {response}")
     assert main(["judge", str(tmp_path), *data, *MODEL, "--prompt", str(prompt)]) == 0
-
-
-@pytest.mark.parametrize(
-    ("url", "key", "fault"),
-    [
-        ("", "", "MMTRAIN_JUDGE_URL is not set"),
-        ("file:///etc/passwd", "", "which is no address"),
-        ("https://me:word@host/v1", "", "which is no address"),
-        ("https://[host/v1", "", "which is no address"),
-        ("https://host/v1", f"{KEY}\nX: y", "holds what no key holds"),
-    ],
-)
-def test_an_environment_that_names_no_endpoint(url: str, key: str, fault: str) -> None:
-    with pytest.raises(MmtrainError, match=fault) as caught:
-        endpoint_of({"MMTRAIN_JUDGE_URL": url, "MMTRAIN_JUDGE_KEY": key})
-    assert KEY not in str(caught.value) and "word" not in str(caught.value)
-
-
-def test_the_endpoint_of_an_environment() -> None:
-    found = endpoint_of({"MMTRAIN_JUDGE_URL": "https://host/v1/", "MMTRAIN_JUDGE_KEY": f" {KEY}\n"})
-    assert found == Endpoint("https://host/v1/chat/completions", KEY)
-    assert KEY not in repr(found)
-    whole = {"MMTRAIN_JUDGE_URL": "http://host:8000/v1/chat/completions"}
-    assert endpoint_of(whole) == Endpoint("http://host:8000/v1/chat/completions", None)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""MMHAL-Bench's published file: types by place, pictures by two kinds of names, what is left out."""
+"""MMHAL-Bench's published file: types by place, two kinds of picture names, what is left out."""
 
 from __future__ import annotations
 
