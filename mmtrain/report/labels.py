@@ -95,29 +95,32 @@ def _cards(rows: Sequence[Row], shards: ShardFolder) -> Iterator[str]:
 def read_labels(path: Path) -> dict[str, float]:
     """By key: 1 where somebody saw a hallucination, 0 where not; rows without a label are left."""
     try:
-        text = read_regular(path, _MOST_BYTES).decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as fault:
+        found = _filled_in(read_regular(path, _MOST_BYTES).decode("utf-8-sig"))
+    except (OSError, UnicodeDecodeError, csv.Error) as fault:
         raise DataError(
             f"'{path}' is not readable ({fault});", "save it as CSV in UTF-8."
         ) from fault
-    first = text.partition("\n")[0]
-    # Some languages' spreadsheets save with semicolons.
-    delimiter = ";" if first.count(";") > first.count(",") else ","
-    rows = csv.DictReader(io.StringIO(text), delimiter=delimiter)
-    try:
-        missing = [name for name in ("key", "hallucination") if name not in (rows.fieldnames or ())]
-        if missing:
-            raise DataError(f"'{path}': no column {missing[0]};", "keep the sheet's columns.")
-        found = [(row["key"], (row["hallucination"] or "").strip()) for row in rows]
-    except csv.Error as fault:
-        raise DataError(f"'{path}' is no CSV ({fault});", "save it as CSV again.") from fault
+    except KeyError as fault:
+        raise DataError(f"'{path}': no column {fault};", "keep the sheet's columns.") from fault
     labels: dict[str, float] = {}
     for number, (key, label) in enumerate(found, start=1):
         if label and label.lower() not in _LABELS:
             raise DataError(f"'{path}', row {number}: '{label}';", "write yes or no.")
         if label:
-            labels[key.strip().removeprefix("k")] = _LABELS[label.lower()]
+            labels[key] = _LABELS[label.lower()]
     return labels
+
+
+def _filled_in(text: str) -> list[tuple[str, str]]:
+    """Key and label of every row."""
+    first = text.partition("\n")[0]
+    # Some languages' spreadsheets save with semicolons.
+    delimiter = ";" if first.count(";") > first.count(",") else ","
+    rows = csv.DictReader(io.StringIO(text), delimiter=delimiter)
+    return [
+        ((row["key"] or "").strip().removeprefix("k"), (row["hallucination"] or "").strip())
+        for row in rows
+    ]
 
 
 def labelled(compared: Compared, labels: dict[str, float]) -> list[Judged]:

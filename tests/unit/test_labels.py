@@ -117,8 +117,8 @@ def test_a_sheet_is_blind_and_its_labels_come_back(
     ("change", "fault"),
     [
         (lambda rows: rows[1].update(hallucination="maybe"), "row 2: 'maybe'; write yes or no"),
-        (lambda rows: [row.pop("key") for row in rows], "no column key"),
-        (lambda rows: rows[0].update(answer="x" * 200_000), "is no CSV (field larger"),
+        (lambda rows: [row.pop("key") for row in rows], "no column 'key'"),
+        (lambda rows: rows[0].update(answer="x" * 200_000), "is not readable (field larger"),
         (lambda rows: rows[0].update(key="k00", hallucination="no"), "1 labels are of other"),
         (lambda rows: [row.update(hallucination="") for row in rows], "no answer of it is lab"),
     ],
