@@ -27,7 +27,12 @@ from tests.unit.llava_material import FAMILY, load, write_lively
 
 TASK = plugins.load("task", "scienceqa")
 SETTINGS = SimpleNamespace(
-    max_new_tokens=3, num_beams=1, length_penalty=1.0, repetition_penalty=1.0, batch_size=3
+    max_new_tokens=3,
+    min_new_tokens=0,
+    num_beams=1,
+    length_penalty=1.0,
+    repetition_penalty=1.0,
+    batch_size=3,
 )
 
 
