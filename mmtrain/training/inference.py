@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import time
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from mmtrain.training.numerics import pin_numerics
 from mmtrain.training.progress import Progress
 from mmtrain.training.trained import load_trained, trained_files
 
+log = logging.getLogger("mmtrain")
 _WHAT_TO_GIVE = "Give a run folder, the adapter/ in it or exported from it, or a run file."
 
 
@@ -185,6 +187,13 @@ def evaluate_with_progress(
     kept: KeptAnswers | None = None,
 ) -> Evaluation:
     """Loss and answers on a source as the run file asks for them, under a bar."""
+    if engine.world.is_main and settings.max_new_tokens < source.template.answer_tokens:
+        log.warning(
+            "%s: answers are cut at generation.max_new_tokens %d, and may need %d",
+            label,
+            settings.max_new_tokens,
+            source.template.answer_tokens,
+        )
     at_once, first = engine.world.size * settings.batch_size, len(kept.known) if kept else 0
     started_s = time.monotonic()
 

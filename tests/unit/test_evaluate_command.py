@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
@@ -152,3 +153,20 @@ def test_answers_of_other_weights_are_not_taken_up(
     evaluate(runs["slow"], *data)
     wanted = (tmp_path / "slow" / "predictions.jsonl").read_text()
     assert (tmp_path / "there" / "predictions.jsonl").read_text() == wanted
+
+
+def test_answers_that_are_cut_are_spoken_of(
+    runs: dict[str, Path],
+    digit_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from mmtrain import plugins
+
+    templates = plugins.load("task", "digits").templates
+    name, honest = next(iter(templates.items()))
+    monkeypatch.setitem(templates, name, dataclasses.replace(honest, answer_tokens=9))
+    with caplog.at_level("WARNING", logger="mmtrain"):
+        evaluate(runs["slow"], "--data", digit_shards / "val", "--out", tmp_path / "there")
+    assert "are cut at generation.max_new_tokens 1, and may need 9" in caplog.text

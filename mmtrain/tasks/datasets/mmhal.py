@@ -38,7 +38,7 @@ class MmHal:
     splits: tuple[str, ...] = ("test",)
     build_options: type[BaseModel] = PictureOptions
     needs_raw = True
-    templates: Mapping[str, Template] = {"plain": Template(plain)}
+    templates: Mapping[str, Template] = {"plain": Template(plain, answer_tokens=1024)}
     metrics: tuple[Metric, ...] = (ANSWERED,)
     primary_metric = ANSWERED
 
