@@ -19,7 +19,7 @@ from mmtrain.tasks.interface import Rendered, Sample, Task, Template, Turn
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_KEPT = 16  # samples: lmms-eval asks for a document, then for its pictures
+_KEPT = 2  # samples: a document is asked for, then its pictures
 
 
 @dataclass(frozen=True, eq=False)

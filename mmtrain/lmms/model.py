@@ -44,11 +44,12 @@ class Run(lmms):
         super().__init__()
         if not run:
             raise MmtrainError("model_args: run is missing.", "Give run=RUN_FOLDER.")
+        size = None if batch_size is None else _batch_size(batch_size)
         self._ready = ready_from_argument(str(run), overrides_of(overrides), bool(base))
         # A process group of its own must not live on while Python ends.
         atexit.register(distributed.shut_down)
         self._encoder = _encoder(self._ready)
-        self._batch_size = _batch_size(batch_size, self._ready.config.generation.batch_size)
+        self._batch_size = size or self._ready.config.generation.batch_size
         if device not in (None, self.device.type, str(self.device)):
             raise MmtrainError(
                 f"device={device}: this rank's is {self.device}.",
@@ -87,14 +88,15 @@ class Run(lmms):
 
     def _answers(self, part: Sequence[Request]) -> list[str]:
         """By speaking; by the candidate that costs least where a template of ours says so."""
-        engine, asked = self._ready.engine, part[0][1]
-        documents = [self.task_dict[task][split][number] for *_, number, task, split in part]
-        questions = [
-            self._question(request, document)
-            for request, document in zip(part, documents, strict=True)
-        ]
+        engine, asked, ranks = self._ready.engine, part[0][1], False
+        questions = []
+        for request in part:
+            *_, number, task, split = request
+            document = self.task_dict[task][split][number]
+            ranks = document.get("mode") == "rank"
+            questions.append(self._question(request, document))
         examples = [question.example for question in questions]
-        if documents[0].get("mode") != "rank":
+        if not ranks:
             settings = settings_of(asked, self._ready.config.generation)
             return [cut(text, asked) for text in engine.generate(examples, settings)]
         with torch.no_grad():
@@ -120,9 +122,7 @@ def _encoder(ready: Ready) -> Encoder:
     return Encoder(family, ready.assembled.processor, max_length, side)
 
 
-def _batch_size(given: int | str | None, usual: int) -> int:
-    if given is None:
-        return usual
+def _batch_size(given: int | str) -> int:
     if not str(given).isdecimal() or int(given) < 1:
         raise MmtrainError(f"batch_size={given}: is no number of questions.", "Give one, as 8.")
     return int(given)
