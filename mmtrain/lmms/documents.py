@@ -89,3 +89,8 @@ def rendered_as(document: Mapping[str, Any], context: str) -> Rendered:
     if not isinstance(known, Rendered):
         return Rendered((Turn("user", context),), target="")
     return replace(known, turns=(*known.turns[:-1], replace(known.turns[-1], text=context)))
+
+
+def is_ranked(document: Mapping[str, Any]) -> bool:
+    """Whether a template of ours wants the candidate that costs least."""
+    return isinstance(document.get("rendered"), Rendered) and document["mode"] == "rank"

@@ -19,7 +19,7 @@ from mmtrain.data.codec import plain_image
 from mmtrain.data.source import Encoder, Question
 from mmtrain.errors import DataError, MmtrainError
 from mmtrain.evaluation.answer import ranked
-from mmtrain.lmms.documents import rendered_as
+from mmtrain.lmms.documents import is_ranked, rendered_as
 from mmtrain.lmms.requests import Request, batches, cut, overrides_of, settings_of
 from mmtrain.tasks.interface import Sample
 from mmtrain.training.inference import Ready, ready_from_argument
@@ -93,7 +93,7 @@ class Run(lmms):
         for request in part:
             *_, number, task, split = request
             document = self.task_dict[task][split][number]
-            ranks = document.get("mode") == "rank"
+            ranks = is_ranked(document)
             questions.append(self._question(request, document))
         examples = [question.example for question in questions]
         if not ranks:

@@ -60,7 +60,7 @@ def evaluated(
 
 
 # Two pictures, one in grey, none, one.
-SHOWN = ([image(1), image(2)], [image(3).convert("L")], [], [image(4)])
+SHOWN: tuple[list[Any], ...] = ([image(1), image(2)], [image(3).convert("L")], [], [image(4)])
 QUESTIONS = ("Which is older?", "What is it?", "Who?", "Where?")
 _HERE = f"!function {__name__}"
 _OTHERS = {

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import yaml
-from lmms_eval.utils import load_yaml_config
 
 from mmtrain import plugins
 from mmtrain.__main__ import main
@@ -89,12 +88,20 @@ def test_answers_and_metrics_are_those_of_evaluate(
     assert answers_of(untrained, task) != answers, "the adapter answers, not the base"
 
 
+def shown_in(path: Path) -> dict[str, Any]:
+    """A task file as lmms-eval reads it."""
+    from lmms_eval.utils import load_yaml_config
+
+    shown: dict[str, Any] = load_yaml_config(str(path), mode="full")
+    return shown
+
+
 def test_every_shipped_file_scores_as_evaluate_does(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the small files in the published formats, which hold every kind of question."""
     monkeypatch.setenv("MMTRAIN_SHARDS", str(tmp_path))
-    asked = {path.stem: load_yaml_config(str(path), mode="full") for path in SHIPPED}
+    asked = {path.stem: shown_in(path) for path in SHIPPED}
     for place in {one["dataset_path"] for one in asked.values()}:
         write_golden(tmp_path / place)
     found = scored(f"run={runs['lora']}", *asked, limit=None)
@@ -246,7 +253,7 @@ def test_shipped_files_name_what_is_there(capsys: pytest.CaptureFixture[str]) ->
     names = capsys.readouterr().out.split()
     assert {*TASKS.values(), "mmtrain_mme_liu2023", "mmtrain_pope_liu2023"} <= set(names)
     for path in SHIPPED:
-        shown = load_yaml_config(str(path), mode="full")
+        shown = shown_in(path)
         data_set, split = shown["dataset_path"].split("/")
         template, task = shown["dataset_kwargs"]["template"], plugins.load("task", data_set)
         assert shown["class"] is ShardTask and path.stem == shown["task"]
