@@ -35,6 +35,12 @@ class Encoder:
         code = self.family.code
         return code.encode_text(self.processor, sample_id, rendered, sizes, *limits)
 
+    def with_answer(self, question: Question, answer: str) -> Example:
+        """The question's example with another answer; its images are not cut again."""
+        rendered = replace(question.rendered, target=answer)
+        text = self.text(question.example.id, rendered, question.sizes)
+        return replace(text, pixels=question.example.pixels, weight=question.example.weight)
+
 
 @dataclass(frozen=True)
 class Question:
@@ -107,9 +113,3 @@ class Source:
         sizes = [image_size(image.data, sample.id) for image in sample.images]
         rendered = render(self.template, sample)
         return len(self.encoder.text(f"{self.prefix}{sample.id}", rendered, sizes).input_ids)
-
-    def with_answer(self, question: Question, answer: str) -> Example:
-        """The question's example with another answer; its images are not cut again."""
-        rendered = replace(question.rendered, target=answer)
-        text = self.encoder.text(question.example.id, rendered, question.sizes)
-        return replace(text, pixels=question.example.pixels, weight=question.example.weight)

@@ -101,7 +101,7 @@ def test_ranking_takes_the_candidate_with_the_lowest_loss(model: Model, shards: 
         question = source.question(index)
         losses = {}
         for candidate in question.rendered.candidates:
-            example = source.with_answer(question, candidate)
+            example = source.encoder.with_answer(question, candidate)
             batch = FAMILY.code.collate([example], model.processor)
             with torch.no_grad():
                 losses[candidate] = float(model.forward(batch).answer_loss_sum)
