@@ -24,7 +24,7 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 for record in batch.to_pylist():
                     number += 1
                     yield f"{path.stem}-{number}", record
-    except ArrowException as fault:
+    except (ArrowException, UnicodeDecodeError) as fault:
         raise DataError(
             f"'{path}' is no intact parquet file: {fault};", "copy it again."
         ) from fault
