@@ -302,6 +302,11 @@ def test_files_that_are_no_such_thing_are_named(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"query": query}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="no intact parquet file.*invalid continuation byte"):
         _read(vl_rewardbench.TASK, tmp_path)
+    (tmp_path / "a.parquet").unlink()
+    whole = (GOLDEN / "vl_rewardbench" / "raw" / "test-00000-of-00001.parquet").read_bytes()
+    (tmp_path / "b.parquet").write_bytes(whole[:1116] + b"\x10" + whole[1117:])
+    with pytest.raises(DataError, match="0 of 12 rows can be read"):
+        _read(vl_rewardbench.TASK, tmp_path)
     raw = _rewards(tmp_path, [{"question": "?"}] * 3)
     samples, dropped = _read(vl_rewardbench.TASK, raw)
     assert not samples and len(dropped) == 2, "a fifth of three is one"
