@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from mmtrain.models import decoding
-from mmtrain.models.interface import Batch, ForwardResult
+from mmtrain.models.interface import Batch, Example, ForwardResult
+from mmtrain.models.other_answers import shared_prompts
 from mmtrain.models.taps import taps_of
-from tests.contracts.tiny_models import TinyModel
+from tests.contracts.tiny_models import TinyModel, image
 
 ROUNDING = 2e-5
 
@@ -108,6 +109,42 @@ def test_prompts_stand_before_every_row(tiny_model: TinyModel) -> None:
     assert answers == [tiny_model.answers(model, [one])[0] for one in samples]
     loss_of(tiny_model, model).answer_loss_sum.backward()
     assert prompts.weight.grad is not None and float(prompts.weight.grad.abs().min(1).values[0]) > 0
+
+
+@pytest.mark.parametrize("inserted", [False, True], ids=["plain", "behind prompts"])
+def test_other_answers_behind_shared_prompts_cost_what_they_cost_alone(
+    tiny_model: TinyModel, inserted: bool
+) -> None:
+    code, model = tiny_model.family.code, tiny_model.load().model
+    if inserted:
+        prompts = Prompts(code.decoder(model).get_input_embeddings().weight.shape[1])
+        taps_of(model).insert_prompts(prompts)
+    answered = [tiny_model.samples(said) for said in ("5", "7 and 8", "2", "0 or 1 or 2 or 3")]
+    processor = tiny_model.loaded().processor
+    shared = shared_prompts(answered, processor.image_token_id)
+    assert shared is not None and min(shared.starts) > 0
+    with torch.no_grad():
+        features = code.image_features(model, code.collate(answered[0], processor))
+        for examples in answered:
+            batch = code.collate(examples, processor)
+            found = decoding.forward(tiny_model.family, model, batch, features, shared)
+            wanted = tiny_model.losses(model, examples)
+            assert torch.allclose(found.per_sample_loss, wanted, rtol=1e-5)
+            assert int(found.per_sample_tokens.sum()) == batch.num_answer_tokens
+
+
+def test_prompts_that_a_long_answer_moved_are_not_shared(tiny_model: TinyModel) -> None:
+    def cut(answer: str) -> list[Example]:
+        room = len(tiny_model.encode("a", "", "", [image(1)]).input_ids) + 12
+        asked = ("a", "Which of these? " * 9, answer, [image(1)], room)
+        return [tiny_model.encode(*asked), tiny_model.encode("b", "Which?", answer)]
+
+    image_id = tiny_model.loaded().processor.image_token_id
+    same, moved = shared_prompts([cut("5"), cut("7")], image_id), cut("0 or 1 or 2")
+    assert same is not None
+    # Before an image stand a few tokens at most, which are never cut: its place is the same.
+    other = shared_prompts([cut("5"), moved], image_id)
+    assert other is None or other.starts[0] <= same.starts[0]
 
 
 def test_a_further_loss_reads_the_batch(tiny_model: TinyModel) -> None:

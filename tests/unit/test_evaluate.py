@@ -45,8 +45,8 @@ class Model:
     def image_features(self, batch: Any) -> Any:
         return FAMILY.code.image_features(self.model, batch)
 
-    def forward(self, batch: Any, features: Any = None) -> Any:
-        return decoding.forward(FAMILY, self.model, batch, features)
+    def forward(self, batch: Any, features: Any = None, shared: Any = None) -> Any:
+        return decoding.forward(FAMILY, self.model, batch, features, shared)
 
     def generate(self, examples: Any, settings: Any, features: Any = None) -> list[str]:
         given = (self.model, self.processor, examples, settings, features)
