@@ -78,13 +78,13 @@ def answer(
         features = executor.image_features(batch)
         loss_sum = float(executor.forward(batch, features).answer_loss_sum)
         if source.template.mode == "rank":
-            texts = _ranked(executor, source, questions, features)
+            texts = ranked(executor, source, questions, features)
         else:
             texts = executor.generate(examples, settings, features)
     return Answers(texts, loss_sum, batch.num_answer_tokens)
 
 
-def _ranked(
+def ranked(
     executor: Executor, source: Source, questions: Sequence[Question], features: ImageFeatures
 ) -> list[str]:
     """Each question's candidate with the lowest loss, the first of equals.

@@ -88,7 +88,7 @@ def test_damaged_files_end_in_plain_words(name: str, damage: str, tmp_path: Path
     files = sorted(path for path in raw.rglob("*") if path.is_file())
     texts = [path for path in files if path.suffix not in (".png", ".jpg")] or files
     draws, healthy = random.Random(f"{name} {damage}"), _read(task, raw)
-    for number in range(examples(25)):
+    for number in range(examples(15)):
         file = draws.choice(texts if number % 5 else files)
         whole = file.read_bytes()
         file.write_bytes(DAMAGE[damage](whole, draws))
