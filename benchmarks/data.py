@@ -36,7 +36,7 @@ from benchmarks.results import RESULTS, installed_version, machine, shown, sprea
 from data_shards.writer import ShardWriter
 from mmtrain import plugins
 from mmtrain.data.order import epoch_order
-from mmtrain.data.plan import Layout, Planner
+from mmtrain.data.plan import PADDING, Layout, Planner
 from mmtrain.data.shards import ShardFolder
 from mmtrain.data.source import open_images
 from mmtrain.tasks.interface import ImageBytes, Sample
@@ -199,14 +199,15 @@ def resuming(folder: Path, windows: int) -> dict[str, list[float]]:
         layout = Layout(1, 0, RESUMED_BATCH, RESUMED_BATCH)
         position = int(RESUMED_AT * len(source)) // RESUMED_BATCH
         plan = Planner(len(source), layout, SEED).plan(position)
-        decoded = [open_images(source.read(int(index))) for index in plan.bins[0][0]]
+        asked = [index for index in plan.bins[0][0] if index != PADDING]
+        decoded = [open_images(source.read(index)) for index in asked]
         found["mmtrain"].append(time.perf_counter() - start)
         start = time.perf_counter()
         # Skipped before they are decoded: the cheapest that a pipeline without positions can do.
         rest = stock(folder).slice(position * RESUMED_BATCH, None).decode("pilrgb")
         others = list(islice(rest, RESUMED_BATCH))
         found["webdataset"].append(time.perf_counter() - start)
-        assert len(decoded) == len(others) == RESUMED_BATCH
+        assert len(decoded) == len(others) > 0
     return found
 
 

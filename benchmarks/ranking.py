@@ -1,6 +1,6 @@
 """Ranking four candidates of each question, batched and with shared prompts, beside one by one.
 
-    python -m benchmarks.ranking [--questions 8] [--windows 3]
+    python -m benchmarks.ranking [--questions 4] [--windows 5]
 
 The models are of the real classes, with random weights and shapes scaled so that tower and language
 model share the work about as in the published ones; questions are as long as ScienceQA's, each with
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -35,21 +36,33 @@ from mmtrain.training.inference import build_ready
 CHUNK = 4  # questions at once, where they are batched
 Ranking = Callable[[Source, Sequence[Question]], list[str]]
 # The tower has 4 % of a forward's work in LLaVA-1.5-7B and 59 % in InstructBLIP-FlanT5-XL.
-MODELS: Mapping[str, Mapping[str, Any]] = {
+MODELS: dict[str, Mapping[str, Any]] = {
     "LLaVA-1.5": {
         "family": "llava",
-        "preset": "tiny",
-        "overrides": {
-            "llm": {"hidden_size": 384, "layers": 6, "heads": 6, "intermediate_size": 1024},
-            "vision": {"hidden_size": 256, "layers": 6, "heads": 4, "intermediate_size": 1024},
+        "preset": "llava-1.5-7b",
+        "text_config": {
+            **{"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4},
+            **{"num_attention_heads": 8, "num_key_value_heads": 8},
+        },
+        "vision_config": {
+            **{"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4},
+            "num_attention_heads": 2,
         },
     },
     "InstructBLIP-FlanT5": {
         "family": "instructblip",
-        "preset": "tiny",
-        "overrides": {
-            "llm": {"hidden_size": 256, "layers": 4, "heads": 4, "intermediate_size": 688},
-            "vision": {"hidden_size": 768, "layers": 7, "heads": 12, "intermediate_size": 3072},
+        "preset": "instructblip-flan-t5-xl",
+        "text_config": {
+            **{"d_model": 256, "d_ff": 688, "num_heads": 4},
+            **{"num_layers": 4, "num_decoder_layers": 4},
+        },
+        "vision_config": {
+            **{"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4},
+            "num_attention_heads": 4,
+        },
+        "qformer_config": {
+            **{"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2},
+            **{"num_attention_heads": 2, "encoder_hidden_size": 256},
         },
     },
 }
@@ -110,9 +123,11 @@ def prepare(name: str, folder: Path, count: int) -> tuple[Engine, Source]:
     shards, base, chosen = folder / "shards", folder / name, MODELS[name]
     texts = shapes.write_shards(shards, count)
     family = plugins.load("family", chosen["family"])
-    family.code.write_tiny(base, [*texts, *shapes.CHOICES], shapes.WEIGHT_SEED, chosen["preset"])
+    published = family.presets[chosen["preset"]]
+    parts = {key: {**published[key], **chosen[key]} for key in chosen if key.endswith("_config")}
+    with patch.dict(family.presets, {"scaled": {**published, **parts}}):
+        family.code.write_tiny(base, [*texts, *shapes.CHOICES], shapes.WEIGHT_SEED, "scaled")
     model = {"family": chosen["family"], "checkpoint": str(base), "dtype": "fp32"}
-    model |= {"overrides": chosen["overrides"], "allow_reinit": True}
     data = {"task": "scienceqa", "train": str(shards), "template": "kim2023"}
     components = {"llm": {"mode": "peft", "method": "lora", "sublayers": ["attn"]}}
     optim = {"global_batch": 1, "micro_batch": 1}
@@ -172,11 +187,12 @@ def write(args: argparse.Namespace, found: Mapping[str, Mapping[str, Any]]) -> P
         "",
         f"{day}, {where['cpu']}, {where['cores']} cores, fp32; torch {where['torch']},"
         f" transformers {where['transformers']}.",
-        f"Questions per second of CPU time, median (min–max) of {args.windows} windows in turn of",
-        f"{args.questions} questions as long as ScienceQA's with a picture each; all ways choose the",
-        f"same. One by one, each candidate is a forward with its picture. {CHUNK} questions are",
-        "batched with pictures computed once (`tower once`), in mmtrain with prompts computed once,",
-        "too. Shapes are scaled so that the tower's share is about the published model's.",
+        f"Questions per second of CPU time, median (min–max) of {args.windows} windows in turn",
+        f"of {args.questions} questions as long as ScienceQA's with a picture each; all choose",
+        "the same. One by one, each candidate is a forward with its picture. Questions are",
+        f"batched by {CHUNK} with pictures computed once (`tower once`), in mmtrain with prompts",
+        "computed once, too. Shapes are scaled so that the tower's share is about the published",
+        "model's.",
         "",
         "| | one by one | tower once | mmtrain | mmtrain / one by one | mmtrain / tower once |",
         "|---|---|---|---|---|---|",
@@ -194,8 +210,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ranking", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--questions", type=int, default=8, help="of a window")
-    parser.add_argument("--windows", type=int, default=3, help="timed windows per way")
+    parser.add_argument("--questions", type=int, default=4, help="of a window")
+    parser.add_argument("--windows", type=int, default=5, help="timed windows per way")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--out", type=Path, default=RESULTS / "ranking-small-cpu.json")
     args = parser.parse_args(argv)

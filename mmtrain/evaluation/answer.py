@@ -105,7 +105,7 @@ def ranked(
         for number in range(rounds)
     ]
     shared = shared_prompts(answered, executor.processor.image_token_id)
-    if None in distributed.gather_objects(shared and shared.starts):
+    if not all(distributed.gather_objects(shared is not None)):
         shared = None  # all ranks make the same calls
     for number, examples in enumerate(answered):
         batch = executor.family.code.collate(examples, executor.processor)

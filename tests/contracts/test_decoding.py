@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from mmtrain.models import decoding
-from mmtrain.models.interface import Batch, Example, ForwardResult
+from mmtrain.models.interface import Batch, ForwardResult
 from mmtrain.models.other_answers import shared_prompts
 from mmtrain.models.taps import taps_of
-from tests.contracts.tiny_models import TinyModel, image
+from tests.contracts.tiny_models import TinyModel
 
 ROUNDING = 2e-5
 
@@ -131,20 +131,6 @@ def test_other_answers_behind_shared_prompts_cost_what_they_cost_alone(
             wanted = tiny_model.losses(model, examples)
             assert torch.allclose(found.per_sample_loss, wanted, rtol=1e-5)
             assert int(found.per_sample_tokens.sum()) == batch.num_answer_tokens
-
-
-def test_prompts_that_a_long_answer_moved_are_not_shared(tiny_model: TinyModel) -> None:
-    def cut(answer: str) -> list[Example]:
-        room = len(tiny_model.encode("a", "", "", [image(1)]).input_ids) + 12
-        asked = ("a", "Which of these? " * 9, answer, [image(1)], room)
-        return [tiny_model.encode(*asked), tiny_model.encode("b", "Which?", answer)]
-
-    image_id = tiny_model.loaded().processor.image_token_id
-    same, moved = shared_prompts([cut("5"), cut("7")], image_id), cut("0 or 1 or 2")
-    assert same is not None
-    # Before an image stand a few tokens at most, which are never cut: its place is the same.
-    other = shared_prompts([cut("5"), moved], image_id)
-    assert other is None or other.starts[0] <= same.starts[0]
 
 
 def test_a_further_loss_reads_the_batch(tiny_model: TinyModel) -> None:

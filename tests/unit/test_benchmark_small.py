@@ -27,17 +27,15 @@ def test_shards_beside_webdataset(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_tensors_that_differ_end_the_benchmark(tmp_path: Path) -> None:
     data.write_ours(tmp_path / "shards", list(data.samples(2)))
-    processors = data.processors()
-    _, blip = processors["InstructBLIP"]
-    data.check_equal(tmp_path / "shards", "instructblip", blip, 2)
-    _, padding = processors["LLaVA-1.5"]
+    _, squeezing = data.processors()["InstructBLIP"]
+    data.check_equal(tmp_path / "shards", "instructblip", squeezing, 2)
     with pytest.raises(RuntimeError, match="the tensors of sample 0 differ"):
-        data.check_equal(tmp_path / "shards", "instructblip", padding, 2)
+        data.check_equal(tmp_path / "shards", "llava", squeezing, 2)  # which pads
 
 
 def test_ranking_beside_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {"hidden_size": 96, "layers": 2, "heads": 4, "intermediate_size": 128}
-    model = {**ranking.MODELS["LLaVA-1.5"], "overrides": {"llm": small}}
+    tower = {**ranking.MODELS["LLaVA-1.5"]["vision_config"], "image_size": 56}
+    model = {**ranking.MODELS["LLaVA-1.5"], "vision_config": tower}
     monkeypatch.setitem(ranking.MODELS, "LLaVA-1.5", model)
     out = tmp_path / "ranking.json"
     with one_rank():
