@@ -33,7 +33,7 @@ from mmtrain.resolve import resolve
 from mmtrain.training.engine import Engine
 from mmtrain.training.inference import build_ready
 
-CHUNK = 4  # questions at once, where they are batched
+CHUNK = 2  # questions at once, where they are batched
 Ranking = Callable[[Source, Sequence[Question]], list[str]]
 # The tower has 4 % of a forward's work in LLaVA-1.5-7B and 59 % in InstructBLIP-FlanT5-XL.
 MODELS: dict[str, Mapping[str, Any]] = {
