@@ -276,7 +276,7 @@ def decode_image(data: bytes, sample_id: str, max_pixels: int = MAX_PIXELS) -> I
             fault = _size_fault(*image.size, max_pixels)
             if not fault:
                 image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
+                return _to_rgb(ImageOps.exif_transpose(image))  # a copy: the file's is closed
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as bomb:
         raise DataError(f"sample {sample_id!r}: {bomb};", _MAKE_SMALLER) from bomb
     except _BROKEN_IMAGE as broken:
@@ -328,7 +328,7 @@ _MAKE_SMALLER = "scale it down or crop it before building the shards."
 def _to_rgb(image: Image.Image) -> Image.Image:
     """RGB from any mode. 16 bit keeps the high byte; Pillow would clip at 255 instead."""
     if image.mode == "RGB" and "transparency" not in image.info:
-        return image.copy()
+        return image
     if image.mode.startswith("I"):
         high_byte = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255)
         return Image.fromarray(high_byte.astype(np.uint8)).convert("RGB")

@@ -15,7 +15,16 @@ import torch
 from mmtrain import distributed
 from mmtrain.data.source import Encoder, Question, Source
 from mmtrain.errors import DataError
-from mmtrain.models.interface import Batch, Example, Family, ForwardResult, ImageFeatures
+from mmtrain.models.interface import (
+    Batch,
+    Example,
+    Family,
+    ForwardResult,
+    ImageFeatures,
+    Processor,
+    SharedPrompts,
+)
+from mmtrain.models.other_answers import shared_prompts
 
 
 class Executor(Protocol):
@@ -26,7 +35,7 @@ class Executor(Protocol):
         """The model's."""
 
     @property
-    def processor(self) -> object:
+    def processor(self) -> Processor:
         """The model's."""
 
     @property
@@ -36,7 +45,12 @@ class Executor(Protocol):
     def image_features(self, batch: Batch) -> ImageFeatures:
         """Tower and connector once, without gradients."""
 
-    def forward(self, batch: Batch, features: ImageFeatures | None = None) -> ForwardResult:
+    def forward(
+        self,
+        batch: Batch,
+        features: ImageFeatures | None = None,
+        shared: SharedPrompts | None = None,
+    ) -> ForwardResult:
         """One forward."""
 
     def generate(
@@ -80,19 +94,26 @@ def ranked(
     """Each question's candidate with the lowest loss, the first of equals.
 
     One forward asks the n-th candidate of every question; who has fewer runs along with weight 0.
+    Prompts run in the first alone.
     """
     candidates = [_candidates(question) for question in questions]
     rounds = max(len(mine) for mine in candidates)
     if in_step:  # Ranks may hold questions with more: all make as many forwards.
         rounds = max(distributed.gather_objects(rounds))
     losses = torch.full((len(questions), rounds), math.inf)
-    for number in range(rounds):
-        examples = [
+    answered = [
+        [
             _with_candidate(encoder, question, mine, number)
             for question, mine in zip(questions, candidates, strict=True)
         ]
+        for number in range(rounds)
+    ]
+    shared = shared_prompts(answered, executor.processor.image_token_id)
+    if in_step and not all(distributed.gather_objects(shared is not None)):
+        shared = None  # all ranks make the same calls
+    for number, examples in enumerate(answered):
         batch = executor.family.code.collate(examples, executor.processor)
-        found = executor.forward(batch, features).per_sample_loss.cpu()
+        found = executor.forward(batch, features, shared).per_sample_loss.cpu()
         asked = torch.tensor([number < len(mine) for mine in candidates])
         losses[asked, number] = found[asked].float()
     best = losses.argmin(dim=1).tolist()

@@ -17,8 +17,17 @@ import torch
 import torch.nn.functional as functional
 
 from mmtrain.distributed import gathered, spans_ranks
+from mmtrain.models import other_answers
 from mmtrain.models.dropout import scope_of
-from mmtrain.models.interface import Batch, Example, Family, ForwardResult, ImageFeatures, Processor
+from mmtrain.models.interface import (
+    Batch,
+    Example,
+    Family,
+    ForwardResult,
+    ImageFeatures,
+    Processor,
+    SharedPrompts,
+)
 from mmtrain.models.taps import taps_of
 from mmtrain.models.text import IGNORED
 
@@ -26,22 +35,38 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def forward(
-    family: Family, model: Any, batch: Batch, features: ImageFeatures | None = None
+    family: Family,
+    model: Any,
+    batch: Batch,
+    features: ImageFeatures | None = None,
+    shared: SharedPrompts | None = None,
 ) -> ForwardResult:
-    """The loss of one batch; `features` where its images went through the tower already."""
-    hidden_rtc, tensors = hidden_states(family, model, batch, features)
+    """The loss of one batch; `features` where its images went through the tower already.
+
+    With `shared`, which takes no gradients, prompts run once for batches that differ in answers.
+    """
+    if shared is not None and shared.tensors:
+        hidden_rtc, tensors = other_answers.hidden_states(family, model, batch.tensors, shared)
+    else:
+        hidden_rtc, tensors = hidden_states(family, model, batch, features, shared)
     result = answer_loss(hidden_rtc, family.code.decoder(model).get_output_embeddings(), tensors)
     return replace(result, auxiliary=taps_of(model).auxiliary_losses(tensors))
 
 
 def hidden_states(
-    family: Family, model: object, batch: Batch, features: ImageFeatures | None = None
+    family: Family,
+    model: object,
+    batch: Batch,
+    features: ImageFeatures | None = None,
+    shared: SharedPrompts | None = None,
 ) -> tuple[torch.Tensor, Tensors]:
     """What the head reads, and the batch's tensors as they are behind inserted prompts."""
     _key_rows(family, model, batch.tensors)
     features = features or family.code.image_features(model, batch)
     embeds_rtc, tensors = embed(family, model, batch.tensors, features)
-    return family.code.hidden_states(model, embeds_rtc, tensors, features), tensors
+    if shared is not None:
+        other_answers.prepare(shared, tensors)
+    return family.code.hidden_states(model, embeds_rtc, tensors, features, shared), tensors
 
 
 def _key_rows(family: Family, model: Any, tensors: Tensors) -> None:
@@ -125,8 +150,11 @@ def training_mask(tensors: Tensors) -> torch.Tensor | None:
     """The mask of causal attention over rows padded on the right: none.
 
     No token sees padding behind it, so the flash kernel can run, and nobody waits for the device
-    to learn whether there is any. Prompts of generation are padded on the left and need theirs.
+    to learn whether there is any. Prompts of generation are padded on the left and need theirs;
+    so do tokens behind the cached ones of rows of different lengths (`cached_mask`).
     """
+    if "cached_mask" in tensors:
+        return tensors["cached_mask"]
     return None if "answer_positions" in tensors else tensors["attention_mask"]
 
 

@@ -154,6 +154,18 @@ class ImageFeatures:
     deep: tuple[torch.Tensor, ...] = ()  # of earlier vision blocks, for the LLM's first layers
 
 
+@dataclass
+class SharedPrompts:
+    """What batches with other answers to the same prompts need not compute again.
+
+    The first forward fills it; those behind it run over each row's tokens from `starts` on.
+    """
+
+    starts: Sequence[int]  # of the rows, all image tokens before them
+    past: Any = None  # keys and values; of encoder-decoder models, what the encoder gave
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)  # of the first forward
+
+
 class Processor(Protocol):
     """Tokenizer and image side of a checkpoint folder, and the facts that encoding needs."""
 
@@ -234,6 +246,7 @@ class FamilyCode(Protocol):
         embeds: torch.Tensor,
         tensors: Mapping[str, torch.Tensor],
         features: ImageFeatures,
+        shared: SharedPrompts | None = None,
     ) -> torch.Tensor:
         """What the head reads [rows, tokens, channels], from embeddings of the same shape."""
 

@@ -67,7 +67,9 @@ def put_before(stack: nn.Module, table: PrefixTable, count: int) -> None:
 
 def _moved(given: Mapping[str, Any], table: PrefixTable, count: int) -> dict[str, Any]:
     embeds: torch.Tensor = given["inputs_embeds"]
-    cache: Cache = given.get("past_key_values") or DynamicCache()
+    cache: Cache | None = given.get("past_key_values")
+    if cache is None:  # an empty one is false, too
+        cache = DynamicCache()
     rows, num_new, _ = embeds.shape
     mask, num_cached = given.get("attention_mask"), cache.get_seq_length()
     if mask is None:

@@ -59,10 +59,12 @@ class Captioned:
 
 def captioned(sample_id: Any, file_name: Any, captions: Any) -> Captioned | Dropped:
     """A row as a file gives it, if it is one; folders before the picture's name do not count."""
-    texts = tuple(one for one in captions if isinstance(one, str) and one.strip())
+    texts = tuple(one for one in captions if not isinstance(one, str) or one.strip())
     if not isinstance(file_name, str) or not file_name or not texts:
         missing = Unusable("it has no picture or no caption", "Download the file again.")
         return missing.dropped(str(sample_id))
+    if not all(isinstance(one, str) for one in texts):
+        return Unusable("a caption is no text", "Download the file again.").dropped(str(sample_id))
     return Captioned(str(sample_id), Path(file_name).name, texts)
 
 

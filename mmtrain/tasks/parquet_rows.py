@@ -24,7 +24,10 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 for record in batch.to_pylist():
                     number += 1
                     yield f"{path.stem}-{number}", record
-    except ArrowException as fault:
+            # Where a page is damaged, its library may end early without a word.
+            if number != file.metadata.num_rows:
+                raise ArrowException(f"{number} of {file.metadata.num_rows} rows can be read")
+    except (ArrowException, UnicodeDecodeError) as fault:
         raise DataError(
             f"'{path}' is no intact parquet file: {fault};", "copy it again."
         ) from fault

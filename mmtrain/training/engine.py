@@ -15,7 +15,14 @@ from mmtrain.config.deepspeed import zero_stage
 from mmtrain.config.schema import GenerationConfig
 from mmtrain.distributed import World
 from mmtrain.models import built, decoding
-from mmtrain.models.interface import Batch, Example, Family, ForwardResult, ImageFeatures
+from mmtrain.models.interface import (
+    Batch,
+    Example,
+    Family,
+    ForwardResult,
+    ImageFeatures,
+    SharedPrompts,
+)
 from mmtrain.training.numerics import nondeterminism_explained
 
 log = logging.getLogger("mmtrain")
@@ -34,10 +41,10 @@ class FamilyModule(nn.Module):
         self.model = model
 
     def forward(
-        self, batch: Batch, features: ImageFeatures | None
+        self, batch: Batch, features: ImageFeatures | None, shared: SharedPrompts | None
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """From images and ids to sums of losses."""
-        result = decoding.forward(self.family, self.model, batch, features)
+        result = decoding.forward(self.family, self.model, batch, features, shared)
         return result.answer_loss_sum, result.per_sample_loss, result.auxiliary
 
 
@@ -155,10 +162,16 @@ class Engine:
         with nondeterminism_explained(), torch.no_grad(), distributed.gathered(own):
             return self.family.code.image_features(self.model, batch.to(self.world.device))
 
-    def forward(self, batch: Batch, features: ImageFeatures | None = None) -> ForwardResult:
+    def forward(
+        self,
+        batch: Batch,
+        features: ImageFeatures | None = None,
+        shared: SharedPrompts | None = None,
+    ) -> ForwardResult:
         """One forward of a batch that may still be on the host."""
+        given = (batch.to(self.world.device), features, shared)
         with nondeterminism_explained():
-            loss_sum, per_sample, auxiliary = self._module(batch.to(self.world.device), features)
+            loss_sum, per_sample, auxiliary = self._module(*given)
         return ForwardResult(loss_sum, per_sample, batch.tensors["answer_counts"], auxiliary)
 
     def generate(

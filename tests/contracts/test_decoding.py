@@ -11,6 +11,7 @@ from torch import nn
 
 from mmtrain.models import decoding
 from mmtrain.models.interface import Batch, ForwardResult
+from mmtrain.models.other_answers import shared_prompts
 from mmtrain.models.taps import taps_of
 from tests.contracts.tiny_models import SETTINGS, TinyModel
 
@@ -109,6 +110,28 @@ def test_prompts_stand_before_every_row(tiny_model: TinyModel) -> None:
     assert answers == [tiny_model.answers(model, [one])[0] for one in samples]
     loss_of(tiny_model, model).answer_loss_sum.backward()
     assert prompts.weight.grad is not None and float(prompts.weight.grad.abs().min(1).values[0]) > 0
+
+
+@pytest.mark.parametrize("inserted", [False, True], ids=["plain", "behind prompts"])
+def test_other_answers_behind_shared_prompts_cost_what_they_cost_alone(
+    tiny_model: TinyModel, inserted: bool
+) -> None:
+    code, model = tiny_model.family.code, tiny_model.load().model
+    if inserted:
+        prompts = Prompts(code.decoder(model).get_input_embeddings().weight.shape[1])
+        taps_of(model).insert_prompts(prompts)
+    answered = [tiny_model.samples(said) for said in ("5", "7 and 8", "2", "0 or 1 or 2 or 3")]
+    processor = tiny_model.loaded().processor
+    shared = shared_prompts(answered, processor.image_token_id)
+    assert shared is not None and min(shared.starts) > 0
+    with torch.no_grad():
+        features = code.image_features(model, code.collate(answered[0], processor))
+        for examples in answered:
+            batch = code.collate(examples, processor)
+            found = decoding.forward(tiny_model.family, model, batch, features, shared)
+            wanted = tiny_model.losses(model, examples)
+            assert torch.allclose(found.per_sample_loss, wanted, rtol=1e-5)
+            assert int(found.per_sample_tokens.sum()) == batch.num_answer_tokens
 
 
 def test_a_further_loss_reads_the_batch(tiny_model: TinyModel) -> None:

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from mmtrain import plugins
 from mmtrain.assemble import Assembled, build_model, build_source
-from mmtrain.models import decoding
-from mmtrain.models.interface import Batch
+from mmtrain.models import decoding, encoding
+from mmtrain.models.interface import Batch, Example
+from mmtrain.models.other_answers import shared_prompts
 from mmtrain.resolve import resolve
+from mmtrain.tasks.interface import Rendered, Turn
 from tests import tiny
 from tests.contracts.test_methods import KINDS, REFUSED, TINY_MODELS, block_of, fits, place_of
 from tests.soaks import cases
@@ -113,6 +116,34 @@ def test_what_is_frozen_stays_bit_equal(
     for parameter_name, parameter in assembled.model.named_parameters():
         same = torch.equal(parameter, before[parameter_name])
         assert same == (parameter_name not in parameters), parameter_name
+    prompts_can_be_shared(assembled)
+
+
+def prompts_can_be_shared(assembled: Assembled) -> None:
+    """Other answers behind a prompt that ran cost what they cost alone, whatever was learnt."""
+    family, processor, model = assembled.family, assembled.processor, assembled.model.eval()
+
+    def asked(answer: str) -> Batch:
+        rendered = (
+            Rendered((Turn("user", one),), answer) for one in ("Which?", "Which digit? " * 3)
+        )
+        images = [Image.new("RGB", (8, 8), "red")]
+        examples = [
+            encoding.encode(family, processor, f"{n}", one, images[n:], 2000, "left")
+            for n, one in enumerate(rendered)
+        ]
+        answered.append(examples)
+        return family.code.collate(examples, processor)
+
+    answered: list[list[Example]] = []
+    batches = [asked("5"), asked("7 and 8"), asked("2")]
+    shared = shared_prompts(answered, processor.image_token_id)
+    assert shared is not None
+    with torch.no_grad():
+        for batch in batches:
+            wanted = decoding.forward(family, model, batch).per_sample_loss
+            found = decoding.forward(family, model, batch, None, shared).per_sample_loss
+            assert torch.allclose(found, wanted, rtol=1e-5)
 
 
 def test_lora_on_the_qformer_lives(tmp_path: Path, digit_shards: Path) -> None:

@@ -66,12 +66,12 @@ class TinyModel:
         processor = self.loaded().processor
         return encoding.encode(self.family, processor, name, rendered, images, max_length, side)
 
-    def samples(self) -> list[Example]:
-        """With and without image, of different lengths."""
+    def samples(self, answer: str | None = None) -> list[Example]:
+        """With and without image, of different lengths; all with one answer if that is given."""
         return [
-            self.encode("short", "Which?", "5", [image(1)]),
-            self.encode("text", "Which of these: 0, 1, 2, 3?", "7 and 8"),
-            self.encode("long", "Which digit is in the picture? " * 3, "2", [image(2)]),
+            self.encode("short", "Which?", answer or "5", [image(1)]),
+            self.encode("text", "Which of these: 0, 1, 2, 3?", answer or "7 and 8"),
+            self.encode("long", "Which digit is in the picture? " * 3, answer or "2", [image(2)]),
         ]
 
     def losses(self, model: Any, examples: Sequence[Example]) -> torch.Tensor:

@@ -19,7 +19,9 @@ from mmtrain.distributed import World
 from mmtrain.errors import DataError
 from mmtrain.evaluation.evaluate import evaluate
 from mmtrain.models import decoding
-from mmtrain.models.interface import LoadedModel
+from mmtrain.models.interface import Example, LoadedModel
+from mmtrain.models.other_answers import shared_prompts
+from mmtrain.models.text import IGNORED
 from mmtrain.tasks.interface import Template
 from tests import tiny
 from tests.in_process import one_rank
@@ -50,8 +52,8 @@ class Model:
     def image_features(self, batch: Any) -> Any:
         return FAMILY.code.image_features(self.model, batch)
 
-    def forward(self, batch: Any, features: Any = None) -> Any:
-        return decoding.forward(FAMILY, self.model, batch, features)
+    def forward(self, batch: Any, features: Any = None, shared: Any = None) -> Any:
+        return decoding.forward(FAMILY, self.model, batch, features, shared)
 
     def generate(self, examples: Any, settings: Any, features: Any = None) -> list[str]:
         given = (self.model, self.processor, examples, settings, features)
@@ -94,8 +96,14 @@ def test_every_sample_is_read_once_and_every_image_seen_once(
     assert len(found.predictions) == 7 and found.metrics["loss"] > 0
 
 
-def test_ranking_takes_the_candidate_with_the_lowest_loss(model: Model, shards: Path) -> None:
+@pytest.mark.parametrize("num_cut", [0, 10], ids=["whole", "cut"])
+def test_ranking_takes_the_candidate_with_the_lowest_loss(
+    model: Model, shards: Path, num_cut: int
+) -> None:
+    """Also where the longer an answer is, the less of its prompt there is room for."""
     source = source_of(model, shards, TASK.templates["kim2023"])
+    room = max(len(source.example(index).input_ids) for index in range(len(source))) - num_cut
+    source = replace(source, encoder=replace(source.encoder, max_length=room))
     found = evaluate(model, source, TASK, SETTINGS)
     for index, prediction in enumerate(found.predictions):
         question = source.question(index)
@@ -108,6 +116,27 @@ def test_ranking_takes_the_candidate_with_the_lowest_loss(model: Model, shards: 
         assert prediction.prediction == min(losses, key=lambda one: losses[one])
     right = [prediction.prediction == prediction.target for prediction in found.predictions]
     assert found.metrics["accuracy"] == sum(right) / len(right)
+
+
+def answered(prompt: list[int], answer: list[int], own_labels: bool = False) -> list[Example]:
+    if own_labels:
+        return [Example("a", 1, prompt, answer)]
+    return [Example("a", 1, prompt + answer, [IGNORED] * len(prompt) + answer)]
+
+
+def test_prompts_are_shared_up_to_where_answers_leave_them_alike() -> None:
+    image, prompt = 9, [1, 9, 9, 5, 6]
+    whole = shared_prompts([answered(prompt, [7]), answered(prompt, [7, 8])], image)
+    assert whole is not None and whole.starts == [4], "the last token before an answer runs again"
+    cut = shared_prompts([answered(prompt, [7]), answered([1, 9, 9, 5], [8, 8])], image)
+    assert cut is not None and cut.starts == [3]
+    moved = answered([9, 9, 5, 6], [8, 8])
+    assert shared_prompts([answered(prompt, [7]), moved], image) is None
+    of_t5 = [answered(prompt, [7], own_labels=True), answered(prompt, [8, 8], own_labels=True)]
+    encoded = shared_prompts(of_t5, image)
+    assert encoded is not None and encoded.starts == [5]
+    of_t5.append(answered(prompt[1:], [8], own_labels=True))
+    assert shared_prompts(of_t5, image) is None
 
 
 def test_without_choices_nothing_is_ranked(model: Model, shards: Path) -> None:

@@ -114,9 +114,13 @@ def test_faults_of_the_download_are_named(flickr: Path, texts: Path) -> None:
 
 def test_rows_that_are_none_are_dropped_and_named(flickr: Path, texts: Path) -> None:
     images = [3, {"split": "train"}, {"filename": "x.jpg", "split": "train", "sentences": [1]}]
+    images.append({"filename": "y.jpg", "split": "teSt", "sentences": [{"raw": "A cat."}]})
     (flickr / flickr30k.KARPATHY).write_text(json.dumps({"images": images}))
     samples, dropped = _read(flickr30k.TASK, flickr)
-    assert not samples and [one.id for one in dropped] == ["row-1", "row-2", "x"]
+    assert not samples and [one.id for one in dropped] == ["row-1", "row-2", "x", "row-4"]
+    assert "its split is none of" in dropped[-1].reason, "told once, with the largest split"
+    assert "a caption is no text" in dropped[2].reason, "and not one caption less in silence"
+    assert _read(flickr30k.TASK, flickr, "test") == ([], [])
     (texts / "TextCaps_0.1_val.json").write_text('{"data": [3, {"image_id": "x"}]}')
     samples, dropped = _read(textcaps.TASK, texts, "val")
     assert not samples and [one.id for one in dropped] == ["row-1", "x"]
@@ -293,6 +297,15 @@ def test_files_that_are_no_such_thing_are_named(tmp_path: Path) -> None:
         _read(vl_rewardbench.TASK, tmp_path)
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(DataError, match="no intact parquet file"):
+        _read(vl_rewardbench.TASK, tmp_path)
+    query = pyarrow.array([b"\xeeno text"]).cast(pyarrow.string(), safe=False)
+    pyarrow.parquet.write_table(pyarrow.table({"query": query}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="no intact parquet file.*invalid continuation byte"):
+        _read(vl_rewardbench.TASK, tmp_path)
+    (tmp_path / "a.parquet").unlink()
+    whole = (GOLDEN / "vl_rewardbench" / "raw" / "test-00000-of-00001.parquet").read_bytes()
+    (tmp_path / "b.parquet").write_bytes(whole[:1116] + b"\x10" + whole[1117:])
+    with pytest.raises(DataError, match="0 of 12 rows can be read"):
         _read(vl_rewardbench.TASK, tmp_path)
     raw = _rewards(tmp_path, [{"question": "?"}] * 3)
     samples, dropped = _read(vl_rewardbench.TASK, raw)

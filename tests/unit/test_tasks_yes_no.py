@@ -170,6 +170,14 @@ def test_mme_names_what_is_missing(tmp_path: Path) -> None:
         shutil.move(raw / name, elsewhere / name)
     assert _read(mme.TASK, raw)[0] == []
     assert _read(mme.TASK, raw, image_folder=str(elsewhere))[0] == samples
+    lines = (raw / "OCR.txt").read_text().splitlines(keepends=True)
+    (raw / "OCR.txt").write_text(lines[0])
+    assert "OCR/0001.jpg/2" in {
+        one.id for one in _read(mme.TASK, raw, image_folder=str(elsewhere))[1]
+    }
+    (raw / "OCR.txt").write_text("\n")
+    with pytest.raises(DataError, match="OCR.txt' holds no question"):
+        _read(mme.TASK, raw)
     (raw / "OCR.txt").unlink()
     with pytest.raises(DataError, match="needs OCR.txt in"):
         _read(mme.TASK, raw)

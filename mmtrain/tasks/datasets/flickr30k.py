@@ -24,9 +24,11 @@ from mmtrain.tasks import captions
 from mmtrain.tasks.captions import Captioned, CaptionOptions, captioned
 from mmtrain.tasks.interface import Dropped, Metric, Sample, Template
 from mmtrain.tasks.json_rows import read_rows
+from mmtrain.tasks.pictures import Unusable
 from mmtrain.tasks.raw_files import json_object
 
 KARPATHY = "dataset_flickr30k.json"
+SPLITS = ("train", "val", "test")
 _PROMPT = "write a description for the photo"
 
 
@@ -36,16 +38,21 @@ def _karpathy(file: Path, split: str) -> Iterator[Captioned | Dropped]:
         raise DataError(f"'{file}' has no list 'images';", "download it again.")
     for number, image in enumerate(images):
         known = image if isinstance(image, dict) else {}
-        if known.get("split") == split or (split == "train" and "split" not in known):
-            # What says no split is told once, as what it is.
-            name = known.get("filename") if "split" in known else None
+        place = f"row-{number + 1}"
+        if known.get("split") == split:
+            name = known.get("filename")
             found = [one.get("raw") for one in _objects(known.get("sentences"))]
-            stem = Path(name).stem if isinstance(name, str) and name else f"row-{number + 1}"
+            stem = Path(name).stem if isinstance(name, str) and name else place
             yield captioned(stem, name, found)
+        elif split == "train" and known.get("split") not in SPLITS:
+            stray = Unusable("its split is none of train, val and test", "Download the file again.")
+            yield stray.dropped(place)  # told once, with the largest
 
 
 def _objects(value: Any) -> list[dict[str, Any]]:
-    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+    return (
+        [one if isinstance(one, dict) else {} for one in value] if isinstance(value, list) else []
+    )
 
 
 def _lavis(file: Path) -> Iterator[Captioned | Dropped]:
@@ -66,7 +73,7 @@ class Flickr30k:
     """The Flickr30k task."""
 
     description = "31,014 photos with five captions each, to be captioned"
-    splits: tuple[str, ...] = ("train", "val", "test")
+    splits: tuple[str, ...] = SPLITS
     build_options: type[BaseModel] = CaptionOptions
     needs_raw = True
     templates: Mapping[str, Template] = captions.templates(_PROMPT)

@@ -118,20 +118,26 @@ def _questions(raw: Path, name: str, pictures: Path) -> Iterator[Sample | Droppe
             continue
         try:
             image, question, answer = _columns(line)
-            asked[image] += 1
             pixels = picture(image, folders)
+            asked[image] += 1
         except Unusable as fault:
             yield fault.dropped(f"{name}.txt, line {number}")
             continue
         sample_id, meta = f"{name}/{image}/{asked[image]}", {"sub_task": name, "picture": image}
         yield Sample(sample_id, (pixels,), (), question, (answer,), CHOICES, meta)
+    for image in (image for image, times in asked.items() if times == 1):
+        lone = Unusable("its picture is asked once, not twice", "Download the file again.")
+        yield lone.dropped(f"{name}/{image}/2")
 
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8-sig").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as fault:
         raise DataError(f"'{path}' is not UTF-8: {fault.reason};", "download it again.") from fault
+    if not any(line.strip() for line in lines):
+        raise DataError(f"'{path}' holds no question;", "download it again.")
+    return lines
 
 
 def _columns(line: str) -> tuple[str, str, str]:

@@ -24,6 +24,7 @@ from mmtrain.models.interface import (
     LoadedModel,
     ModelOptions,
     ProcessorCode,
+    SharedPrompts,
 )
 
 __all__ = [
@@ -81,16 +82,28 @@ def decoder(model: Any) -> Any:
 
 
 def hidden_states(
-    model: Any, embeds: torch.Tensor, tensors: Tensors, features: ImageFeatures
+    model: Any,
+    embeds: torch.Tensor,
+    tensors: Tensors,
+    features: ImageFeatures,
+    shared: SharedPrompts | None = None,
 ) -> torch.Tensor:
     """At the sequence's positions, or at those of T5's decoder."""
     llm = model.language_model
     if "decoder_input_ids" not in tensors:
         return llm.model(
-            inputs_embeds=embeds, attention_mask=training_mask(tensors), use_cache=False
+            inputs_embeds=embeds,
+            attention_mask=training_mask(tensors),
+            position_ids=tensors.get("position_ids"),
+            past_key_values=shared and shared.past,
+            use_cache=shared is not None,
         ).last_hidden_state
     mask = tensors["attention_mask"]
-    encoded = llm.encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+    encoded = shared.past if shared else None
+    if encoded is None:
+        encoded = llm.encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+    if shared:
+        shared.past = encoded
     hidden = llm.decoder(
         input_ids=tensors["decoder_input_ids"],
         encoder_hidden_states=encoded,

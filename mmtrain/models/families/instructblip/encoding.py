@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mmtrain.errors import DataError
 from mmtrain.models.dropout import stable_hash
 from mmtrain.models.interface import Example, Size
+from mmtrain.models.pixels import pixel_values, rgb
 from mmtrain.models.text import IGNORED, refuse_control_tokens
 from mmtrain.tasks.interface import Rendered, Turn
 
@@ -70,10 +71,7 @@ def encode_text(
 
 def pixels(processor: Any, images: Sequence[Image]) -> list[torch.Tensor]:
     """The images as the tower reads them."""
-    return [
-        processor.image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
-        for image in images
-    ]
+    return [pixel_values(processor.image_processor, rgb(image)) for image in images]
 
 
 def _refuse_control_tokens(

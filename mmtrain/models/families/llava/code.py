@@ -32,6 +32,7 @@ from mmtrain.models.interface import (
     LoadedModel,
     ModelOptions,
     ProcessorCode,
+    SharedPrompts,
     Size,
 )
 from mmtrain.models.weights import WeightFolder
@@ -203,11 +204,19 @@ def decoder(model: Any) -> Any:
 
 
 def hidden_states(
-    model: Any, embeds: torch.Tensor, tensors: Tensors, features: ImageFeatures
+    model: Any,
+    embeds: torch.Tensor,
+    tensors: Tensors,
+    features: ImageFeatures,
+    shared: SharedPrompts | None = None,
 ) -> torch.Tensor:
     """The LLM's last hidden states."""
     return model.model.language_model(
-        inputs_embeds=embeds, attention_mask=training_mask(tensors), use_cache=False
+        inputs_embeds=embeds,
+        attention_mask=training_mask(tensors),
+        position_ids=tensors.get("position_ids"),
+        past_key_values=shared and shared.past,
+        use_cache=shared is not None,
     ).last_hidden_state
 
 

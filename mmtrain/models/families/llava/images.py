@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from mmtrain.models import pixels
+
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
@@ -14,7 +18,7 @@ def pad_to_square(image: Image, colour: tuple[int, ...]) -> Image:
     """The whole image in the middle of a square of one colour."""
     from PIL import Image as pillow
 
-    image = image.convert("RGB")
+    image = pixels.rgb(image)
     width, height = image.size
     side = max(width, height)
     if width == height:
@@ -36,8 +40,25 @@ def pixel_values(image_processor: Any, images: Sequence[Image]) -> list[torch.Te
     of wide images off instead, because their files know of no padding.
     """
     colour = mean_colour(image_processor)
-    squares = [pad_to_square(image, colour) for image in images]
-    return [image_processor(one, return_tensors="pt")["pixel_values"][0] for one in squares]
+    return [_of_square(image_processor, pixels.rgb(image), colour) for image in images]
+
+
+def _of_square(image_processor: Any, image: Image, colour: tuple[int, ...]) -> torch.Tensor:
+    """The padded image's pixels; above and below a wide one, padding is added when half is done.
+
+    Pillow scales lines first, each by itself and to bytes: a line of one colour stays as it is.
+    """
+    from PIL import Image as pillow
+
+    width, height = image.size
+    size = pixels.whole_size(image_processor, (width, width))
+    values = pixels.values_of(image_processor)
+    if width <= height or size is None or values is None:
+        return pixels.pixel_values(image_processor, pad_to_square(image, colour))
+    scaled = image.resize((size[0], height), image_processor.resample)
+    square = pillow.new("RGB", (size[0], width), colour)
+    square.paste(scaled, (0, (width - height) // 2))
+    return pixels.looked_up(np.asarray(square.resize(size, image_processor.resample)), values)
 
 
 def padding_processor(image_processor: Any) -> Any:

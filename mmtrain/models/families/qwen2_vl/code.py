@@ -25,6 +25,7 @@ from mmtrain.models.interface import (
     LoadedModel,
     ModelOptions,
     ProcessorCode,
+    SharedPrompts,
 )
 
 if TYPE_CHECKING:
@@ -90,14 +91,19 @@ def decoder(model: Any) -> Any:
 
 
 def hidden_states(
-    model: Any, embeds: torch.Tensor, tensors: Tensors, features: ImageFeatures
+    model: Any,
+    embeds: torch.Tensor,
+    tensors: Tensors,
+    features: ImageFeatures,
+    shared: SharedPrompts | None = None,
 ) -> torch.Tensor:
     """The LLM's last hidden states; Qwen3's adds deep features in its first layers."""
     return model.model.language_model(
         inputs_embeds=embeds,
         attention_mask=training_mask(tensors),
         position_ids=tensors["position_ids"],
-        use_cache=False,
+        past_key_values=shared and shared.past,
+        use_cache=shared is not None,
         **_deep_arguments(features, tensors["is_image"], num_beams=1),
     ).last_hidden_state
 

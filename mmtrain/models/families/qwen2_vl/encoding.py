@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
@@ -20,6 +21,7 @@ from mmtrain.models.families.qwen2_vl.processing import (
     Processor,
 )
 from mmtrain.models.interface import Example, Size
+from mmtrain.models.pixels import rgb, values_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -61,8 +63,26 @@ def encode_text(
 
 def pixels(processor: Processor, images: Sequence[Image]) -> list[torch.Tensor]:
     """The patches of each image."""
-    cutter = processor.image_processor
-    return [cutter(image, return_tensors="pt")["pixel_values"] for image in images]
+    return [_patches(processor.image_processor, rgb(image)) for image in images]
+
+
+def _patches(cutter: Any, image: Image) -> torch.Tensor:
+    """[patches, numbers of one], as the processor cuts them: bytes are cut, then looked up."""
+    values, side, merged = values_of(cutter), cutter.patch_size, cutter.merge_size
+    if values is None:
+        found: torch.Tensor = cutter(image, return_tensors="pt")["pixel_values"]
+        return found
+    height, width = _resized(cutter, image.size)
+    pixels_hwc = np.asarray(image.resize((width, height), cutter.resample))
+    rows, columns = height // (side * merged), width // (side * merged)
+    blocks = pixels_hwc.reshape(rows, merged, side, columns, merged, side, -1)
+    bytes_pcx = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, len(values), side * side)
+    times = cutter.temporal_patch_size
+    patches = np.empty((len(bytes_pcx), len(values), times, side * side), np.float32)
+    for channel, of_bytes in enumerate(values):
+        # Bytes lie within the table: "clip" only spares the check.
+        patches[:, channel] = np.take(of_bytes, bytes_pcx[:, channel], mode="clip")[:, None]
+    return torch.from_numpy(patches.reshape(len(patches), -1))
 
 
 def pieces(processor: Processor, turns: text.Turns) -> list[text.Piece]:
@@ -115,12 +135,19 @@ def _grid(cutter: Any, sample_id: str, size: Size) -> tuple[int, int, int]:
             f" {MAX_ASPECT_RATIO} times as long as wide.",
             "Crop the image or leave the sample out.",
         )
+    height, width = _resized(cutter, size)
+    return 1, height // cutter.patch_size, width // cutter.patch_size
+
+
+def _resized(cutter: Any, size: Size) -> tuple[int, int]:
+    """Height and width that an image of this size is scaled to."""
+    width, height = size
     budget = cutter.size
-    height, width = smart_resize(
+    found: tuple[int, int] = smart_resize(
         height,
         width,
         factor=cutter.patch_size * cutter.merge_size,
         min_pixels=budget.shortest_edge,
         max_pixels=budget.longest_edge,
     )
-    return 1, height // cutter.patch_size, width // cutter.patch_size
+    return found

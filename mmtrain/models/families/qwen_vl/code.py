@@ -21,7 +21,14 @@ from mmtrain.models.families.qwen_vl.decoder import QWenLMHeadModel
 from mmtrain.models.families.qwen_vl.encoding import collate, encode_text, pixels, planned_batch
 from mmtrain.models.families.qwen_vl.processing import Processor
 from mmtrain.models.families.qwen_vl.visual import sine_positions
-from mmtrain.models.interface import Batch, ImageFeatures, LoadedModel, ModelOptions, ProcessorCode
+from mmtrain.models.interface import (
+    Batch,
+    ImageFeatures,
+    LoadedModel,
+    ModelOptions,
+    ProcessorCode,
+    SharedPrompts,
+)
 
 __all__ = [
     "attention",
@@ -83,11 +90,24 @@ def decoder(model: Any) -> Any:
 
 
 def hidden_states(
-    model: Any, embeds: torch.Tensor, tensors: Tensors, features: ImageFeatures
+    model: Any,
+    embeds: torch.Tensor,
+    tensors: Tensors,
+    features: ImageFeatures,
+    shared: SharedPrompts | None = None,
 ) -> torch.Tensor:
-    """The decoder's last hidden states; its rotary base goes by the rows' own lengths."""
-    lengths = tensors["attention_mask"].sum(-1)
-    return model.transformer(embeds, training_mask(tensors), row_lengths=lengths)
+    """The decoder's last hidden states; its rotary base goes by the rows' own lengths.
+
+    Of shared prompts, it stays what the first answers made it.
+    """
+    lengths = (shared.tensors if shared else tensors)["attention_mask"].sum(-1)
+    return model.transformer(
+        embeds,
+        training_mask(tensors),
+        tensors.get("position_ids"),
+        past_key_values=shared and shared.past,
+        row_lengths=lengths,
+    )
 
 
 def generation_inputs(model: Any, tensors: Tensors, features: ImageFeatures) -> dict[str, Any]:

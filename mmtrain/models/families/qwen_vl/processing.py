@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from mmtrain.models.families.qwen_vl.tokenizer import (
     QwenTokenizer,
     load_tokenizer,
 )
+from mmtrain.models.pixels import looked_up, rgb
 
 # What CLIP's images were normalised by.
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -79,7 +81,12 @@ def load_processor(folder: Path, config: QWenConfig, grounding: bool) -> Process
 
 def pixel_values(image: Image, size: int) -> torch.Tensor:
     """[3, size, size]: the whole image, squeezed into a square, as the published code does."""
-    square = image.convert("RGB").resize((size, size), Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
-    mean, spread = (torch.tensor(values)[:, None, None] for values in (_MEAN, _SPREAD))
-    return (pixels - mean) / spread
+    square = rgb(image).resize((size, size), Resampling.BICUBIC)
+    return looked_up(np.asarray(square), _values())
+
+
+@cache
+def _values() -> np.ndarray:
+    """[3, 256]: what each byte of a channel becomes."""
+    mean, spread = (torch.tensor(values)[:, None] for values in (_MEAN, _SPREAD))
+    return ((torch.arange(256).float() / 255 - mean) / spread).numpy()
