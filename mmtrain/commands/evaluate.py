@@ -111,8 +111,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def evaluate_all(args: argparse.Namespace, ready: Ready, kept: list[KeptAnswers]) -> list[Scored]:
-    """Every checkpoint asked for, on every folder."""
+def evaluate_all(
+    args: argparse.Namespace, ready: Ready, kept: list[KeptAnswers] | None = None
+) -> list[Scored]:
+    """Every checkpoint asked for, on every folder; `kept` takes what a killed command left."""
     from mmtrain.errors import ConfigError
     from mmtrain.main_rank import on_main
 
@@ -194,7 +196,11 @@ def _checkpoints(
 
 
 def _evaluation(
-    args: argparse.Namespace, ready: Ready, asked: Asked, place: Path, kept: list[KeptAnswers]
+    args: argparse.Namespace,
+    ready: Ready,
+    asked: Asked,
+    place: Path,
+    kept: list[KeptAnswers] | None,
 ) -> Evaluation:
     from mmtrain.assemble import build_source
     from mmtrain.evaluation.kept import KeptAnswers
@@ -203,11 +209,14 @@ def _evaluation(
     source = build_source(
         ready.config, ready.assembled, asked.folder, args.limit, blank_images=args.blank_images
     )
-    rank = ready.engine.world.rank
-    kept.append(KeptAnswers.open(place / ".answered", identity(ready, source), rank))
+    mine = None
+    if kept is not None:
+        rank = ready.engine.world.rank
+        mine = KeptAnswers.open(place / ".answered", identity(ready, source), rank)
+        kept.append(mine)
     label = f"{(ready.run_dir or Path(ready.config.run_dir)).name} {place.name}"
     settings = ready.config.generation
-    return evaluate_with_progress(label, ready.engine, source, asked.task, settings, kept[-1])
+    return evaluate_with_progress(label, ready.engine, source, asked.task, settings, mine)
 
 
 def _keep(who: str, evaluation: Evaluation, out: Path) -> None:
