@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out and len(set(names)) < len(names):
         raise MmtrainError("two runs have one name.", "Leave --out away, or evaluate one by one.")
     for folder in args.data:
-        ShardFolder.open(Path(folder))  # a missing folder is known before minutes of loading
+        ShardFolder.open(folder)  # a missing folder is known before minutes of loading
     ready = ready_from_argument(args.run, overrides, args.base)
     scored = evaluate_all(args, ready)
     for other in others:

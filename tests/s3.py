@@ -1,0 +1,91 @@
+"""A local server that speaks S3, and fails when it is told to."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+BUCKET = "shards"
+StartResponse = Callable[..., Any]
+Application = Callable[[dict[str, Any], StartResponse], Iterable[bytes]]
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "somebody",
+    "AWS_SECRET_ACCESS_KEY": "very-secret",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_MAX_ATTEMPTS": "1",
+}
+
+
+@dataclass
+class Store:
+    """The server's address, what was asked of it, and how it answers."""
+
+    port: int = 0
+    gets: Counter[str] = field(default_factory=Counter)  # whole or part, by the file's name
+    faults: dict[str, list[str]] = field(default_factory=dict)  # by file name, one per answer
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What makes any S3 library talk to it."""
+        return {**CREDENTIALS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}"}
+
+    def failing(self, inner: Application) -> Application:
+        """The server with its faults before it."""
+
+        def answer(environ: dict[str, Any], start: StartResponse) -> Iterable[bytes]:
+            name = environ["PATH_INFO"].rpartition("/")[2]
+            if environ["REQUEST_METHOD"] != "GET":
+                return inner(environ, start)
+            self.gets[name] += 1
+            fault = self.faults[name].pop(0) if self.faults.get(name) else ""
+            if fault == "away":
+                start("503 Slow Down", [("Content-Type", "text/plain")])
+                return [b"busy"]
+            body = inner(environ, start)
+            return [_altered(b"".join(body), fault)] if fault else body
+
+        return answer
+
+
+def _altered(body: bytes, fault: str) -> bytes:
+    """The length that was announced stays: what is cut never comes."""
+    if fault == "cut":
+        return body[: len(body) // 2]
+    assert fault == "flipped"
+    return body[:-700] + bytes([body[-700] ^ 1]) + body[-699:]
+
+
+@contextmanager
+def serving() -> Iterator[Store]:
+    """The server, in threads of this process."""
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import make_server
+
+    store = Store()
+    application = store.failing(DomainDispatcherApplication(create_backend_app))
+    server = make_server("127.0.0.1", 0, application, threaded=True)
+    store.port = server.server_port
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in store.environment.items():
+                patch.setenv(name, value)
+            _make_bucket()
+            yield store
+    finally:
+        server.shutdown()
+        thread.join()
+
+
+def _make_bucket() -> None:
+    import boto3
+
+    boto3.client("s3").create_bucket(Bucket=BUCKET)
