@@ -70,16 +70,22 @@ class Windows:
 # Kept for this epoch and the next: it is asked for at every step.
 @lru_cache(maxsize=2)
 def _windows(windows: Windows, seed: int, epoch: int) -> np.ndarray:
-    """Units in a keyed order, cut where a window is full."""
+    """Units in a keyed order, cut where a window is full; what is at hand is dealt out evenly."""
     hashes = keyed_hash((seed << 32) + _OWN_KEY, epoch, np.arange(len(windows.num_bytes)))
     order = np.argsort(hashes, kind="stable")
-    ends = np.cumsum(windows.num_bytes[order])
+    moving, at_hand = (order[(windows.num_bytes[order] > 0) == moves] for moves in (True, False))
+    ends = np.cumsum(windows.num_bytes[moving])
     found = np.empty(len(order), dtype=np.int64)
-    start = number = done = 0
-    while start < len(order):
+    full: list[int] = []  # bytes up to the end of each window
+    start = 0
+    while start < len(moving):
+        done = full[-1] if full else 0
         stop = int(np.searchsorted(ends, done + windows.most, side="right"))
-        found[order[start:stop]] = number
-        start, number, done = stop, number + 1, int(ends[stop - 1])
+        found[moving[start:stop]] = len(full)
+        full.append(int(ends[stop - 1]))
+        start = stop
+    places = (np.arange(len(at_hand)) + 0.5) / max(1, len(at_hand)) * full[-1]
+    found[at_hand] = np.searchsorted(full, places, side="right")
     return found
 
 
