@@ -107,11 +107,11 @@ class RemoteFolder:
         return _file_system(self.url, os.getpid())
 
     def _try(
-        self, name: str, action: Callable[[], _Result], waits_s: Sequence[float] = _WAITS_S
+        self, name: str, action: Callable[[], _Result], waits_s: Sequence[float] | None = None
     ) -> _Result:
         """Again after a while, where something fails that may pass: libraries raise anything."""
         place = self / name if name else self.url
-        for wait_s in (*waits_s, None):
+        for wait_s in (*(_WAITS_S if waits_s is None else waits_s), None):
             try:
                 return action()
             except FileNotFoundError as fault:
