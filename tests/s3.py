@@ -7,9 +7,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from data_shards.push import push_folder
+from mmtrain.data.cache import GIB
+from mmtrain.data.manifest import read_manifest
+from mmtrain.data.remote import RemoteFolder
+from tests import tiny
 
 BUCKET = "shards"
 StartResponse = Callable[..., Any]
@@ -60,6 +67,30 @@ def _altered(body: bytes, fault: str) -> bytes:
         return body[: len(body) // 2]
     assert fault == "flipped"
     return body[:-700] + bytes([body[-700] ^ 1]) + body[-699:]
+
+
+def build_small_shards(folder: Path) -> Path:
+    """Digits: twelve training shards of four samples, two of validation."""
+    for split, samples in (("train", "48"), ("val", "8")):
+        sizes = ("--samples-per-shard", "4", "--limit", samples)
+        part = folder / f"only-{split}"
+        tiny.build_digits(part, "--split", split, *sizes)
+        (part / split).rename(folder / split)
+    return folder
+
+
+def push_all(folder: Path) -> None:
+    """Both splits, into the bucket."""
+    for split in ("train", "val"):
+        target = RemoteFolder(f"s3://{BUCKET}/{split}")
+        push_folder(folder / split, target, False, lambda done, total: None)
+
+
+def gib_for(digits: Path, num_shards: float) -> float:
+    """A cache for the validation shards and so many of training."""
+    shards = read_manifest(digits / "train")[0].shards
+    largest = max(shard.bytes for shard in shards)
+    return (read_manifest(digits / "val")[0].num_bytes + num_shards * largest) / GIB
 
 
 @contextmanager

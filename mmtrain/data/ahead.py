@@ -111,6 +111,10 @@ class Ahead:
         self.fetcher.cache.needed = frozenset(needed)
         self.fetcher.want(needed.values())
 
+    def stop(self) -> None:
+        """Nothing more is needed."""
+        self.fetcher.want(())
+
     def _windows(self, epoch: int) -> np.ndarray:
         return self.mixture.windows_in_order(self.planner.seed, epoch)
 

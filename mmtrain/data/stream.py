@@ -77,10 +77,14 @@ class StepStream:
 
     def steps(self, start: int, stop: int) -> Iterator[StepBatches]:
         """Steps start..stop-1 in order."""
-        for batches in self._prepared(start, stop):
-            # Whoever asks for this step has taken the one before, for which ranks met.
-            self._reach(batches.position, stop)
-            yield batches
+        try:
+            for batches in self._prepared(start, stop):
+                # Whoever asks for this step has taken the one before, for which ranks met.
+                self._reach(batches.position, stop)
+                yield batches
+        finally:
+            if self.ahead is not None:
+                self.ahead.stop()
 
     def _reach(self, position: int, stop: int) -> None:
         if self.ahead is not None:
@@ -101,7 +105,8 @@ class StepStream:
             while pending:
                 yield pending.popleft().result()
         finally:
-            pool.shutdown(cancel_futures=True)
+            # Who ends a run does not wait for a shard that is still on its way.
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def equal_chunks(num_samples: int, rank: int, world_size: int, size: int) -> list[list[int]]:

@@ -66,7 +66,11 @@ def _data(config: RunConfig) -> dict[str, object]:
     """Samples, steps, what is to be fetched; None where the training shards are not at hand."""
     data = config.data
     parts = data.parts if data else {}
-    unknown: dict[str, object] = {"train_samples": None, "steps_per_epoch": None, "remote_data": None}
+    unknown: dict[str, object] = {
+        "train_samples": None,
+        "steps_per_epoch": None,
+        "remote_data": None,
+    }
     if data is None or not all(part.train and _at_hand(part.train) for part in parts.values()):
         return unknown
     train = shares(data, "train")

@@ -136,7 +136,10 @@ def test_it_reads_what_was_pushed(store: Store, cache: ShardCache, built: Path) 
 
 
 def test_verify_and_show_take_a_url(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    store: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert shards("verify", URL) == 0
