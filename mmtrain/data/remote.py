@@ -26,6 +26,7 @@ _Result = TypeVar("_Result")
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)", re.DOTALL)
 _LOCAL = ("file", "local")
+_UNLISTED = ("http://", "https://")  # pages with links, at best
 # Between tries. Training goes on when a store was away for a minute; who opens a folder is there,
 # and wants to know.
 _WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -64,15 +65,17 @@ class RemoteFolder:
         return data
 
     def sizes(self) -> dict[str, int]:
-        """Files by name, and their bytes; empty where the store does not list them (http)."""
+        """Files by name, and their bytes; empty where the store does not list them."""
+        if self.url.startswith(_UNLISTED):
+            return {}
         system, path = self._opened()
         system.invalidate_cache()  # of listings
         try:
             listed = self._try("", lambda: system.ls(path, detail=True), _OPENING_WAITS_S)
         except FileNotFoundError:
             return {}
-        named = {str(one["name"]).rstrip("/").rpartition("/")[2]: one["size"] for one in listed}
-        return {name: size for name, size in named.items() if size is not None}
+        files = (one for one in listed if one["type"] == "file" and one["size"] is not None)
+        return {one["name"].rpartition("/")[2]: one["size"] for one in files}
 
     def fetch(self, name: str, target: Path, num_bytes: int) -> None:
         """A whole file; what is cut short on its way is fetched again."""

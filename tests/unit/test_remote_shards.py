@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -350,6 +352,15 @@ def test_processes_and_threads_fetch_a_shard_once(store: Store, cache: ShardCach
     assert sorted(found) == sorted(expected * 4)
     assert {store.gets[shard.name] for shard in folder.manifest.shards} == {1}
     assert len(held(cache)) == 6 and not [name for name in held(cache) if "part" in name]
+
+
+def test_a_web_server_is_read_too(built: Path, cache: ShardCache) -> None:
+    handler = partial(SimpleHTTPRequestHandler, directory=str(built))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        folder = ShardFolder.open(f"http://127.0.0.1:{web.server_port}", cache=cache)
+        assert [folder.read(i) for i in range(NUM_SAMPLES)] == SAMPLES
+        web.shutdown()
 
 
 def test_a_store_without_its_library_is_told(cache: ShardCache) -> None:
