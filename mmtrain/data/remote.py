@@ -74,7 +74,7 @@ class RemoteFolder:
             listed = self._try("", lambda: system.ls(path, detail=True), _OPENING_WAITS_S)
         except FileNotFoundError:
             return {}
-        files = (one for one in listed if one["type"] == "file" and one["size"] is not None)
+        files = (one for one in listed if one["type"] == "file" and one.get("size") is not None)
         return {one["name"].rpartition("/")[2]: one["size"] for one in files}
 
     def fetch(self, name: str, target: Path, num_bytes: int) -> None:

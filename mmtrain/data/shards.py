@@ -36,7 +36,7 @@ class _ShardFiles:
         self._lock = threading.Lock()
         weakref.finalize(self, _close_all, self._descriptors)
 
-    def read(self, shard: int, offset: int, size: int, digest: bytes) -> bytes:
+    def read(self, shard: int, offset: int, size: int) -> bytes:
         """`size` bytes at `offset`; fewer only where the file ends."""
         descriptor = self._descriptors.get(shard)
         if descriptor is not None:
@@ -60,15 +60,8 @@ class _RemoteFiles:
         self.cache = cache
         self.blobs = blobs
 
-    def read(self, shard: int, offset: int, size: int, digest: bytes) -> bytes:
-        """As of a file here; waits for a shard on its way, fetches a damaged copy once more."""
-        record = self._read(shard, offset, size)
-        if short_digest([record]) == digest:
-            return record
-        self.cache.drop(self.blobs[shard])
-        return self._read(shard, offset, size)
-
-    def _read(self, shard: int, offset: int, size: int) -> bytes:
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        """As of a file here; waits for a shard that is on its way."""
         descriptor = self.cache.open(self.blobs[shard])
         try:
             return read_at(descriptor, offset, size)
@@ -135,13 +128,11 @@ class ShardFolder:
         shard, offset, size = int(row["shard"]), int(row["offset"]), int(row["size"])
         name = self.manifest.shards[shard].name
         where = f"sample {i} at byte {offset} of '{self.path / name}'"
-        digest = row["record_digest"].tobytes()
         try:
-            record = self._files.read(shard, offset, size, digest)
+            record = self._record(shard, offset, size, row["record_digest"].tobytes())
         except OSError as fault:
             raise DataError(f"{where} is not readable: {fault.strerror};", self._remedy) from fault
-        # The digest covers headers, text and images: nothing altered gets past it.
-        if short_digest([record]) != digest:
+        if record is None:
             raise DataError(f"{where} is not what was built (checksum differs);", self._remedy)
         try:
             sample = decode_sample(unpack_members(record))
@@ -150,6 +141,19 @@ class ShardFolder:
         if sample_key(sample.id) != row["id_key"]:
             raise DataError(f"{where} has the id {sample.id!r}, the index another;", self._remedy)
         return sample
+
+    def _record(self, shard: int, offset: int, size: int, digest: bytes) -> bytes | None:
+        """All bytes of a sample. The digest covers headers, text and images: nothing altered gets
+        past it. A damaged copy of a remote shard is fetched anew.
+        """
+        record = self._files.read(shard, offset, size)
+        if short_digest([record]) == digest:
+            return record
+        if isinstance(self._files, _ShardFiles):
+            return None
+        self._files.cache.drop(self._files.blobs[shard])
+        record = self._files.read(shard, offset, size)
+        return record if short_digest([record]) == digest else None
 
     @property
     def _remedy(self) -> str:
@@ -163,9 +167,13 @@ def blob_of(folder: RemoteFolder, shard: ShardInfo) -> Blob:
 
 def _size_problems(folder: Place, manifest: Manifest) -> list[str]:
     """What file names and sizes alone reveal: missing, cut or surplus shards."""
-    listed = folder.sizes() if isinstance(folder, RemoteFolder) else None
+    try:
+        listed = folder.sizes() if isinstance(folder, RemoteFolder) else None
+        surplus = surplus_shards(folder, manifest)
+    except DataError:
+        listed = {}  # who may read need not be allowed to list
     if listed == {}:
-        return []  # not every store lists what it has
+        return []
     problems = []
     for shard in manifest.shards:
         try:
@@ -175,8 +183,7 @@ def _size_problems(folder: Place, manifest: Manifest) -> list[str]:
             continue
         if num_bytes != shard.bytes:
             problems.append(f"{shard.name} has {num_bytes} bytes instead of {shard.bytes}")
-    surplus = [f"{name} is not in the manifest" for name in surplus_shards(folder, manifest)]
-    return problems + surplus
+    return problems + [f"{name} is not in the manifest" for name in surplus]
 
 
 def _num_bytes(folder: Place, name: str, listed: Mapping[str, int] | None) -> int:

@@ -85,7 +85,7 @@ def _train(
     inputs = on_main(lambda: input_digests(assembled, sources, initial, verify_base))
     lengths = _lengths(config, train, inputs, world) if data.cut == "balanced" else None
     if any(source.blobs for source in train.parts):
-        inputs["data.windows"] = windows.digest if windows else "none"
+        inputs["data.cache_gib.windows"] = windows.digest if windows else "none"
     mixture = mixture_of(data.parts, [len(source) for source in train.parts], windows)
     planner = Planner(mixture.num_samples, layout, config.data_seed, lengths, mixture)
     collate = partial(assembled.family.code.collate, processor=assembled.processor)

@@ -53,4 +53,4 @@ def test_ranks_share_what_is_fetched_and_see_the_same_samples(
         json.loads((tmp_path / name / "checkpoints" / "step-6" / "state.json").read_text())
         for name in ("one", "two", "balanced")
     ]
-    assert len({one["inputs"]["data.windows"] for one in state}) == 1
+    assert len({one["inputs"]["data.cache_gib.windows"] for one in state}) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,11 @@ from mmtrain.data import ahead as ahead_module
 from mmtrain.data import remote
 from mmtrain.data.ahead import Ahead
 from mmtrain.data.cache import GIB, Blob, ShardCache
+from mmtrain.data.cache_gib.windows import Share, windows_for
 from mmtrain.data.manifest import read_manifest
 from mmtrain.data.mixture import Mixture
 from mmtrain.data.plan import Layout, Planner
 from mmtrain.data.remote import RemoteFolder
-from mmtrain.data.windows import Share, windows_for
 from mmtrain.errors import ConfigError
 from mmtrain.resolve import resolve
 from tests import tiny
@@ -87,7 +88,9 @@ def trained(
         cut = run("cut", url, cache_dir=str(root / "cache-c"), **windows)
         with pytest.raises(Interrupted):
             train(cut, stop)
-        with pytest.raises(ConfigError, match="data.windows: has changed since the checkpoint"):
+        with pytest.raises(
+            ConfigError, match="data.cache_gib.windows: has changed since the checkpoint"
+        ):
             train(cut | {"data": cut["data"] | {"cache_gib": 1}})
         # Another folder of another host, and more threads: neither is part of the run.
         train(cut | {"data": cut["data"] | {"cache_dir": str(root / "cache-d"), "workers": 2}})
@@ -101,7 +104,7 @@ def test_a_url_trains_as_the_folder_does(trained: Path) -> None:
         json.loads((trained / name / "checkpoints" / "step-8" / "state.json").read_text())["inputs"]
         for name in ("here", "there")
     )
-    assert there == here | {"data.windows": "none"}
+    assert there == here | {"data.cache_gib.windows": "none"}
     for file in trained.rglob("*"):
         if file.suffix in (".yaml", ".log", ".json", ".jsonl"):
             assert "very-secret" not in file.read_text()
@@ -207,8 +210,9 @@ def test_what_cannot_be_fetched_ahead_ends_nothing_by_itself(
     fetcher = ahead_module.Fetcher(ShardCache(tmp_path, 100))
     blobs = [Blob(RemoteFolder("memory://none"), f"{n}.tar", n, f"{n}" * 64) for n in range(1, 8)]
     fetcher.want(blobs)
-    while fetcher._alive:
-        pass
+    for thread in threading.enumerate():
+        if thread.name == "fetch":
+            thread.join()
     assert caplog.text.count("not fetched ahead") == len(blobs)
 
 
