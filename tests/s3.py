@@ -29,6 +29,8 @@ CREDENTIALS = {
     "AWS_MAX_ATTEMPTS": "1",
 }
 
+_REFUSALS = {"away": "503 Slow Down", "denied": "403 Forbidden"}
+
 
 @dataclass
 class Store:
@@ -52,9 +54,9 @@ class Store:
                 return inner(environ, start)
             self.gets[name] += 1
             fault = self.faults[name].pop(0) if self.faults.get(name) else ""
-            if fault == "away":
-                start("503 Slow Down", [("Content-Type", "text/plain")])
-                return [b"busy"]
+            if fault in _REFUSALS:
+                start(_REFUSALS[fault], [("Content-Type", "text/plain")])
+                return [b"no"]
             body = inner(environ, start)
             return [_altered(b"".join(body), fault)] if fault else body
 
@@ -63,10 +65,7 @@ class Store:
 
 def _altered(body: bytes, fault: str) -> bytes:
     """The length that was announced stays: what is cut never comes."""
-    if fault == "cut":
-        return body[: len(body) // 2]
-    assert fault == "flipped"
-    return body[:-700] + bytes([body[-700] ^ 1]) + body[-699:]
+    return body[: len(body) // 2] if fault == "cut" else body[:-700] + b"#" + body[-699:]
 
 
 def build_small_shards(folder: Path) -> Path:

@@ -17,7 +17,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from mmtrain.data.cache import DEFAULT_CACHE_GIB, GIB, ShardCache
+from mmtrain.config.schema import DEFAULT_CACHE_GIB
+from mmtrain.data.cache import GIB, ShardCache
 
 HELP = "look at versions, accelerator, disk, ports and tools, with a remedy for what is wrong"
 EXAMPLES = """examples:

@@ -159,6 +159,9 @@ class MixPart(Section):
     val: AnyPath | None = Field(None, description="folder of validation shards, or its URL")
 
 
+DEFAULT_CACHE_GIB = 100.0
+
+
 class DataConfig(Section):
     """Which shards, with which template, cut how."""
 
@@ -196,7 +199,10 @@ class DataConfig(Section):
         None, description="keeps shards of URLs, on a local disk; default: in the user's cache"
     )
     cache_gib: float = Field(
-        100.0, gt=0, le=2**20, description="its bound; data beyond it train window by window"
+        DEFAULT_CACHE_GIB,
+        gt=0,
+        le=2**20,
+        description="its bound; data beyond it train window by window",
     )
     max_length: int | None = Field(
         None, ge=8, description="tokens per sample, image tokens included; default: the family's"

@@ -18,12 +18,12 @@ from hashlib import sha256
 from math import inf
 from pathlib import Path
 
+from mmtrain.config.schema import DEFAULT_CACHE_GIB
 from mmtrain.data.remote import RemoteFolder
 from mmtrain.errors import DataError
 from mmtrain.files import cache_folder, file_sha256, keep_in_cache, lock, open_regular, read_regular
 
 GIB = 2**30
-DEFAULT_CACHE_GIB = 100.0
 _NAME = re.compile(r"(?P<sha256>[0-9a-f]{64})\.(tar|npy|(?P<num_bytes>[0-9]+)\.part)")
 _USE_NOTED_EVERY_S = 30.0
 

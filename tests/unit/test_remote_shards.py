@@ -187,7 +187,9 @@ def test_push_says_what_is_there_and_replaces_it_only_when_asked(
 # --- faults on the way --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("faults", [["away"], ["away", "away"], ["cut"], ["cut", "away"]])
+@pytest.mark.parametrize(
+    "faults", [["away"], ["away", "away"], ["cut"], ["cut", "away"], ["flipped"]]
+)
 def test_a_broken_transfer_is_tried_again(
     store: Store, cache: ShardCache, faults: list[str]
 ) -> None:
@@ -207,6 +209,18 @@ def test_a_store_that_stays_away_is_named(store: Store, cache: ShardCache) -> No
     store.faults["manifest.json"] = ["away"] * 20
     with pytest.raises(DataError, match="manifest.json' cannot be reached"):
         opened(cache)
+
+
+def test_who_may_read_need_not_be_allowed_to_list(store: Store, cache: ShardCache) -> None:
+    store.faults[BUCKET] = ["denied"]
+    folder = opened(cache)
+    assert folder.read(INSIDE) == SAMPLES[INSIDE] and not store.faults[BUCKET]
+    cache.drop(folder.blobs[2])
+    store.gets.clear()
+    store.faults[SHARD] = ["denied"]
+    with pytest.raises(DataError, match=f"{SHARD}' cannot be reached .*check the credentials"):
+        folder.read(INSIDE)
+    assert store.gets[SHARD] == 1, "waiting would not mend it"
 
 
 def test_shards_that_are_not_those_of_the_manifest(
