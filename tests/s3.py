@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 
 from data_shards.push import push_folder
+from mmtrain.data import remote
 from mmtrain.data.cache import GIB
 from mmtrain.data.manifest import read_manifest
 from mmtrain.data.remote import RemoteFolder
@@ -108,14 +110,17 @@ def serving() -> Iterator[Store]:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in store.environment.items():
                 patch.setenv(name, value)
-            _make_bucket()
+            _make_bucket(store)
             yield store
     finally:
         server.shutdown()
         thread.join()
 
 
-def _make_bucket() -> None:
+def _make_bucket(store: Store) -> None:
+    """Nothing is left of an earlier server of this process, here or there."""
     import boto3
 
+    remote._file_system.cache_clear()
+    urlopen(f"http://127.0.0.1:{store.port}/moto-api/reset", data=b"").close()
     boto3.client("s3").create_bucket(Bucket=BUCKET)

@@ -19,11 +19,11 @@ from mmtrain.data import ahead as ahead_module
 from mmtrain.data import remote
 from mmtrain.data.ahead import Ahead
 from mmtrain.data.cache import GIB, Blob, ShardCache
-from mmtrain.data.cache_gib.windows import Share, windows_for
 from mmtrain.data.manifest import read_manifest
 from mmtrain.data.mixture import Mixture
 from mmtrain.data.plan import Layout, Planner
 from mmtrain.data.remote import RemoteFolder
+from mmtrain.data.windows import Share, windows_for
 from mmtrain.errors import ConfigError
 from mmtrain.resolve import resolve
 from tests import tiny
