@@ -20,7 +20,7 @@ _USERINFO = re.compile(
 )
 _RUN = re.compile(r"\S+")
 _SECRET_QUERY = re.compile(r"(?i)(?P<key>[?&](?:password|passwd|token|secret|api_key)=)[^&\s#]+")
-_SECRET_VARIABLES = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD")
+_SECRET_VARIABLES = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MMTRAIN_JUDGE_KEY")
 # A shorter value would be found inside ordinary words.
 _SHORTEST_SECRET = 4
 _SECRET_NAME = re.compile(
@@ -57,7 +57,7 @@ def replace_userinfo(text: str, replacement: str) -> str:
 
 
 def redact(text: str) -> str:
-    """`redact_uri`, and the values of MLflow's credential variables replaced by *** too."""
+    """`redact_uri`, and the values of credential variables replaced by *** too."""
     text = redact_uri(text)
     for variable in _SECRET_VARIABLES:
         secret = os.environ.get(variable, "")

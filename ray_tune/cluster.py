@@ -10,6 +10,7 @@ import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -69,7 +70,7 @@ def private_environment(token: Path) -> dict[str, str]:
     """Only this user's processes with this token may talk to Ray, and only on this machine."""
     descriptor = os.open(token, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(secrets.token_hex(32))
+        file.write(_token())
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
@@ -78,6 +79,12 @@ def private_environment(token: Path) -> dict[str, str]:
         # A head that is gone does not come back: helpers need not look for it for a minute.
         "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
     }
+
+
+@cache
+def _token() -> str:
+    """One a process: of a second session, Ray would still show the first one's."""
+    return secrets.token_hex(32)
 
 
 def private_folder(path: Path) -> Path:

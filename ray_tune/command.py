@@ -21,6 +21,8 @@ _EXAMPLES = """examples:
   mmtrain tune study.yaml --resume                  go on after a crash or Ctrl-C
   mmtrain tune study.yaml --address 10.0.0.1:6379   on a Ray cluster that is there already
   mmtrain tune study.yaml base.optim.epochs=1 search.optim.lr.grid=[1e-4,2e-4]
+  mmtrain tune paper/002 --table 1 --dry-run        a paper's table, neither data nor models
+  mmtrain tune paper/002 --table 1 --data shards --models /data/models
 Exits with 1 only when every trial failed."""
 ALL_FAILED = 1
 
@@ -29,35 +31,56 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.epilog = _EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("study_file", help="YAML study file")
+    parser.add_argument("study_file", help="YAML study file, or paper/ID (000 to 004)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
     parser.add_argument(
         "--resume", action="store_true", help="go on where the study's folder stands, if it exists"
     )
     parser.add_argument("--address", help="Ray cluster to join; default: a private one here")
     parser.add_argument("--dry-run", action="store_true", help="check and list the trials only")
+    parser.add_argument("--table", help="of paper/ID: which")
+    parser.add_argument("--data", metavar="DIR", help="where relative folders of shards lie")
+    parser.add_argument(
+        "--models", metavar="DIR", help="where presets lie, in folders of their name"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check, run, compare."""
+    """Check, run, compare; of a table, one column after another."""
     from rich.console import Console
+    from rich.text import Text
 
+    from ray_tune.papers import placed, refuse_missing, study_path
     from ray_tune.study import load_study
-    from ray_tune.trials import check_trials, expand
+    from ray_tune.table import write_study_table
+    from ray_tune.trials import check_trials, columns_of, expand
 
-    study = load_study(args.study_file, args.overrides)
-    trials = expand(study)
-    metric = check_trials(study, trials, args.study_file)
+    path = study_path(args.study_file, args.table)
+    study = placed(load_study(path, args.overrides), args.data, args.models)
+    parts = columns_of(study)
+    trials = {name: expand(part) for name, part in parts.items()}
+    metrics = {name: check_trials(part, trials[name], str(path)) for name, part in parts.items()}
     console = Console(highlight=False, soft_wrap=True)
     if args.dry_run:
-        console.print(_listing(study, trials))
+        for name, part in parts.items():
+            console.print(_listing(part, trials[name]))
         return 0
-    return _run_study(study, trials, metric, args, console)
+    if study.columns:
+        refuse_missing((trial for part in trials.values() for trial in part), str(path))
+    journals: dict[str, Journal] = {}
+    codes = []
+    for name, part in parts.items():
+        code, journals[name] = _run_study(part, trials[name], metrics[name], args, console)
+        codes.append(code)
+        if study.columns:
+            paths = write_study_table(study, metrics, journals)
+            console.print(Text(f"table so far: {paths['html']}"))
+    return min(codes)
 
 
 def _run_study(
     study: Study, trials: list[Trial], metric: Metric, args: argparse.Namespace, out: Console
-) -> int:
+) -> tuple[int, Journal]:
     from ray_tune.journal import open_journal, study_lock
 
     with study_lock(Path(study.study_dir)) as lock:
@@ -72,7 +95,7 @@ def _run_study(
         out.print(f"study {study.name}: {len(trials)} trials, {len(left)} to run")
         if left:
             _execute(study, trials, journal, args.address, lock)
-        return _conclude(study, journal, tracking["uri"], out)
+        return _conclude(study, journal, tracking["uri"], out), journal
 
 
 def _execute(
@@ -119,8 +142,9 @@ def _listing(study: Study, trials: list[Trial]) -> object:
     from rich.text import Text
 
     table = Table(title=f"study {study.name}: {len(trials)} trials", title_justify="left")
-    for column in ("trial", *study.search):
+    for column in ("trial", *study.varied):
         table.add_column(column, overflow="fold")
     for trial in trials:
-        table.add_row(trial.name, *(Text(str(value)) for value in trial.params.values()))
+        values = (trial.params.get(key, "") for key in study.varied)
+        table.add_row(trial.name, *(Text(str(value)) for value in values))
     return table

@@ -15,7 +15,7 @@ from mmtrain.tracking.journal import JOURNAL_NAME, RunJournal
 from ray_tune.cleaning import drop_checkpoints
 from ray_tune.failures import died_in_words, last_line
 from ray_tune.journal import FAILED, FINISHED, RUNNING, SETTLED, Journal, Record
-from ray_tune.messages import FAILURE, OUTCOME, STARTED, TRAINING_SECONDS
+from ray_tune.messages import FAILURE, FIRST_FAILURE, OUTCOME, STARTED, TRAINING_SECONDS
 from ray_tune.progress import View
 from ray_tune.study import Study
 
@@ -58,7 +58,7 @@ class StudyCallback(Callback):
             self._without_ranks.pop(record.name, None)
         if OUTCOME in result:
             record.training_seconds = float(result[TRAINING_SECONDS])
-            self._settle(record, str(result[FAILURE]))
+            self._settle(record, str(result[FAILURE]), str(result.get(FIRST_FAILURE, "")))
         self._view.refresh()
 
     def on_trial_complete(
@@ -101,13 +101,17 @@ class StudyCallback(Callback):
     def _record(self, trial: Any) -> Record:
         return self._journal.records[trial.config["trial"]]
 
-    def _settle(self, record: Record, failure: str) -> None:
+    def _settle(self, record: Record, failure: str, first_failure: str = "") -> None:
         if record.status in SETTLED:
             return
         _take_missing_reports(record, Path(self._study.study_dir) / "trials" / record.name)
         if not failure and record.best(self._journal.metric) is None:
             failure = _no_metric(record, self._study.metric)
         record.status, record.reason = (FAILED, redact(failure)) if failure else (FINISHED, "")
+        if first_failure:
+            again = "; then, with half the micro-batch: " + (record.reason or "finished")
+            record.reason = redact(first_failure) + again
+            record.attempts += 1
         self._journal.save(record)
 
 

@@ -4,12 +4,39 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
+
+from mmtrain.resolve import resolve
 
 # What Ray's monitor, which kills before the kernel does, saw: `22.50GB used / 23.59GB limit`.
 _MEMORY_SEEN = re.compile(r"running low on memory.*?([\d.]+GB used / [\d.]+GB limit)", re.DOTALL)
 _NEED_LESS_MEMORY = (
     "lower max_concurrent or ranks_per_trial in the study, or optim.micro_batch in its base"
 )
+
+
+_SIGNS_OF_MEMORY = ("out of memory", "out of device memory")
+
+
+def with_half_batches(run: Mapping[str, Any], failure: str) -> dict[str, Any] | None:
+    """The run with half as much at a time, so that its results are the same; None: no use.
+
+    What ran out of memory may be a forward of training or of answering.
+    """
+    if not any(sign in failure for sign in _SIGNS_OF_MEMORY):
+        return None
+    config = resolve(run)
+    optim, generation = config.optim, config.generation
+    size = "micro_batch" if optim.micro_tokens is None else "micro_tokens"
+    before = (getattr(optim, size), generation.batch_size)
+    halves = tuple(max(1, number // 2) for number in before)
+    if halves == before or (size == "micro_batch" and optim.global_batch % halves[0]):
+        return None
+    return {
+        **run,
+        "optim": {**run.get("optim", {}), size: halves[0]},
+        "generation": {**run.get("generation", {}), "batch_size": halves[1]},
+    }
 
 
 class RankFailure(Exception):

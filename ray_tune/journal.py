@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from mmtrain.config.problems import shown
+from mmtrain.config.problems import checked, shown
 from mmtrain.errors import ConfigError, MmtrainError
 from mmtrain.files import lock, replace_file
 from mmtrain.safe_text import redacted
@@ -179,7 +179,14 @@ def _stored_study(path: Path) -> dict[str, Any]:
             f" {FORMAT_VERSION}.",
             "Go on with the version of mmtrain that wrote it, or choose another output_dir.",
         )
+    stored["study"] = _with_new_keys(stored["study"])
     return redacted(stored)
+
+
+def _with_new_keys(stored: dict[str, Any]) -> dict[str, Any]:
+    """A study that an older version wrote, with the defaults of keys that it did not know."""
+    found, problems = checked(Study, stored)
+    return stored if found is None or problems else found.model_dump(mode="json")
 
 
 def _refuse_difference(stored: Mapping[str, object], now: Mapping[str, object], path: Path) -> None:

@@ -2,5 +2,6 @@
 
 # A rank has started; a validation's optimizer step; the driver's last word.
 STARTED, STEP, OUTCOME = "started", "step", "outcome"
-# With OUTCOME: why it failed (empty if it did not), and how long training itself took.
-FAILURE, TRAINING_SECONDS = "failure", "training_seconds"
+# With OUTCOME: why it failed (empty if it did not), why a first attempt did, and how long training
+# itself took.
+FAILURE, FIRST_FAILURE, TRAINING_SECONDS = "failure", "first_failure", "training_seconds"

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.errors import MmtrainError, nearest
+from mmtrain.evaluation.uncertainty import is_mean
+from mmtrain.report.answers import read_answers
 from mmtrain.report.plot import plot_run
 from mmtrain.report.write import Comparison, write_comparison
 from mmtrain.tracking.client import TrackingError, end_parent_run, parent_run
@@ -29,14 +31,14 @@ _MAX_CURVE_POINTS = 400
 def write_results(study: Study, journal: Journal) -> Path:
     """results.csv: one line per trial, whatever became of it."""
     path = journal.folder / "results.csv"
-    keys = list(study.search)
+    keys = study.varied
     header = ["trial", "status", *keys, study.metric, "step", "seconds", "training_seconds"]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*header, "attempts", "reason"])
         for record in journal.records.values():
             value, step = record.best(journal.metric) or ("", "")
-            values = [_cell(record.params[key]) for key in keys]
+            values = [_cell(record.params.get(key, "")) for key in keys]
             times = [f"{record.seconds:.1f}", f"{record.training_seconds:.1f}"]
             row = [record.name, record.status, *values, value, step, *times]
             writer.writerow([*row, record.attempts, record.reason])
@@ -75,9 +77,20 @@ def _row(study: Study, journal: Journal, record: Record) -> dict[str, object]:
     entries = RunJournal.read(path) if path.exists() else []
     curve = [(entry.step, entry.metrics[_CURVE]) for entry in entries if _CURVE in entry.metrics]
     every = math.ceil(len(curve) / _MAX_CURVE_POINTS) or 1
-    params = {key: _cell(value) for key, value in record.params.items()}
+    params = {key: _cell(record.params.get(key)) for key in study.varied}
     value = found[0] if found else None
-    return {**params, "name": record.name, study.metric: value, "curve": curve[::every]}
+    measured = {study.metric: value, "scores": _scores(path.parent, value)}
+    return {**params, **measured, "name": record.name, "curve": curve[::every]}
+
+
+def _scores(run_dir: Path, value: float | None) -> dict[str, float]:
+    """Of each sample at the best step, where the metric is their mean."""
+    try:
+        found = read_answers(run_dir, "val").by_id
+    except MmtrainError:
+        return {}  # several data sets, or an evaluation that did not come so far
+    scores = {name: one.score for name, one in found.items()}
+    return scores if value is not None and is_mean(value, list(scores.values())) else {}
 
 
 def _cell(value: object) -> object:
@@ -125,6 +138,7 @@ def open_parent(study: Study, journal: Journal, tracking: Mapping[str, Any]) -> 
         "study.trials": str(len(journal.records)),
         "study.scheduler": study.scheduler.type,
         **{f"search.{key}": _in_short(entry) for key, entry in study.search.items()},
+        **{f"axes.{name}": json.dumps(list(options)) for name, options in study.axes.items()},
     }
     try:
         tags = {"study": study.name}

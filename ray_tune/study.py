@@ -5,6 +5,7 @@ No ray and no torch here: reading a study must be instant.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,8 +28,11 @@ Scalar = bool | int | float | str | None
 Value = Scalar | list[Any] | dict[str, Any]
 
 
+_KINDS = ("grid", "choice", "uniform", "loguniform", "randint")
+
+
 class SearchKey(Section):
-    """What one run key may be: exactly one of the five."""
+    """What one run key may be: exactly one of the five, and where it is searched at all."""
 
     grid: list[Value] | None = Field(None, min_length=1, description="every value is tried")
     choice: list[Value] | None = Field(None, min_length=1, description="one of these, drawn")
@@ -37,17 +41,28 @@ class SearchKey(Section):
         None, description="[low, high], drawn evenly on a logarithmic scale"
     )
     randint: tuple[int, int] | None = Field(None, description="[low, high], both included")
+    when: dict[str, list[Value] | Value] = Field(
+        default_factory=dict,
+        description="axis or search key: value, or values, of the trials that have this key",
+    )
 
     @property
     def kind(self) -> str:
         """Which of the five is given."""
-        return next(name for name in SearchKey.model_fields if getattr(self, name) is not None)
+        return next(name for name in _KINDS if getattr(self, name) is not None)
+
+    def holds_in(self, point: Mapping[str, object]) -> bool:
+        """Whether trials at this point have the key."""
+        return all(
+            point.get(key) in (wanted if isinstance(wanted, list) else [wanted])
+            for key, wanted in self.when.items()
+        )
 
     @model_validator(mode="after")
     def _exactly_one(self) -> SearchKey:
-        given = [name for name in SearchKey.model_fields if getattr(self, name) is not None]
+        given = [name for name in _KINDS if getattr(self, name) is not None]
         if len(given) != 1:
-            kinds = ", ".join(SearchKey.model_fields)
+            kinds = ", ".join(_KINDS)
             raise ValueError(f"give exactly one of {kinds}; got {', '.join(given) or 'none'}")
         bounds = self.uniform or self.loguniform or self.randint
         if bounds and bounds[0] >= bounds[1]:
@@ -60,12 +75,17 @@ class SearchKey(Section):
 class SchedulerConfig(Section):
     """Whether poor trials are stopped early. All times count validations of a trial."""
 
-    type: Literal["none", "asha"] = Field("none", description="none: every trial runs to its end")
+    type: Literal["none", "asha", "median"] = Field(
+        "none",
+        description="none: every trial runs to its end; median: one stops whose best is worse than"
+        " the median of the others' running means",
+    )
     grace: int = Field(1, ge=1, description="never stop a trial before this many validations")
     reduction_factor: float = Field(
         3.0, gt=1, description="about one trial in this many passes each rung"
     )
     max: int = Field(100, ge=1, description="no rungs beyond this many validations")
+    least_trials: int = Field(3, ge=1, description="median: none stops before so many were seen")
 
     @model_validator(mode="after")
     def _ordered(self) -> SchedulerConfig:
@@ -94,6 +114,16 @@ class StudyTracking(Section):
     experiment: str | None = Field(None, description="MLflow experiment of the whole study")
 
 
+class Column(Section):
+    """One column of a table: a study of its own, whose trials compare with each other alone."""
+
+    metric: str | None = Field(None, description="what ranks its trials; default: the study's")
+    run: dict[str, Value] = Field(default_factory=dict, description="run key: value")
+    times: float | None = Field(
+        None, gt=0, description="factor on its values in the table; default: 100 for shares, else 1"
+    )
+
+
 class Study(Section):
     """One study file."""
 
@@ -101,7 +131,22 @@ class Study(Section):
     base: dict[str, object] = Field(
         description="the run that all trials share: a path, or a mapping"
     )
-    search: dict[str, SearchKey] = Field(min_length=1, description="run key: what it may be")
+    axes: dict[str, dict[str, dict[str, Value]]] = Field(
+        default_factory=dict,
+        description="axis: {option: {run key: value, …}}; every combination of options is tried",
+    )
+    search: dict[str, SearchKey] = Field(
+        default_factory=dict, description="run key: what it may be"
+    )
+    columns: dict[str, Column] = Field(
+        default_factory=dict, description="of a table: data sets, say; rows are the axes"
+    )
+    printed: dict[str, dict[str, float]] = Field(
+        default_factory=dict,
+        description="values that a paper prints: row (options of the axes, with ' / ' between):"
+        " {column: value}",
+    )
+    notes: list[str] = Field(default_factory=list, description="below the table")
     algorithm: Literal["grid", "random"] = Field(
         "grid", description="random draws num_samples points and crosses them with the grid keys"
     )
@@ -139,14 +184,51 @@ class Study(Section):
         """The keys that the comparison groups by: repetitions over seeds fall together."""
         if self.by is not None:
             return self.by
-        return [key for key in self.search if key.rsplit(".", 1)[-1] != "seed"]
+        return [key for key in self.varied if key.rsplit(".", 1)[-1] != "seed"]
+
+    @property
+    def varied(self) -> list[str]:
+        """Axes, then search keys."""
+        return [*self.axes, *self.search]
 
     @model_validator(mode="after")
     def _search_changes_results(self) -> Study:
-        for key in self.search:
+        options = [option for axis in self.axes.values() for option in axis.values()]
+        options += [column.run for column in self.columns.values()]
+        for key in (*self.search, *(key for option in options for key in option)):
             if key.split(".")[0] in BOOKKEEPING:
                 fault = f"search: '{key}' does not change what a run computes"
                 raise ValueError(f"{fault}; set {key} in the base run, or leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _names_what_it_has(self) -> Study:
+        if not self.varied:
+            raise ValueError("give 'search', 'axes' or both: nothing varies")
+        for name, options in self.axes.items():
+            if not options or name in self.search:
+                fault = "is a search key, too" if options else "has no options"
+                raise ValueError(f"axes: '{name}' {fault}; rename it, or leave it out")
+        known = [*self.varied]
+        for key, entry in self.search.items():
+            for other in entry.when:
+                if other not in known or other == key:
+                    hint = nearest(other, set(known) - {key})
+                    raise ValueError(f"search: {key}: when: '{other}' is not varied; {hint}")
+        return self
+
+    @model_validator(mode="after")
+    def _printed_has_a_place(self) -> Study:
+        if self.columns and not self.axes:
+            raise ValueError("columns: a table needs rows; give 'axes'")
+        rows = {" / ".join(row) for row in itertools.product(*self.axes.values())}
+        for row, values in self.printed.items():
+            if row not in rows:
+                raise ValueError(f"printed: there is no row '{row}'; {nearest(row, rows)}")
+            for name in values:
+                if name not in self.columns:
+                    hint = nearest(name, self.columns)
+                    raise ValueError(f"printed: {row}: there is no column '{name}'; {hint}")
         return self
 
     @model_validator(mode="after")
@@ -160,13 +242,14 @@ class Study(Section):
         if (self.num_samples is None) == (self.algorithm == "random"):
             raise ValueError("give 'num_samples' with algorithm random, and only there")
         for key in self.by or []:
-            if key not in self.search:
-                raise ValueError(f"by: '{key}' is not searched; {nearest(key, self.search)}")
+            if key not in self.varied:
+                raise ValueError(f"by: '{key}' is not searched; {nearest(key, self.varied)}")
         return self
 
     @model_validator(mode="after")
     def _search_has_an_end(self) -> Study:
         grids = [len(entry.grid) for entry in self.search.values() if entry.grid is not None]
+        grids += map(len, self.axes.values())
         if (self.num_samples or 1) * math.prod(grids) > MAX_TRIALS:
             ways = "lower num_samples or shorten the grids"
             raise ValueError(f"these are more than {MAX_TRIALS:,} trials; {ways}")

@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -95,6 +95,28 @@ def _ranking_metric(study: Study, config: RunConfig) -> Metric:
     return metric
 
 
+def columns_of(study: Study) -> dict[str, Study]:
+    """The studies of a table by the names of its columns; of any other study itself alone."""
+    if not study.columns:
+        return {"": study}
+    return {name: _column(study, name) for name in study.columns}
+
+
+def _column(study: Study, name: str) -> Study:
+    column, base = study.columns[name], _copied(study.base)
+    for key, value in column.run.items():
+        _set(base, key, value)
+    changes: dict[str, object] = {
+        "name": f"{study.name}-{_slug(name)}",
+        "output_dir": f"{study.study_dir}/{_slug(name)}",
+        "base": base,
+        "metric": column.metric or study.metric,
+        "columns": {},
+        "printed": {},
+    }
+    return study.model_copy(update=changes)
+
+
 def _points(study: Study) -> Iterator[dict[str, object]]:
     """Every combination of parameters: draws outside, grid keys inside, in the file's order."""
     grids = {key: entry.grid for key, entry in study.search.items() if entry.grid is not None}
@@ -104,9 +126,15 @@ def _points(study: Study) -> Iterator[dict[str, object]]:
             key: draw(entry, keyed_fraction(study.seed, sample, key))
             for key, entry in drawn.items()
         }
-        for values in itertools.product(*grids.values()):
-            point = {**draws, **dict(zip(grids, values))}
-            yield {key: point[key] for key in study.search}
+        for values in itertools.product(*study.axes.values(), *grids.values()):
+            point = {**draws, **dict(zip((*study.axes, *grids), values))}
+            yield _with_held({key: point[key] for key in study.varied}, study.search)
+
+
+def _with_held(point: dict[str, object], search: Mapping[str, SearchKey]) -> dict[str, object]:
+    """Without the keys whose `when` does not hold, or names a key that was left out so."""
+    left = {k: v for k, v in point.items() if k not in search or search[k].holds_in(point)}
+    return left if left == point else _with_held(left, search)
 
 
 def keyed_fraction(seed: int, sample: int, key: str) -> float:
@@ -137,12 +165,14 @@ def _rounded(value: float) -> float:
 
 def _trial(study: Study, params: Mapping[str, object]) -> Trial:
     run = _copied(study.base)
-    for key, value in params.items():
-        _set(run, key, value)
+    for name, value in params.items():
+        changes = study.axes[name][str(value)] if name in study.axes else {name: value}
+        for key, changed in changes.items():
+            _set(run, key, changed)
     content = {key: value for key, value in run.items() if key not in BOOKKEEPING}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     trial_id = hashlib.sha256(text.encode()).hexdigest()[:10]
-    label = _label(params)[: _MAX_NAME_LENGTH - 11].strip("-._")
+    label = _label(params, study.axes)[: _MAX_NAME_LENGTH - 11].strip("-._")
     name = f"{label}-{trial_id}" if label else trial_id
     run.update(name=name, output_dir=f"{study.study_dir}/trials/{name}")
     run["tracking"] = _tracking(study, run.get("tracking"))
@@ -179,9 +209,12 @@ def _set(run: dict[str, Any], key: str, value: object) -> None:
     here[last] = value
 
 
-def _label(params: Mapping[str, object]) -> str:
-    """`r4-lr0.002-seed1`: the shortest endings of the keys that tell them apart, with values."""
-    return "-".join(f"{_short(key, params)}{_value_text(value)}" for key, value in params.items())
+def _label(params: Mapping[str, object], axes: Collection[str]) -> str:
+    """`LoRA-r4-lr0.002-seed1`: options, and the shortest endings that tell keys apart, values."""
+    return "-".join(
+        _slug(str(value)) if key in axes else f"{_short(key, params)}{_value_text(value)}"
+        for key, value in params.items()
+    )
 
 
 def _short(key: str, keys: Mapping[str, object]) -> str:

@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,8 +22,15 @@ from mmtrain.errors import MmtrainError
 from mmtrain.files import lock
 from mmtrain.safe_text import redact
 from ray_tune.cluster import TRAIN_ENVIRONMENT
-from ray_tune.failures import RankFailure, failure_in_words
-from ray_tune.messages import FAILURE, OUTCOME, STARTED, STEP, TRAINING_SECONDS
+from ray_tune.failures import RankFailure, failure_in_words, with_half_batches
+from ray_tune.messages import (
+    FAILURE,
+    FIRST_FAILURE,
+    OUTCOME,
+    STARTED,
+    STEP,
+    TRAINING_SECONDS,
+)
 
 # A driver that was killed leaves ranks that notice it only after a moment.
 _LOCK_WAIT_S = 120.0
@@ -84,9 +91,26 @@ def _set_environment(address: str, port: int) -> None:
 
 
 def drive_trial(plan: Plan, name: str) -> None:
-    """Run one trial's ranks to their end and report what became of it. Runs in Tune's actor."""
+    """Run one trial's ranks to their end and report what became of it. Runs in Tune's actor.
+
+    A trial that ran out of memory is tried once more, with half as much at a time.
+    """
     os.environ.update(TRAIN_ENVIRONMENT)
     from ray import tune
+
+    seconds, failure = _fit(plan, name, name)
+    first_failure = ""
+    smaller = with_half_batches(plan.runs[name], failure)
+    if smaller is not None:
+        first_failure = failure
+        seconds, failure = _fit(replace(plan, runs={name: smaller}), name, f"{name}-smaller")
+    tune.report(
+        {OUTCOME: 1, FAILURE: failure, FIRST_FAILURE: first_failure, TRAINING_SECONDS: seconds}
+    )
+
+
+def _fit(plan: Plan, name: str, attempt: str) -> tuple[float, str]:
+    """The seconds that training took, and why it failed."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -104,7 +128,7 @@ def drive_trial(plan: Plan, name: str) -> None:
             resources_per_worker=dict(plan.resources_per_rank),
         ),
         run_config=RunConfig(
-            name=name,
+            name=attempt,
             storage_path=plan.storage,
             callbacks=[to_tune],
             failure_config=FailureConfig(max_failures=0),
@@ -112,10 +136,9 @@ def drive_trial(plan: Plan, name: str) -> None:
     )
     try:
         result: Any = trainer.fit()
-        seconds, failure = result.return_value or 0.0, ""
     except TrainingFailedError as error:
-        seconds, failure = 0.0, failure_in_words(error)
-    tune.report({OUTCOME: 1, FAILURE: failure, TRAINING_SECONDS: seconds})
+        return 0.0, failure_in_words(error)
+    return result.return_value or 0.0, ""
 
 
 def train_rank(config: Mapping[str, Any]) -> float:

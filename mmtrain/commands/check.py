@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmtrain.commands.arguments import positive
 from mmtrain.config.schema import RunConfig
+from mmtrain.data.remote import place_of_shards
 from mmtrain.resolve import resolve
 
 if TYPE_CHECKING:
@@ -155,7 +156,8 @@ def _memory_table(memory: dict[str, Any]) -> Table:
 def _steps_line(report: dict[str, object], config: RunConfig) -> str:
     if report["steps_per_epoch"] is None:
         named = [part.train for part in config.data.parts.values()] if config.data else []
-        absent = [folder for folder in named if folder and not Path(folder).is_dir()]
+        places = [place_of_shards(folder) for folder in named if folder]
+        absent = [place for place in places if isinstance(place, Path) and not place.is_dir()]
         missing = f"no shards at {absent[0]} yet" if absent else "no training shards named"
         return f"steps per epoch: unknown, {missing}"
     return (

@@ -31,6 +31,10 @@ A trained run answers the shards of any data set, by the first template of their
 ```console
 $ mmtrain evaluate runs/mine --data shards/mme/test --data shards/pope/test
 ```
+
+as the run file's `generation` says; `generation.like=wang2024_vqa` behind it answers as a paper's
+models did ([the blocks](run-file.md#generation)). What only a judge can score is
+[judged](judging.md).
 """
 _WAYS = {"generate": "the model speaks", "rank": "the candidate with the lowest loss"}
 

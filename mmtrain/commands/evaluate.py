@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from mmtrain.commands.arguments import positive
 
 if TYPE_CHECKING:
     from mmtrain.evaluation.evaluate import Evaluation
+    from mmtrain.evaluation.kept import KeptAnswers
     from mmtrain.tasks.interface import Task
     from mmtrain.training.inference import Ready
 
@@ -22,6 +23,9 @@ _EXAMPLES = """examples:
   mmtrain evaluate runs/lr1 runs/lr2 runs/lr3         one base, three adapters
   mmtrain evaluate runs/r64 --data shards/okvqa/val --data shards/vizwiz/val --every-checkpoint
   mmtrain evaluate run.yaml --base                    the unadapted base model
+  mmtrain evaluate /data/llava-1.5-7b-hf --data shards/mme/test         the same, no run file
+  mmtrain evaluate adapters/r64/adapter --data shards/mme/test          exported, or of a run
+  torchrun --nproc-per-node 8 -m mmtrain evaluate runs/r64              on eight cards
   mmtrain evaluate runs/r64 --blank-images            must fall to chance"""
 
 
@@ -29,7 +33,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.epilog = _EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("run", help="run folder, or run file")
+    parser.add_argument(
+        "run", help="run folder, adapter/ of a run, run file, or folder of a base model"
+    )
     parser.add_argument(
         "more",
         nargs="*",
@@ -88,20 +94,24 @@ def run(args: argparse.Namespace) -> int:
     names = [Path(one).resolve().name for one in (args.run, *others)]
     if args.out and len(set(names)) < len(names):
         raise MmtrainError("two runs have one name.", "Leave --out away, or evaluate one by one.")
-    for folder in args.data:
-        ShardFolder.open(folder)  # a missing folder is known before minutes of loading
-    ready = ready_from_argument(args.run, overrides, args.base)
-    scored = evaluate_all(args, ready)
+    # A missing folder is known before minutes of loading.
+    opened = [ShardFolder.open(folder) for folder in args.data]
+    task = opened[0].manifest.task if opened else None
+    ready = ready_from_argument(args.run, overrides, args.base, task)
+    kept: list[KeptAnswers] = []  # until all is done: a killed command goes on where it stopped
+    scored = evaluate_all(args, ready, kept)
     for other in others:
         ready = with_weights_of(ready, other, overrides)
-        scored += evaluate_all(args, ready)
+        scored += evaluate_all(args, ready, kept)
+    for one in kept:
+        one.remove()
     if ready.engine.world.is_main and len(scored) > 1:
         print_table(scored)
     distributed.shut_down()
     return 0
 
 
-def evaluate_all(args: argparse.Namespace, ready: Ready) -> list[Scored]:
+def evaluate_all(args: argparse.Namespace, ready: Ready, kept: list[KeptAnswers]) -> list[Scored]:
     """Every checkpoint asked for, on every folder."""
     from mmtrain.errors import ConfigError
     from mmtrain.main_rank import on_main
@@ -115,17 +125,17 @@ def evaluate_all(args: argparse.Namespace, ready: Ready) -> list[Scored]:
         raise ConfigError(["data.val: is missing; name it or give --data"])
     run_dir = ready.run_dir or Path(ready.config.run_dir)
     scored = []
-    for step in _checkpoints(args, ready, run_dir):
+    for step, weights in _checkpoints(args, ready, run_dir):
         who = run_dir.name + ("" if step is None else f" step {step}")
         for one in asked:
-            evaluation = _evaluation(args, ready, one, who)
-            metric = one.task.primary_metric.name
-            scored.append(Scored(who, one.label, metric, evaluation.metrics[metric]))
             label = one.label + ("-base" if args.base else "")
             label += "-blank" if args.blank_images else ""
             label += "" if step is None else f"-step-{step}"
             alone = len(asked) == 1 and step is None
             place = _place(args, run_dir, label, alone)
+            evaluation = _evaluation(args, replace(ready, trained=weights), one, place, kept)
+            metric = one.task.primary_metric.name
+            scored.append(Scored(who, one.label, metric, evaluation.metrics[metric]))
             # What fails on rank 0 alone would leave the others waiting in the next collective.
             on_main(partial(_keep, who, evaluation, place))
     return scored
@@ -159,35 +169,45 @@ def _asked(args: argparse.Namespace, ready: Ready) -> Iterator[Asked]:
             yield Asked(label, part.val, plugins.load("task", part.task))
 
 
-def _checkpoints(args: argparse.Namespace, ready: Ready, run_dir: Path) -> Iterator[int | None]:
+def _checkpoints(
+    args: argparse.Namespace, ready: Ready, run_dir: Path
+) -> Iterator[tuple[int | None, tuple[Path, ...]]]:
     """The steps to evaluate, each loaded when it is its turn; None: what is loaded already."""
+    from mmtrain.errors import CheckpointError
     from mmtrain.main_rank import on_main
-    from mmtrain.training.checkpoint import CheckpointFolder, find_damage
-    from mmtrain.training.inference import load_trained
+    from mmtrain.training.checkpoint import WEIGHTS, CheckpointFolder, find_damage
+    from mmtrain.training.trained import load_trained
 
     if not args.every_checkpoint:
-        yield None
+        yield None, ready.trained
         return
     folder = CheckpointFolder(run_dir, keep=1)
     steps = on_main(
         lambda: [step for step in sorted(folder.steps()) if not find_damage(folder.path(step))]
     )
+    if not steps:
+        raise CheckpointError(f"{run_dir}: no intact checkpoint.", "Leave out --every-checkpoint.")
     for step in steps:
-        load_trained(ready.assembled, folder.path(step))
-        yield step
+        file = folder.path(step) / WEIGHTS
+        load_trained(ready.assembled, [file], f"{file.parent}: is not this run's")
+        yield step, (file,)
 
 
-def _evaluation(args: argparse.Namespace, ready: Ready, asked: Asked, who: str) -> Evaluation:
+def _evaluation(
+    args: argparse.Namespace, ready: Ready, asked: Asked, place: Path, kept: list[KeptAnswers]
+) -> Evaluation:
     from mmtrain.assemble import build_source
-    from mmtrain.training.inference import evaluate_with_progress
+    from mmtrain.evaluation.kept import KeptAnswers
+    from mmtrain.training.inference import evaluate_with_progress, identity
 
     source = build_source(
         ready.config, ready.assembled, asked.folder, args.limit, blank_images=args.blank_images
     )
+    rank = ready.engine.world.rank
+    kept.append(KeptAnswers.open(place / ".answered", identity(ready, source), rank))
+    label = f"{(ready.run_dir or Path(ready.config.run_dir)).name} {place.name}"
     settings = ready.config.generation
-    return evaluate_with_progress(
-        f"{who} {asked.label}", ready.engine, source, asked.task, settings
-    )
+    return evaluate_with_progress(label, ready.engine, source, asked.task, settings, kept[-1])
 
 
 def _keep(who: str, evaluation: Evaluation, out: Path) -> None:

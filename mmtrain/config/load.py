@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.config import yaml_text
+from mmtrain.config.generation import without_block_keys
 from mmtrain.config.problems import checked, shown
 from mmtrain.config.schema import RunConfig
 from mmtrain.errors import ConfigError
@@ -48,6 +49,10 @@ def with_overrides(
     """
     merged = _copied(data)
     problems: list[str] = []
+    section = merged.get("generation")
+    if isinstance(section, dict) and any(one.startswith("generation.like=") for one in overrides):
+        # A block that is named here counts more than the file's values, such as a saved one's.
+        merged["generation"] = without_block_keys(section)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):

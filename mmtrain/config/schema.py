@@ -6,9 +6,13 @@ the plug-in's own options model in `mmtrain.resolve`; everything else is checked
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from mmtrain.config.generation import BLOCKS
+from mmtrain.errors import nearest
 
 RUN_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 LAYERS_PATTERN = r"^(all|(first|last)-[1-9][0-9]{0,8})$"
@@ -294,11 +298,37 @@ class CheckpointConfig(Section):
 class GenerationConfig(Section):
     """How answers are generated in evaluation."""
 
+    like: str | None = Field(
+        None,
+        description=f"a paper's settings: {', '.join(BLOCKS)}; keys beside it count more, and the"
+        " saved run file holds the plain values",
+    )
     max_new_tokens: int = Field(32, ge=1, description="upper limit of answer tokens")
+    min_new_tokens: int = Field(0, ge=0, description="no answer ends before so many tokens")
     num_beams: int = Field(1, ge=1, description="1 is greedy")
     length_penalty: float = Field(1.0, description="beam search only")
     repetition_penalty: float = Field(1.0, gt=0, description="1.0 is none")
     batch_size: int = Field(8, ge=1, description="prompts per generate call on one rank")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_plain_values(cls, given: Any) -> Any:
+        """The block's values, those beside it over them; what is saved names no block."""
+        name = given.get("like") if isinstance(given, Mapping) else None
+        if not isinstance(name, str):
+            return given
+        if name not in BLOCKS:
+            raise ValueError(f"there is no block '{name}' for 'like'; {nearest(name, BLOCKS)}")
+        return {**BLOCKS[name], **given, "like": None}
+
+    @model_validator(mode="after")
+    def _ordered(self) -> GenerationConfig:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"'min_new_tokens' {self.min_new_tokens} is above 'max_new_tokens'"
+                f" {self.max_new_tokens}; lower it"
+            )
+        return self
 
 
 class ParallelConfig(Section):

@@ -289,6 +289,14 @@ def decode_image(data: bytes, sample_id: str, max_pixels: int = MAX_PIXELS) -> I
     raise DataError(f"sample {sample_id!r}: {fault};", _MAKE_SMALLER)
 
 
+def plain_image(image: Image.Image, sample_id: str) -> Image.Image:
+    """An image that another program has opened, as `decode_image` would give it."""
+    fault = _size_fault(*image.size, MAX_PIXELS)
+    if fault:
+        raise DataError(f"sample {sample_id!r}: {fault};", _MAKE_SMALLER)
+    return _to_rgb(ImageOps.exif_transpose(image))
+
+
 def image_size(data: bytes, sample_id: str) -> tuple[int, int]:
     """Width and height of the decoded image, from its header alone."""
     try:

@@ -155,6 +155,16 @@ class ShardFolder:
         record = self._files.read(shard, offset, size)
         return record if short_digest([record]) == digest else None
 
+    def find(self, sample_id: str) -> Sample:
+        """The sample of this id."""
+        found = np.flatnonzero(self.index["id_key"] == sample_key(sample_id))
+        if len(found) != 1:
+            raise DataError(
+                f"'{self.path}' has no sample {sample_id!r};",
+                "give the folder that was asked about as --data.",
+            )
+        return self.read(int(found[0]))
+
     @property
     def _remedy(self) -> str:
         return f"run `mmtrain shards verify {self.path}`, then copy or build it again."

@@ -37,6 +37,12 @@ class Encoder:
         code = self.family.code
         return code.encode_text(self.processor, sample_id, rendered, sizes, *limits)
 
+    def with_answer(self, question: Question, answer: str) -> Example:
+        """The question's example with another answer; its images are not cut again."""
+        rendered = replace(question.rendered, target=answer)
+        text = self.text(question.example.id, rendered, question.sizes)
+        return replace(text, pixels=question.example.pixels, weight=question.example.weight)
+
 
 @dataclass(frozen=True)
 class Question:
@@ -65,6 +71,11 @@ def render(template: Template, sample: Sample) -> Rendered:
         ) from fault
 
 
+def _emptied(sample: Sample) -> Sample:
+    """Without its images' bytes."""
+    return replace(sample, images=tuple(replace(one, data=b"") for one in sample.images))
+
+
 @dataclass(frozen=True)
 class Source:
     """The first `limit` samples of a folder, through one template and one family."""
@@ -89,6 +100,11 @@ class Source:
         """The shards that are read, where they must be fetched."""
         return self.shards.blobs[: len(self.share.shards)]
 
+    def ask(self, index: int) -> tuple[Sample, Rendered]:
+        """A sample in its words, no image decoded."""
+        sample = self.shards.read(index)
+        return _emptied(sample), render(self.template, sample)
+
     def question(self, index: int) -> Question:
         """A sample with all that asking and scoring it needs."""
         sample = self.shards.read(index)
@@ -97,8 +113,7 @@ class Source:
         if self.blank_images:
             images = [Image.new("RGB", image.size, (127, 127, 127)) for image in images]
         example = self.encoder.example(f"{self.prefix}{sample.id}", rendered, images)
-        emptied = replace(sample, images=tuple(replace(one, data=b"") for one in sample.images))
-        return Question(emptied, rendered, example, tuple(image.size for image in images))
+        return Question(_emptied(sample), rendered, example, tuple(one.size for one in images))
 
     def example(self, index: int) -> Example:
         """The tokenised sample with its processed images."""
@@ -110,9 +125,3 @@ class Source:
         sizes = [image_size(image.data, sample.id) for image in sample.images]
         rendered = render(self.template, sample)
         return len(self.encoder.text(f"{self.prefix}{sample.id}", rendered, sizes).input_ids)
-
-    def with_answer(self, question: Question, answer: str) -> Example:
-        """The question's example with another answer; its images are not cut again."""
-        rendered = replace(question.rendered, target=answer)
-        text = self.encoder.text(question.example.id, rendered, question.sizes)
-        return replace(text, pixels=question.example.pixels, weight=question.example.weight)

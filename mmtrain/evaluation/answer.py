@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from mmtrain import distributed
-from mmtrain.data.source import Question, Source
+from mmtrain.data.source import Encoder, Question, Source
 from mmtrain.errors import DataError
 from mmtrain.models.interface import Batch, Example, Family, ForwardResult, ImageFeatures
 
@@ -64,27 +64,31 @@ def answer(
         features = executor.image_features(batch)
         loss_sum = float(executor.forward(batch, features).answer_loss_sum)
         if source.template.mode == "rank":
-            texts = _ranked(executor, source, questions, features)
+            texts = ranked(executor, source.encoder, questions, features)
         else:
             texts = executor.generate(examples, settings, features)
     return Answers(texts, loss_sum, batch.num_answer_tokens)
 
 
-def _ranked(
-    executor: Executor, source: Source, questions: Sequence[Question], features: ImageFeatures
+def ranked(
+    executor: Executor,
+    encoder: Encoder,
+    questions: Sequence[Question],
+    features: ImageFeatures,
+    in_step: bool = True,
 ) -> list[str]:
     """Each question's candidate with the lowest loss, the first of equals.
 
     One forward asks the n-th candidate of every question; who has fewer runs along with weight 0.
     """
     candidates = [_candidates(question) for question in questions]
-    most = max(len(mine) for mine in candidates)
-    # Ranks may hold questions with more: all make as many forwards.
-    rounds = max(distributed.gather_objects(most))
+    rounds = max(len(mine) for mine in candidates)
+    if in_step:  # Ranks may hold questions with more: all make as many forwards.
+        rounds = max(distributed.gather_objects(rounds))
     losses = torch.full((len(questions), rounds), math.inf)
     for number in range(rounds):
         examples = [
-            _with_candidate(source, question, mine, number)
+            _with_candidate(encoder, question, mine, number)
             for question, mine in zip(questions, candidates, strict=True)
         ]
         batch = executor.family.code.collate(examples, executor.processor)
@@ -105,8 +109,8 @@ def _candidates(question: Question) -> tuple[str, ...]:
 
 
 def _with_candidate(
-    source: Source, question: Question, candidates: Sequence[str], number: int
+    encoder: Encoder, question: Question, candidates: Sequence[str], number: int
 ) -> Example:
-    example = source.with_answer(question, candidates[min(number, len(candidates) - 1)])
+    example = encoder.with_answer(question, candidates[min(number, len(candidates) - 1)])
     # A sample of weight 0 has no labels, but a candidate's loss counts whatever its question does.
     return replace(example, weight=float(number < len(candidates)))

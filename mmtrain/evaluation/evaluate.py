@@ -13,9 +13,10 @@ from mmtrain.data.plan import PADDING
 from mmtrain.data.source import Question, Source
 from mmtrain.data.stream import equal_chunks
 from mmtrain.evaluation.answer import Executor, answer
+from mmtrain.evaluation.kept import KeptAnswers
 from mmtrain.files import replace_file
 from mmtrain.main_rank import on_main
-from mmtrain.tasks.interface import Sample, Task
+from mmtrain.tasks.interface import Rendered, Sample, Task
 
 
 @dataclass(frozen=True)
@@ -55,23 +56,31 @@ def evaluate(
     task: Task,
     settings: Any,
     on_chunk: Callable[[int, int], None] | None = None,
+    kept: KeptAnswers | None = None,
 ) -> Evaluation:
     """Loss per answer token and the task's scores. Chunks are of one size on all ranks."""
     world = executor.world
     chunks = equal_chunks(len(source), world.rank, world.size, settings.batch_size)
     asked: list[Asked] = []
     loss_sum, num_tokens = 0.0, 0
+    known = kept.known if kept else []
     for number, chunk in enumerate(chunks):
-        questions = [_question(source, index) for index in chunk]
-        found = answer(executor, source, questions, settings)
+        if number < len(known):
+            found, asks = known[number], [source.ask(max(index, 0)) for index in chunk]
+        else:
+            questions = [_question(source, index) for index in chunk]
+            found = answer(executor, source, questions, settings)
+            asks = [(question.sample, question.rendered) for question in questions]
+            if kept is not None:
+                kept.add(found)
+            if on_chunk is not None:
+                on_chunk(number + 1, len(chunks))
         loss_sum, num_tokens = loss_sum + found.loss_sum, num_tokens + found.num_tokens
         asked += [
-            _asked(index, question, text)
-            for index, question, text in zip(chunk, questions, found.texts, strict=True)
+            _asked(index, *ask, text)
+            for index, ask, text in zip(chunk, asks, found.texts, strict=True)
             if index != PADDING
         ]
-        if on_chunk is not None:
-            on_chunk(number + 1, len(chunks))
     sums = distributed.summed_over_ranks([loss_sum, num_tokens])
     total_loss, total_tokens = sums.tolist()
     everything = [one for part in distributed.gather_objects(asked) for one in part]
@@ -107,10 +116,9 @@ def _question(source: Source, index: int) -> Question:
     return replace(question, example=replace(question.example, weight=0.0))
 
 
-def _asked(index: int, question: Question, text: str) -> Asked:
-    rendered = question.rendered
+def _asked(index: int, sample: Sample, rendered: Rendered, text: str) -> Asked:
     prompt = "\n".join(turn.text for turn in rendered.turns)
-    return Asked(index, question.sample, prompt, rendered.target, text)
+    return Asked(index, sample, prompt, rendered.target, text)
 
 
 def _predictions(asked: Sequence[Asked], scores: Sequence[float]) -> list[Prediction]:

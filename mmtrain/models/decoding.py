@@ -147,6 +147,7 @@ def _generation_config(settings: Any, processor: Processor) -> object:
 
     return GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
+        min_new_tokens=settings.min_new_tokens or None,
         num_beams=settings.num_beams,
         length_penalty=settings.length_penalty if settings.num_beams > 1 else None,
         repetition_penalty=settings.repetition_penalty,

@@ -7,13 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from mmtrain.data.order import sample_key
 from mmtrain.data.shards import ShardFolder
 from mmtrain.data.source import open_images
-from mmtrain.errors import DataError, MmtrainError
+from mmtrain.errors import MmtrainError
 from mmtrain.evaluation.evaluate import Prediction
 from mmtrain.evaluation.uncertainty import Interval, Paired, interval, paired
 from mmtrain.files import read_regular
@@ -135,16 +133,5 @@ def _card(compared: Compared, shards: ShardFolder | None, number: int) -> str:
         said = run.by_id[name]
         kind = "right" if said.score >= 1 else "wrong" if said.score <= 0 else ""
         texts.append((f"{run.name}: {said.score:g}", said.prediction or "(nothing)", kind))
-    images = [] if shards is None else open_images(shards.read(_place(shards, name)))
+    images = [] if shards is None else open_images(shards.find(name))
     return card(name, images, texts)
-
-
-def _place(shards: ShardFolder, sample_id: str) -> int:
-    """The number of a sample, by the hash of its id."""
-    found = np.flatnonzero(shards.index["id_key"] == sample_key(sample_id))
-    if len(found) != 1:
-        raise DataError(
-            f"'{shards.path}' has no sample {sample_id!r};",
-            "give the folder that was asked about as --data.",
-        )
-    return int(found[0])

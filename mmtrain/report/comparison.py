@@ -1,7 +1,8 @@
 """Runs compared: grouped by what was varied, averaged over the rest. Pure statistics.
 
-A row is a mapping with the keys to group by, the metric, and optionally `name` (of the run) and
-`curve` (its training loss as (step, value) pairs).
+A row is a mapping with the keys to group by, the metric, and optionally `name` (of the run),
+`curve` (its training loss as (step, value) pairs) and `scores` (by the sample's id, where the
+metric is their mean).
 """
 
 from __future__ import annotations
@@ -9,10 +10,18 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mmtrain.errors import MmtrainError, nearest
+from mmtrain.report.significance import (
+    LEVEL,
+    Behind,
+    Setting,
+    against_best,
+    corrected_for_choice,
+    explained,
+)
 from mmtrain.report.units import NOTHING, gain_text, spread_text, value_text
 from mmtrain.tasks.interface import Metric
 
@@ -25,6 +34,7 @@ class Measured:
     key: tuple[str, ...]
     value: float
     curve: tuple[tuple[int, float], ...] = ()
+    scores: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,7 @@ class Group:
     std: float | None  # of a sample (n - 1); None for a single run
     best: float
     best_run: str
+    behind: Behind = Behind(0.0, 0.0, 0.0, None)  # the best group
 
     @property
     def n(self) -> int:
@@ -54,6 +65,8 @@ class Statistics:
     runs: tuple[Measured, ...]  # best first
     without_metric: tuple[str, ...]  # names of runs left out
     baseline: float | None = None
+    expected: float | None = None  # of the best group, less what it owes to being chosen
+    explained: Mapping[str, float] = field(default_factory=dict)  # key -> share of the variance
 
     @property
     def best_run(self) -> Measured:
@@ -88,14 +101,38 @@ def compare(
     for run in measured:
         members.setdefault(run.key, []).append(run)
     groups = [_group(key, runs, metric) for key, runs in members.items()]
+    groups.sort(key=lambda group: (metric.cost(group.mean), group.key))
+    settings = _settings([members[group.key] for group in groups], metric)
+    behind = zip(groups, against_best(settings), strict=True)
+    expected = corrected_for_choice(settings)
     return Statistics(
         tuple(by),
         metric,
-        tuple(sorted(groups, key=lambda group: (metric.cost(group.mean), group.key))),
+        tuple(replace(group, behind=how_far) for group, how_far in behind),
         tuple(sorted(measured, key=lambda run: (metric.cost(run.value), run.name))),
         tuple(left_out),
         baseline,
+        None if expected is None else -metric.cost(expected),
+        explained(
+            [dict(zip(by, run.key, strict=True)) for run in measured],
+            [run.value for run in measured],
+        ),
     )
+
+
+def _settings(members: Sequence[Sequence[Measured]], metric: Metric) -> list[Setting]:
+    """Oriented so that more is better; scores of the samples that all runs were asked."""
+    runs = [run for group in members for run in group]
+    common = [name for name in runs[0].scores if all(name in run.scores for run in runs)]
+    return [
+        Setting(
+            tuple(-metric.cost(run.value) for run in group),
+            tuple(
+                statistics.fmean(-metric.cost(run.scores[name]) for run in group) for name in common
+            ),
+        )
+        for group in members
+    ]
 
 
 def _check_names(rows: Sequence[Mapping[str, object]], by: Sequence[str], metric: str) -> None:
@@ -120,6 +157,7 @@ def _measured(row: Mapping[str, Any], by: Sequence[str], metric: str) -> Measure
         key=tuple(_key_text(row.get(name)) for name in by),
         value=float(row[metric]),
         curve=tuple((int(step), float(value)) for step, value in row.get("curve") or ()),
+        scores=row.get("scores") or {},
     )
 
 
@@ -174,4 +212,48 @@ def headline(result: Statistics) -> list[str]:
         base = value_text(metric.unit, result.baseline)
         gain = gain_text(metric.unit, result.gain)
         lines.append(f"gain over the unadapted base ({base}): {gain}")
+    return [*lines, *_how_sure(result)]
+
+
+def _how_sure(result: Statistics) -> list[str]:
+    """Whether the best is the best, what to expect of it, and which key mattered."""
+    lines = []
+    metric = result.metric
+    others = result.groups[1:]
+    unsettled = [group for group in others if (group.behind.chance or 0.0) > LEVEL]
+    if others and all(group.behind.chance is None for group in others):
+        lines.append("whether it is the best is not known: repeat each setting with other seeds")
+    elif unsettled:
+        lines.append(
+            f"not told from the best: {_listed(result, unsettled)}; {_settled_by(unsettled)}"
+        )
+    if result.expected is not None:
+        expected = value_text(metric.unit, result.expected)
+        lines.append(f"chosen among {len(result.groups)}: expect {expected} of it on another try")
+    names = dict(zip(result.by, short_keys(result.by), strict=True))
+    varied = {key for number, key in enumerate(result.by) if _values_of(result, number) > 1}
+    if len(varied) > 1:
+        shares = sorted(result.explained.items(), key=lambda item: -item[1])
+        told = ", ".join(
+            f"{names[key]} {100 * share:.0f} %" for key, share in shares if key in varied
+        )
+        lines.append(f"of the variance between runs, keys explain: {told}")
     return lines
+
+
+def _values_of(result: Statistics, number: int) -> int:
+    return len({group.key[number] for group in result.groups})
+
+
+def _listed(result: Statistics, groups: Sequence[Group]) -> str:
+    few = ", ".join(label(result, group.key) for group in groups[:3])
+    return few + f" and {len(groups) - 3} more" * (len(groups) > 3)
+
+
+def _settled_by(groups: Sequence[Group]) -> str:
+    needed = [group.behind.more_seeds for group in groups]
+    known = [number for number in needed if number is not None]
+    if not known:
+        return "more seeds would not settle it, more samples to validate on might"
+    runs = f"{min(known)} more seed{'s' if min(known) > 1 else ''} of each"
+    return f"{runs} would settle one, if they differ as it looks"

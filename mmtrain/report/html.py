@@ -25,7 +25,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { text-align: left; padding: .4rem .9rem .4rem 0; border-bottom: 1px solid #eceae5;
   vertical-align: top; }
 th { color: #6b6963; font-weight: 500; font-size: .85rem; white-space: nowrap; }
-td { overflow-wrap: anywhere; }
+td { overflow-wrap: anywhere; min-width: 4rem; }
 td.number, th.number { text-align: right; white-space: nowrap; padding-right: 1.8rem; }
 tr.first td { font-weight: 600; }
 tr:last-child td { border-bottom: 0; }

@@ -6,8 +6,15 @@ import csv
 import io
 from typing import TYPE_CHECKING
 
-from mmtrain.report.comparison import Statistics, short_keys
-from mmtrain.report.units import direction_text, spread_text, table_unit, value_text
+from mmtrain.report.comparison import Group, Statistics, short_keys
+from mmtrain.report.units import (
+    NOTHING,
+    direction_text,
+    gain_text,
+    spread_text,
+    table_unit,
+    value_text,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,7 +25,8 @@ _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 def header(result: Statistics) -> list[str]:
     """Column names, the keys by their shortest names."""
     _, at_top = table_unit(result.metric)
-    return [*short_keys(result.by), "n", f"mean ± std{at_top}", "best", "best run"]
+    mean = f"mean ± std{at_top}"
+    return [*short_keys(result.by), "n", mean, "behind the best", "best", "best run"]
 
 
 def cells(result: Statistics) -> list[list[str]]:
@@ -29,11 +37,18 @@ def cells(result: Statistics) -> list[list[str]]:
             *group.key,
             str(group.n),
             spread_text(unit, group.mean, group.std),
+            _behind_text(unit, group) if number else NOTHING,
             value_text(unit, group.best),
             group.best_run,
         ]
-        for group in result.groups
+        for number, group in enumerate(result.groups)
     ]
+
+
+def _behind_text(unit: str, group: Group) -> str:
+    """`2.1 points, p 0.03`; without p where nothing is known of how values vary."""
+    gap = gain_text(unit, group.behind.gap).removeprefix("+")
+    return gap if group.behind.chance is None else f"{gap}, p {group.behind.chance:.2g}"
 
 
 def rich_table(result: Statistics) -> Table:
@@ -75,25 +90,33 @@ def csv_text(result: Statistics) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(
-        [*map(_csv_cell, result.by), "metric", "n", "mean", "std", "best", "best_run", "values"]
+        [
+            *map(csv_cell, result.by),
+            *("metric", "n", "mean", "std", "behind", "behind_low", "behind_high", "p_holm"),
+            *("best", "best_run", "values"),
+        ]
     )
     for group in result.groups:
         writer.writerow(
             [
-                *map(_csv_cell, group.key),
-                _csv_cell(result.metric.name),
+                *map(csv_cell, group.key),
+                csv_cell(result.metric.name),
                 group.n,
                 group.mean,
                 "" if group.std is None else group.std,
+                group.behind.gap,
+                group.behind.low,
+                group.behind.high,
+                "" if group.behind.chance is None else group.behind.chance,
                 group.best,
-                _csv_cell(group.best_run),
+                csv_cell(group.best_run),
                 " ".join(map(repr, group.values)),
             ]
         )
     return out.getvalue()
 
 
-def _csv_cell(text: str) -> str:
+def csv_cell(text: str) -> str:
     """A name that a spreadsheet would run as a formula is quoted as text; numbers are not."""
     try:
         float(text)

@@ -114,9 +114,11 @@ def html_page(result: Statistics, title: str, notes: Sequence[str]) -> str:
     if remarks:
         sections.append(html.notes("Notes", remarks))
     written = time.strftime("%Y-%m-%d %H:%M %Z")
-    return html.page(
-        title, sections, f"± is the standard deviation of single runs (n − 1). Written {written}."
+    told = (
+        "± is the standard deviation of single runs (n − 1). p: of a difference as large between"
+        " settings that are alike, over seeds and samples, with Holm's correction for all pairs."
     )
+    return html.page(title, sections, f"{told} Written {written}.")
 
 
 def _cards(result: Statistics) -> list[tuple[str, str]]:

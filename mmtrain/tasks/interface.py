@@ -85,6 +85,7 @@ class Template:
 
     render: Callable[[Sample], Rendered]
     mode: Literal["generate", "rank"] = "generate"
+    answer_tokens: int = 0  # that its answers may need, where these are long
 
     @property
     def name(self) -> str:

@@ -8,6 +8,8 @@ from mmtrain.errors import DataError
 from mmtrain.tasks.interface import Metric, Sample, Template
 
 ACCURACY = Metric("accuracy", larger_is_better=True, unit="%")
+# Of tasks that only a judge can score: whether the model said something, whatever it was.
+ANSWERED = Metric("answered", larger_is_better=True, unit="%")
 
 
 def mean(scores: Sequence[float], name: str = "accuracy") -> float:

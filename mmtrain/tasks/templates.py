@@ -61,11 +61,10 @@ def own(
             raise ValueError("a conversation asks in its own words")
         known = absent | _known(sample)
         candidates = tuple(
-            _filled(target, known | _choice(sample, number))
-            for number in range(len(sample.choices))
+            filled(target, known | _choice(sample, number)) for number in range(len(sample.choices))
         )
-        asked = (Turn("user", _filled(prompt, known)),)
-        return Rendered(asked, _filled(target, known), candidates=candidates)
+        asked = (Turn("user", filled(prompt, known)),)
+        return Rendered(asked, filled(target, known), candidates=candidates)
 
     return Template(own_template, mode)
 
@@ -145,7 +144,9 @@ def _shown(value: object) -> str:
     return value if isinstance(value, str) else str(value)
 
 
-def _filled(text: str, known: Mapping[str, str]) -> str:
+def filled(text: str, known: Mapping[str, str]) -> str:
+    """The text with what is known in the places of its names."""
+
     def value(place: re.Match[str]) -> str:
         return known[place[1]] if place[1] else place[0][0]
 

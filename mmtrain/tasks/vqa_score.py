@@ -4,18 +4,19 @@ A text is compared in a plain form: without punctuation and articles, in lower c
 digits and contractions with their apostrophes. Both sides take it. The published scripts leave the
 people's answers as they are in some cases, and then no prediction can equal an answer with an
 article or a capital; on answers that are plain already, as the sets hold them, the scores agree.
-
-OKVQA's lemmatised variant is not here: no lemmatiser is among what mmtrain installs.
+Another form can take its place: `mmtrain.tasks.lemmas` compares by dictionary forms.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mmtrain.tasks.interface import Metric, Sample, Template
 
 VQA_SCORE = Metric("vqa_score", larger_is_better=True, unit="%")
+VQA_SCORE_LEMMAS = Metric("vqa_score_lemmas", larger_is_better=True, unit="%")
+Form = Callable[[str], str]
 _ENOUGH = 3  # people who agree
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -74,12 +75,12 @@ def _without_punctuation(text: str) -> str:
     return _PERIOD.sub("", made)
 
 
-def vqa_score(prediction: str, answers: Sequence[str]) -> float:
+def vqa_score(prediction: str, answers: Sequence[str], form: Form = plain_form) -> float:
     """The mean over all ways to leave one person out: a third for each other who says the same.
 
     A single answer leaves nobody to compare with; it is right or wrong.
     """
-    said, given = plain_form(prediction), [plain_form(answer) for answer in answers]
+    said, given = form(prediction), [form(answer) for answer in answers]
     same, total = given.count(said), len(given)
     if total <= 1:
         return float(same)
@@ -96,13 +97,16 @@ def _share(agreeing: int) -> float:
     return min(1.0, agreeing / _ENOUGH)
 
 
-def equal_in_plain_form(prediction: str, answer: str) -> float:
+def equal_in_form(prediction: str, answer: str, form: Form = plain_form) -> float:
     """1.0 where both read the same."""
-    return float(plain_form(prediction) == plain_form(answer))
+    return float(form(prediction) == form(answer))
 
 
 def vqa_scores(
-    samples: Sequence[Sample], predictions: Sequence[str], template: Template
+    samples: Sequence[Sample],
+    predictions: Sequence[str],
+    template: Template,
+    form: Form = plain_form,
 ) -> list[float]:
     """The VQA score of each.
 
@@ -111,6 +115,6 @@ def vqa_scores(
     scores = []
     for sample, prediction in zip(samples, predictions, strict=True):
         target = template(sample).target
-        worded = 0.0 if target in sample.answers else equal_in_plain_form(prediction, target)
-        scores.append(max(worded, vqa_score(prediction, sample.answers)))
+        worded = 0.0 if target in sample.answers else equal_in_form(prediction, target, form)
+        scores.append(max(worded, vqa_score(prediction, sample.answers, form)))
     return scores

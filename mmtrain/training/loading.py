@@ -10,8 +10,7 @@ from torch import nn
 from mmtrain.assemble import build_model
 from mmtrain.config.load import load_run_file
 from mmtrain.models.interface import Processor
-from mmtrain.training import checkpoint as checkpoints
-from mmtrain.training.starting import exported_files, exported_places
+from mmtrain.training.trained import exported_files, load_trained
 
 
 def trained_model(
@@ -26,9 +25,5 @@ def trained_model(
     overrides = [f"{key}={json.dumps(place)}" for key, place in places.items()]
     config = load_run_file(folder / "run.yaml", overrides)
     assembled = build_model(config, None, trains=False)
-    parameters = assembled.trained_parameters()
-    shapes, _ = checkpoints.tensor_shapes(parameters)
-    files = exported_files(folder / "adapter")
-    found = exported_places(files, shapes, assembled.trainable, f"{folder}: no longer fits")
-    checkpoints.load_weights(found, parameters)
+    load_trained(assembled, exported_files(folder / "adapter"), f"{folder}: no longer fits")
     return assembled.model.eval().requires_grad_(False), assembled.processor

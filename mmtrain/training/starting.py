@@ -10,10 +10,8 @@ from pathlib import Path
 from mmtrain.assemble import Assembled, base_digests
 from mmtrain.config.schema import RunConfig
 from mmtrain.data.source import Source
-from mmtrain.errors import CheckpointError, ConfigError
+from mmtrain.errors import CheckpointError
 from mmtrain.main_rank import on_main
-from mmtrain.peft.trainable import Trainable
-from mmtrain.resolve import adapter_files, is_run_folder
 from mmtrain.training import checkpoint as checkpoints
 from mmtrain.training.checkpoint import (
     MOMENTS,
@@ -23,9 +21,9 @@ from mmtrain.training.checkpoint import (
     read_state_file,
 )
 from mmtrain.training.engine import Engine, Parameters
-from mmtrain.training.inference import chosen_checkpoint
 from mmtrain.training.run_folder import BASE_FILE, check_inputs
-from mmtrain.training.tensor_file import Place, Places, Shapes, read_shapes
+from mmtrain.training.tensor_file import Places
+from mmtrain.training.trained import trained_files, trained_places
 from mmtrain.training.trainee import Trainee
 
 log = logging.getLogger("mmtrain")
@@ -65,9 +63,7 @@ def find_start(trainee: Trainee, assembled: Assembled, initial: Sequence[Path]) 
             " (mmtrain export) and give that as model.checkpoint"
         )
         source = f"init_from: {trainee.config.init_from} does not fit; {remedy}"
-        return Start(
-            on_main(lambda: exported_places(initial, weights, assembled.trainable, source))
-        )
+        return Start(on_main(lambda: trained_places(initial, weights, assembled.trainable, source)))
     if initial:
         log.info("not from init_from, where this run began: its own checkpoint knows more")
     trainee.restore(state)
@@ -131,51 +127,13 @@ def input_digests(
 
 
 def initial_files(config: RunConfig) -> list[Path]:
-    """The weight files that `init_from` names: a run's best checkpoint, or an export of ours.
-
-    Components trained in full lie beside an adapter's folder. Rank 0 only.
-    """
+    """The weight files that `init_from` names. Rank 0 only."""
     if config.init_from is None:
         return []
-    given = Path(config.init_from).absolute()
-    if is_run_folder(given):
-        return [chosen_checkpoint(given) / WEIGHTS]
-    if not adapter_files(given):
+    files = trained_files(Path(config.init_from).absolute())
+    if not files:
         raise CheckpointError(
-            f"init_from: {given} is neither a run folder nor an adapter folder.",
+            f"init_from: {config.init_from} is neither a run folder nor an adapter folder.",
             "Give the folder of a trained run, or the adapter/ in it.",
         )
-    return exported_files(given)
-
-
-def exported_files(adapter: Path) -> list[Path]:
-    """What a run exported: its adapters, and beside their folder what it trained in full."""
-    return [*adapter_files(adapter), *sorted((adapter.parent / "full").glob("*.safetensors"))]
-
-
-def exported_places(
-    files: Sequence[Path], wanted: Shapes, trainable: Trainable, source: str
-) -> Places:
-    """Where the files have what trains; one error for all that they lack, or have otherwise."""
-    exported: dict[str, str | None] = {}
-    for attachment in trainable.attachments:
-        # What is stored beside what trains is made again from seed and name.
-        exported |= dict.fromkeys(attachment.exported(attachment.added.stored))
-        exported |= attachment.exported(attachment.added.trained)
-    places: dict[str, Place] = {}
-    problems = []
-    for path in files:
-        for key, shape in read_shapes(path).items():
-            name = exported.get(key, key)
-            if name is None:
-                continue
-            if name not in wanted:
-                problems.append(f"{name}: is there, but this run does not train it")
-            elif shape != wanted[name]:
-                there, here = "x".join(map(str, shape)), "x".join(map(str, wanted[name]))
-                problems.append(f"{name}: is {there} there, {here} in this run")
-            places[name] = Place(path, key, shape)
-    problems += [f"{name}: is not there" for name in wanted if name not in places]
-    if problems:
-        raise ConfigError(problems, source)
-    return {name: places[name] for name in wanted}
+    return files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from mmtrain.models import decoding
 from mmtrain.models.interface import Batch, ForwardResult
 from mmtrain.models.taps import taps_of
-from tests.contracts.tiny_models import TinyModel
+from tests.contracts.tiny_models import SETTINGS, TinyModel
 
 ROUNDING = 2e-5
 
@@ -116,3 +117,39 @@ def test_a_further_loss_reads_the_batch(tiny_model: TinyModel) -> None:
     with torch.no_grad():
         found = loss_of(tiny_model, model).auxiliary
     assert found == {"count": batch_of(tiny_model).tensors["answer_targets"].sum()}
+
+
+class Watched:
+    """An object with some other attributes."""
+
+    def __init__(self, one: Any, **others: Any) -> None:
+        self.one = one
+        vars(self).update(others)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.one, name)
+
+
+def test_no_answer_ends_before_its_least_length(tiny_model: TinyModel) -> None:
+    """Whatever would come first is made the end: it comes when it may."""
+    model, processor = tiny_model.loaded().model, tiny_model.loaded().processor
+    tokenizer = Watched(
+        processor.tokenizer,
+        batch_decode=lambda rows, **_: [" ".join(map(str, row)) for row in rows.tolist()],
+    )
+
+    def said(stop_ids: tuple[int, ...], least: int) -> list[int]:
+        settings = {**vars(SETTINGS), "min_new_tokens": least}
+        watched: Any = Watched(processor, tokenizer=tokenizer, stop_ids=stop_ids)
+        one = tiny_model.samples()[:1]
+        shown = decoding.generate(
+            tiny_model.family, model, watched, one, SimpleNamespace(**settings)
+        )
+        return [int(number) for number in shown[0].split()]
+
+    free = said(processor.stop_ids, SETTINGS.max_new_tokens)
+    start = free[: len(free) - SETTINGS.max_new_tokens]  # T5's decoder has a token to start from
+    stop = (free[len(start)],)
+    assert said(stop, 0)[len(start) :] == [*stop]
+    held = said(stop, 3)[len(start) :]
+    assert len(held) >= 3 and stop[0] not in held[:3]

@@ -235,6 +235,7 @@ NOT_IMPORTED = {"protobuf": "transformers reads tokenizer.model with it"}
 # Imported where there, and done without where not.
 NOT_DECLARED = {
     "triton": "torch's builds for GPUs bring it; the tests interpret it on a CPU",
+    "lmms_eval": "it imports our module for it, and nothing else does; the extra is `lmms-eval`",
     "bitsandbytes": "the extra `quantization` brings it; a run that needs it says so",
 }
 

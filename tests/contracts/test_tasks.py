@@ -19,6 +19,7 @@ from mmtrain import plugins
 from mmtrain.data.shards import ShardFolder
 from mmtrain.errors import DataError
 from mmtrain.tasks.interface import LOSS, Rendered, Sample, Task
+from mmtrain.tasks.metrics import ANSWERED
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tasks"
 TASKS = plugins.names("task")
@@ -129,7 +130,9 @@ def test_targets_score_best_and_nonsense_worst(name: str, template: str) -> None
     best, best_each = task.score(
         samples, [each.target for each in rendered], task.templates[template]
     )
-    worst, worst_each = task.score(samples, ["%nonsense%"] * len(samples), task.templates[template])
+    # What only a judge can score is known here by whether there is something to judge.
+    worst_said = "" if task.primary_metric == ANSWERED else "%nonsense%"
+    worst, worst_each = task.score(samples, [worst_said] * len(samples), task.templates[template])
     assert len(best_each) == len(worst_each) == len(samples)
     assert best.keys() == worst.keys()
     for metric in task.metrics:

@@ -24,7 +24,12 @@ TINY_MODELS = [
     if preset.startswith("tiny")
 ]
 SETTINGS = SimpleNamespace(
-    max_new_tokens=4, num_beams=1, length_penalty=1.0, repetition_penalty=1.0, batch_size=8
+    max_new_tokens=4,
+    min_new_tokens=0,
+    num_beams=1,
+    length_penalty=1.0,
+    repetition_penalty=1.0,
+    batch_size=8,
 )
 
 

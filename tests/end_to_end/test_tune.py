@@ -165,3 +165,42 @@ def _processes_of(tmp_path: Path, but: str = "") -> list[int]:
             except OSError:
                 continue  # gone meanwhile, or another user's
     return found
+
+
+@pytest.mark.soak
+def test_columns_run_one_after_another_into_one_table(
+    tmp_path: Path, tiny_checkpoint: Path, digit_shards: Path
+) -> None:
+    run = tiny.run_data(tiny_checkpoint, digit_shards, tmp_path, optim={"max_steps": 2})
+    run["data"] |= {"val": "val", "val_limit": 4, "train": "train"}
+    run["components"]["llm"] = {"mode": "peft", "sublayers": ["attn"]}
+    study = {
+        "name": "table",
+        "base": {key: run[key] for key in run if key not in ("name", "output_dir", "tracking")},
+        "axes": {
+            "method": {
+                "LoRA": {"components.llm.method": "lora", "components.llm.r": 4},
+                "IA3": {"components.llm.method": "ia3"},
+            },
+        },
+        "columns": {"digits": {}, "known": {"run": {"data.val": "train"}}},
+        "printed": {"LoRA": {"digits": 5.0}},
+        "output_dir": str(tmp_path / "study"),
+        "tracking": {"uri": "none"},
+    }
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(study, sort_keys=False))
+    refused = tiny.run_cli("tune", str(path), "--data", str(tmp_path / "no"), check=False)
+    assert refused.returncode != 0 and "--data says where" in refused.stderr
+    tiny.run_cli("tune", str(path), "--data", str(digit_shards))
+    again = tiny.run_cli("tune", str(path), "--data", str(digit_shards), "--resume")
+    assert again.stdout.count("2 trials, 0 to run") == 2
+    with (tmp_path / "study" / "table.csv").open() as file:
+        cells = list(csv.DictReader(file))
+    assert [(cell["method"], cell["column"]) for cell in cells] == [
+        ("LoRA", "digits"),
+        ("LoRA", "known"),
+        ("IA3", "digits"),
+        ("IA3", "known"),
+    ]
+    assert all(float(cell["mean"]) > 0 for cell in cells) and cells[0]["printed"] == "5.0"

@@ -19,7 +19,12 @@ from tests import tiny
 FAMILY = plugins.load("family", "instructblip")
 TINY_MODELS = ("tiny", "tiny-vicuna")
 GREEDY = SimpleNamespace(
-    max_new_tokens=6, num_beams=1, length_penalty=1.0, repetition_penalty=1.0, batch_size=8
+    max_new_tokens=6,
+    min_new_tokens=0,
+    num_beams=1,
+    length_penalty=1.0,
+    repetition_penalty=1.0,
+    batch_size=8,
 )
 TEXTS = (*tiny.DIGITS_TEXTS, "Say 7 and then 8. And now? Why? Question: Answer: What does it mean?")
 ROLES = ("user", "assistant")

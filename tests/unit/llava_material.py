@@ -20,7 +20,12 @@ from tests import tiny
 
 FAMILY = plugins.load("family", "llava")
 GREEDY = SimpleNamespace(
-    max_new_tokens=6, num_beams=1, length_penalty=1.0, repetition_penalty=1.0, batch_size=8
+    max_new_tokens=6,
+    min_new_tokens=0,
+    num_beams=1,
+    length_penalty=1.0,
+    repetition_penalty=1.0,
+    batch_size=8,
 )
 
 

@@ -20,7 +20,12 @@ from tests.unit.folder_faults import Tensors
 FAMILY = plugins.load("family", "qwen2_vl")
 TINY = ("tiny", "tiny-2.5", "tiny-3")
 GREEDY = SimpleNamespace(
-    max_new_tokens=6, num_beams=1, length_penalty=1.0, repetition_penalty=1.0, batch_size=8
+    max_new_tokens=6,
+    min_new_tokens=0,
+    num_beams=1,
+    length_penalty=1.0,
+    repetition_penalty=1.0,
+    batch_size=8,
 )
 ROLES = ("user", "assistant")
 

@@ -24,7 +24,12 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "qwen_vl"
 REAL_DATA = Path(os.environ.get("MMTRAIN_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 PUBLISHED = REAL_DATA / "qwen-vl-chat"
 GREEDY = SimpleNamespace(
-    max_new_tokens=6, num_beams=1, length_penalty=1.0, repetition_penalty=1.0, batch_size=8
+    max_new_tokens=6,
+    min_new_tokens=0,
+    num_beams=1,
+    length_penalty=1.0,
+    repetition_penalty=1.0,
+    batch_size=8,
 )
 TOLERANCE = 1e-5
 ROLES = ("user", "assistant")

@@ -27,7 +27,12 @@ from tests.unit.llava_material import FAMILY, load, write_lively
 
 TASK = plugins.load("task", "scienceqa")
 SETTINGS = SimpleNamespace(
-    max_new_tokens=3, num_beams=1, length_penalty=1.0, repetition_penalty=1.0, batch_size=3
+    max_new_tokens=3,
+    min_new_tokens=0,
+    num_beams=1,
+    length_penalty=1.0,
+    repetition_penalty=1.0,
+    batch_size=3,
 )
 
 
@@ -96,7 +101,7 @@ def test_ranking_takes_the_candidate_with_the_lowest_loss(model: Model, shards: 
         question = source.question(index)
         losses = {}
         for candidate in question.rendered.candidates:
-            example = source.with_answer(question, candidate)
+            example = source.encoder.with_answer(question, candidate)
             batch = FAMILY.code.collate([example], model.processor)
             with torch.no_grad():
                 losses[candidate] = float(model.forward(batch).answer_loss_sum)

@@ -168,7 +168,7 @@ def test_a_base_that_only_mmtrain_reads_names_no_class(
 ) -> None:
     from mmtrain.assemble import build_model
     from mmtrain.training.export import export_trained
-    from mmtrain.training.inference import chosen_checkpoint
+    from mmtrain.training.trained import chosen_checkpoint
 
     model = {"overrides": {"llm": {"activation": "gelu"}}}
     config = resolve(tiny.run_data(tiny_checkpoint, root, tmp_path, model=model))

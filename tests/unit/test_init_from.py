@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from collections.abc import Iterator
@@ -12,8 +11,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from mmtrain.errors import CheckpointError, ConfigError, MmtrainError
+from mmtrain.errors import CheckpointError, ConfigError
 from mmtrain.resolve import resolve
+from mmtrain.training.exporting import export_run
+from mmtrain.training.inference import ready_from_argument
 from tests import tiny
 from tests.distributed.jobs import Interrupted
 from tests.in_process import one_rank, train
@@ -161,28 +162,16 @@ def test_a_damaged_adapter_is_one_error(make: Any, first: Path, tmp_path: Path) 
     assert "\n" not in str(caught.value) and "export it again" in str(caught.value)
 
 
-def test_runs_on_one_base_are_evaluated_one_after_another(
-    make: Any, first: Path, several: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_another_method_starts_on_what_was_folded_into_the_base(
+    make: Any, first: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    from mmtrain import distributed
-    from mmtrain.commands import evaluate
-
-    def asked(*runs: Path) -> None:
-        parser = argparse.ArgumentParser()
-        evaluate.configure(parser)
-        assert evaluate.run(parser.parse_args([*map(str, runs), "--limit", "2"])) == 0
-
-    def losses() -> list[float]:
-        files = [run / "evaluation" / "val" / "metrics.json" for run in (first, second)]
-        return [json.loads(file.read_text())["loss"] for file in files]
-
-    monkeypatch.setattr(distributed, "shut_down", lambda: None)
-    second = tmp_path / "second"
-    train(make(second, optim={"max_steps": 2, "lr": 1e-2}))
-    asked(first, second)
-    together = losses()
-    asked(first)
-    asked(second)
-    assert losses() == together and together[0] != together[1]
-    with pytest.raises(MmtrainError, match="needs a model of its own"):
-        asked(first, several)
+    ia3 = {"llm": {"mode": "peft", "method": "ia3", "sublayers": ["attn", "mlp"]}}
+    with pytest.raises(ConfigError, match=r"fold it into the base \(mmtrain export\)"):
+        train(unmoved(make, tmp_path / "refused", first, components=ia3))
+    export_run(ready_from_argument(str(first), [], base=False), tmp_path / "folded", "merged")
+    model = {"checkpoint": str(tmp_path / "folded")}
+    run = unmoved(make, tmp_path / "run", first, model=model, components=ia3)
+    del run["init_from"]
+    train(run)
+    (found,) = tiny.read_metrics(tmp_path / "run", "val/loss")
+    assert found == pytest.approx(tiny.read_metrics(first, "val/loss")[1], rel=1e-5)

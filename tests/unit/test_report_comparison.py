@@ -63,7 +63,37 @@ def test_headline_says_best_run_setting_and_gain() -> None:
         "best run: c with val/accuracy 95.0 %",
         "best setting: r 8 · lr 0.001, 95.0 % ± — over 1 run",
         "gain over the unadapted base (10.0 %): +85.0 points",
+        "not told from the best: r 4 · lr 0.001; 4 more seeds of each would settle one, if they"
+        " differ as it looks",
+        "chosen among 2: expect 93.2 % of it on another try",
     ]
+
+
+def test_single_runs_tell_no_best_and_keys_are_weighed() -> None:
+    rows = [_row(r, lr, 0.5 + 0.1 * (r == 8) + 0.3 * (lr == 1)) for r in (4, 8) for lr in (1, 2)]
+    assert headline(compare(rows, BY, ACCURACY))[2:] == [
+        "whether it is the best is not known: repeat each setting with other seeds",
+        "of the variance between runs, keys explain: lr 90 %, r 10 %",
+    ]
+
+
+def test_scores_of_the_same_samples_tell_settings_apart() -> None:
+    hard = [float(number % 3 > 0) for number in range(90)]
+    easy = [1.0 if number % 9 else score for number, score in enumerate(hard)]
+
+    def row(rank: int, scores: list[float]) -> dict:
+        named = {str(number): score for number, score in enumerate(scores)}
+        return _row(rank, 1, sum(scores) / len(scores), scores=named)
+
+    best, other = compare([row(4, hard), row(8, easy)], BY, ACCURACY).groups
+    assert best.key[0] == "8" and best.behind.chance is None
+    assert other.behind.chance is not None and other.behind.chance < 1e-4
+    assert 0 < other.behind.low < other.behind.gap < other.behind.high
+    # Without the samples, nothing is known of one run each.
+    assert (
+        compare([row(4, hard) | {"scores": {}}, row(8, easy)], BY, ACCURACY).groups[1].behind.chance
+        is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,7 +132,7 @@ def test_hostile_names_are_text_in_every_table() -> None:
     assert "[red]a|b[/red]" in out.getvalue()
     lines = markdown(result).splitlines()
     assert len(lines) == 2 + len(HOSTILE) and "<img" not in markdown(result)
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {7}
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {8}
     rows = list(csv.reader(StringIO(csv_text(result))))
     assert len(rows) == 1 + len(HOSTILE)
     assert not any(cell.startswith("=") for row in rows for cell in row)
@@ -179,8 +209,8 @@ def test_units_are_shown_and_only_shares_become_percent() -> None:
         "gain over the unadapted base (1 GiB): +0.5 GiB",
     ]
     table = markdown(compare(rows, ["lr"], memory)).splitlines()
-    assert table[0] == "| lr | n | mean ± std in GiB | best | best run |"
-    assert table[2] == "| 1 | 2 | 3.875 ± 4.8 | 0.5 | b |", "a unit stands once in a table"
+    assert table[0] == "| lr | n | mean ± std in GiB | behind the best | best | best run |"
+    assert table[2] == "| 1 | 2 | 3.875 ± 4.8 | — | 0.5 | b |", "a unit stands once in a table"
     plain = Metric("memory", larger_is_better=True)
     assert headline(compare(rows, [], plain)) == ["best run: a with memory 7.25"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from ray_tune.journal import open_journal
 from ray_tune.trials import expand
@@ -69,3 +70,33 @@ def test_a_driver_that_ran_out_of_memory_is_explained_in_our_words(tmp_path: Pat
     assert first.reason.startswith("its driver died: out of memory on its machine (22.41GB used")
     assert "docs.ray.io" not in first.reason and "\n" not in first.reason
     assert second.reason == "its driver died: KeyError: 'a'"
+
+
+def test_what_ran_out_of_memory_is_tried_with_half_as_much_at_a_time() -> None:
+    from mmtrain.resolve import resolve
+    from ray_tune.failures import with_half_batches
+
+    run: dict[str, Any] = {
+        "model": {"family": "llava", "preset": "tiny"},
+        "optim": {"global_batch": 12, "micro_batch": 6},
+        "generation": {"batch_size": 5},
+    }
+    told = "rank 1: out of device memory with micro_batch 6"
+    smaller = with_half_batches(run, told)
+    assert smaller is not None
+    config = resolve(smaller)
+    assert (config.optim.micro_batch, config.optim.global_batch) == (3, 12)
+    assert config.generation.batch_size == 2
+    assert with_half_batches(run, "rank 1: step 3: the loss is NaN.") is None
+    # 3 would be 1, which goes; 5 does not divide by 2.
+    assert with_half_batches(smaller, told) is not None
+    uneven = run | {"optim": {"global_batch": 15, "micro_batch": 5}}
+    assert with_half_batches(uneven, told) is None
+    least = run | {"optim": {"micro_batch": 1}, "generation": {"batch_size": 1}}
+    assert with_half_batches(least, told) is None
+    by_tokens = run | {
+        "optim": {"micro_tokens": 100},
+        "data": {"task": "digits", "cut": "balanced"},
+    }
+    smaller = with_half_batches(by_tokens, told)
+    assert smaller is not None and smaller["optim"] == {"micro_tokens": 50}

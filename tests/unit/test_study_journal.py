@@ -209,6 +209,27 @@ def test_the_scheduler_writes_down_before_it_stops_and_ignores_repeats(tmp_path:
     assert resumed.on_trial_result(None, trial, {"started": 1}) == "CONTINUE"
 
 
+def test_the_median_rule_after_a_restart_judges_as_before(tmp_path: Path) -> None:
+    from ray_tune.scheduler import Rungs
+
+    study = a_study(tmp_path, scheduler={"type": "median", "grace": 2, "least_trials": 2})
+    journal = open_journal(study, expand(study), ACCURACY, resume=False)
+    *past, last = journal.records.values()
+    live = Rungs(study.scheduler, ACCURACY)
+    for time_s, (record, seen) in enumerate(zip(past, [0.8, 0.4, 0.7])):
+        for step in (1, 2):
+            number = record.add(step, {"val/accuracy": seen}, time_s + step / 10)
+            assert live.goes_on(record.name, number, {"val/accuracy": seen})
+        journal.save(record)
+    restarted = Rungs(study.scheduler, ACCURACY)
+    restarted.replay(open_journal(study, expand(study), ACCURACY, resume=True).records)
+    for rungs in (live, restarted):
+        assert rungs.goes_on(last.name, 1, {"val/accuracy": 0.1}), "within the grace"
+        assert not rungs.goes_on(last.name, 2, {"val/accuracy": 0.5}), "the median is 0.7"
+    fresh = Rungs(study.scheduler, ACCURACY)
+    assert fresh.goes_on(last.name, 2, {"val/accuracy": 0.5}), "too few were seen"
+
+
 def test_no_scheduler_lets_every_trial_go_on(tmp_path: Path) -> None:
     from ray_tune.scheduler import Rungs
 
@@ -378,3 +399,18 @@ def test_the_token_of_the_private_ray_is_its_users_own(tmp_path: Path) -> None:
 def test_an_address_where_nobody_listens_is_refused_at_once(address: str, fault: str) -> None:
     with pytest.raises(LaunchError, match=fault):
         cluster.check_address(address)
+
+
+def test_a_study_of_an_older_version_goes_on(tmp_path: Path) -> None:
+    study = a_study(tmp_path)
+    trials = expand(study)
+    journal = open_journal(study, trials, ACCURACY, resume=False)
+    journal.save(next(iter(journal.records.values())))
+    path = journal.folder / "study.json"
+    stored = json.loads(path.read_text())
+    for key in ("axes", "columns", "notes"):
+        del stored["study"][key]
+    for entry in stored["study"]["search"].values():
+        del entry["when"]
+    path.write_text(json.dumps(stored))
+    assert len(open_journal(study, trials, ACCURACY, resume=True).records) == len(trials)

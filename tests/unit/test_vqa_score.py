@@ -11,7 +11,7 @@ from mmtrain.tasks.templates import own, plain
 from mmtrain.tasks.vqa_files import first_listed, most_frequent
 from mmtrain.tasks.vqa_score import (
     direct_score,
-    equal_in_plain_form,
+    equal_in_form,
     plain_form,
     vqa_score,
     vqa_scores,
@@ -88,8 +88,8 @@ def test_direct_answers_are_compared_to_the_letter(agreeing: int, score: float) 
 
 
 def test_equal_in_plain_form() -> None:
-    assert equal_in_plain_form("Coca Cola", "coca-cola") == 1.0
-    assert equal_in_plain_form("cola", "coca-cola") == 0.0
+    assert equal_in_form("Coca Cola", "coca-cola") == 1.0
+    assert equal_in_form("cola", "coca-cola") == 0.0
 
 
 def test_the_most_frequent_answer_and_the_first() -> None:

@@ -13,15 +13,17 @@ from pydantic import BaseModel
 
 from mmtrain.tasks.interface import Dropped, Metric, Sample, Template
 from mmtrain.tasks.json_rows import read_list
+from mmtrain.tasks.lemmas import lemma_form
 from mmtrain.tasks.metrics import mean
 from mmtrain.tasks.published import PictureOptions
 from mmtrain.tasks.raw_files import needed
 from mmtrain.tasks.templates import plain
 from mmtrain.tasks.vqa_files import Row, answered, built, named, text_of
-from mmtrain.tasks.vqa_score import VQA_SCORE, equal_in_plain_form, vqa_scores
+from mmtrain.tasks.vqa_score import VQA_SCORE, equal_in_form, vqa_scores
 from mmtrain.tasks.vqa_templates import first_answer, wang2024
 
 FIRST_ANSWER = Metric("first_answer", larger_is_better=True, unit="%")
+FIRST_ANSWER_LEMMAS = Metric("first_answer_lemmas", larger_is_better=True, unit="%")
 
 
 class TextVQA:
@@ -38,7 +40,7 @@ class TextVQA:
         "wang2024": Template(wang2024),
         "plain": Template(plain),
     }
-    metrics: tuple[Metric, ...] = (VQA_SCORE, FIRST_ANSWER)
+    metrics: tuple[Metric, ...] = (VQA_SCORE, FIRST_ANSWER, FIRST_ANSWER_LEMMAS)
     primary_metric = VQA_SCORE
 
     def read(
@@ -58,15 +60,21 @@ class TextVQA:
     def score(
         self, samples: Sequence[Sample], predictions: Sequence[str], template: Template
     ) -> tuple[dict[str, float], list[float]]:
-        """The VQA score, and how often the first listed answer was met (Wang et al. 2024)."""
+        """The VQA score, and how often the first listed answer was met (Wang et al. 2024).
+
+        They compare by dictionary forms: `first_answer_lemmas`.
+        """
         scores = vqa_scores(samples, predictions, template)
-        first = [
-            equal_in_plain_form(prediction, first_answer(sample))
+        pairs = [
+            (prediction, first_answer(sample))
             for sample, prediction in zip(samples, predictions, strict=True)
         ]
+        first = [equal_in_form(*pair) for pair in pairs]
+        by_lemmas = [equal_in_form(*pair, lemma_form) for pair in pairs]
         metrics = {
             VQA_SCORE.name: mean(scores, VQA_SCORE.name),
             FIRST_ANSWER.name: mean(first, FIRST_ANSWER.name),
+            FIRST_ANSWER_LEMMAS.name: mean(by_lemmas, FIRST_ANSWER_LEMMAS.name),
         }
         return metrics, scores
 
