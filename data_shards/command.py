@@ -20,7 +20,7 @@ from data_shards.publish import exclusive
 from data_shards.push import push_folder
 from data_shards.writer import DEFAULT_SAMPLES_PER_SHARD, EmptySplit
 from mmtrain import plugins
-from mmtrain.commands.arguments import positive, share
+from mmtrain.commands.arguments import folder_here, positive, share
 from mmtrain.data.manifest import (
     INDEX_NAME,
     MANIFEST_NAME,
@@ -96,7 +96,9 @@ def _configure_build(build: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="leave out up to this share of raw samples that cannot be built; default: none",
     )
-    build.add_argument("--out", type=Path, required=True, help="folder that gets one per split")
+    build.add_argument(
+        "--out", type=folder_here, required=True, help="folder that gets one per split"
+    )
     build.add_argument("--split", action="append", metavar="S", help="repeatable; default: all")
     build.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a build option of the task"

@@ -182,6 +182,9 @@ def test_push_says_what_is_there_and_replaces_it_only_when_asked(
     assert "manifest.json" not in RemoteFolder(f"{url}-2").sizes(), "nobody takes it for whole"
     with pytest.raises(DataError, match="is a folder here"):
         shards("push", built, f"file://{tmp_path}/x")
+    with pytest.raises(SystemExit):
+        shards("build", "digits", "--out", url)
+    assert "give a folder on this machine; `mmtrain shards push" in capsys.readouterr().err
 
 
 # --- faults on the way --------------------------------------------------------------------------
