@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +17,10 @@ from rich.table import Table
 from data_shards.build import Recipe, build_split
 from data_shards.index import take_inventory, write_manifest
 from data_shards.publish import exclusive
+from data_shards.push import push_folder
 from data_shards.writer import DEFAULT_SAMPLES_PER_SHARD, EmptySplit
 from mmtrain import plugins
-from mmtrain.commands.arguments import positive, share
+from mmtrain.commands.arguments import folder_here, positive, share
 from mmtrain.data.manifest import (
     INDEX_NAME,
     MANIFEST_NAME,
@@ -27,6 +28,7 @@ from mmtrain.data.manifest import (
     read_manifest,
     shard_files,
 )
+from mmtrain.data.remote import Place, RemoteFolder, place_of_shards
 from mmtrain.data.verify import shortened, verify_folder
 from mmtrain.errors import ConfigError, DataError, nearest
 from mmtrain.files import replace_file
@@ -42,6 +44,7 @@ _EXAMPLES = """examples:
   mmtrain shards index /data/their-tars/train --task scienceqa
   mmtrain shards show shards/photos/train --run run.yaml
   mmtrain shards verify shards/digits
+  mmtrain shards push shards/digits s3://bucket/digits
 """
 
 
@@ -50,7 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     actions = parser.add_subparsers(
-        dest="shards_action", metavar="build|index|show|verify", required=True
+        dest="shards_action", metavar="build|index|push|show|verify", required=True
     )
     _configure_build(
         actions.add_parser("build", help="write OUT/<split>/ for each split of a task")
@@ -64,12 +67,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     index.add_argument(
         "--overwrite", action="store_true", help="replace the manifest that is there"
     )
+    push = actions.add_parser("push", help="send built shards to a store, for runs to read there")
+    push.add_argument("folder", type=Path, metavar="DIR", help="folder of one split, or its parent")
+    push.add_argument("url", metavar="URL", help="of any store that fsspec knows: s3://, gs://, …")
+    push.add_argument("--overwrite", action="store_true", help="replace the shards that are there")
     _configure_show(
         actions.add_parser("show", help="write a page of samples as the model will see them")
     )
     verify = actions.add_parser("verify", help="check every byte and every sample")
     verify.add_argument(
-        "folders", nargs="+", type=Path, metavar="DIR", help="folder, or its parent"
+        "folders", nargs="+", metavar="DIR", help="folder, its parent, or the URL of one split"
     )
 
 
@@ -89,7 +96,9 @@ def _configure_build(build: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="leave out up to this share of raw samples that cannot be built; default: none",
     )
-    build.add_argument("--out", type=Path, required=True, help="folder that gets one per split")
+    build.add_argument(
+        "--out", type=folder_here, required=True, help="folder that gets one per split"
+    )
     build.add_argument("--split", action="append", metavar="S", help="repeatable; default: all")
     build.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a build option of the task"
@@ -113,7 +122,7 @@ def _configure_build(build: argparse.ArgumentParser) -> None:
 
 
 def _configure_show(show: argparse.ArgumentParser) -> None:
-    show.add_argument("folder", type=Path, metavar="DIR", help="folder of one split")
+    show.add_argument("folder", metavar="DIR", help="folder of one split, or its URL")
     show.add_argument(
         "--run", metavar="RUN.yaml", help="its template, and tokens as its checkpoint counts them"
     )
@@ -127,8 +136,14 @@ def _configure_show(show: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `mmtrain shards build`, `index`, `show` or `verify`."""
-    actions = {"build": _build, "index": _index, "show": _show, "verify": _verify}
+    """Run `mmtrain shards build`, `index`, `push`, `show` or `verify`."""
+    actions = {
+        "build": _build,
+        "index": _index,
+        "push": _push,
+        "show": _show,
+        "verify": _verify,
+    }
     return actions[args.shards_action](args)
 
 
@@ -235,6 +250,20 @@ def _index(args: argparse.Namespace) -> int:
     return 0
 
 
+def _push(args: argparse.Namespace) -> int:
+    target = place_of_shards(args.url)
+    if isinstance(target, Path):
+        raise DataError(f"'{args.url}' is a folder here;", "copy it there, or give a URL.")
+    for folder in _shard_folders(args.folder):
+        alone = folder == args.folder
+        there = target if alone else RemoteFolder(target / folder.name)
+        with _measuring(f"push {folder}") as advance:
+            manifest, reused = push_folder(folder, there, args.overwrite, advance)
+        how = f"is at {there} already" if reused else f"sent to {there}"
+        print(_summary(folder, manifest, how))
+    return 0
+
+
 def _show(args: argparse.Namespace) -> int:
     # Imported here: with a run file it loads tokenizers, which no other action needs.
     from data_shards.show import contact_sheet
@@ -250,7 +279,7 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    folders = [found for folder in args.folders for found in _shard_folders(folder)]
+    folders = [found for text in args.folders for found in _folders_at(text)]
     table = Table("folder", "task", "split", "samples", "shards", "MiB", "result")
     table.columns[0].overflow = "fold"  # a path cut short names nothing
     problems = []
@@ -268,6 +297,11 @@ def _failed(problems: list[str]) -> int:
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     return DataError.exit_code
+
+
+def _folders_at(text: str) -> Sequence[Place]:
+    place = place_of_shards(text)
+    return [place] if isinstance(place, RemoteFolder) else _shard_folders(place)
 
 
 def _shard_folders(folder: Path) -> list[Path]:
@@ -291,7 +325,7 @@ def _looks_like_shards(folder: Path) -> bool:
     return named or bool(shard_files(folder))
 
 
-def _described(folder: Path) -> list[str]:
+def _described(folder: Place) -> list[str]:
     try:
         manifest, _ = read_manifest(folder)
     except DataError:

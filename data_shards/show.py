@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from mmtrain import plugins
 from mmtrain.assemble import source_to_look_at
@@ -17,11 +16,11 @@ from mmtrain.tasks.interface import Rendered, Sample
 
 
 def contact_sheet(
-    folder: Path, run: str | None, num: int, seed: int, progress: Callable[[int], None]
+    folder: str, run: str | None, num: int, seed: int, progress: Callable[[int], None]
 ) -> str:
     """The page of `num` samples, drawn by seed; with a run file, in its words and tokens."""
     shards = ShardFolder.open(folder)
-    source = None if run is None else source_to_look_at(load_run_file(run), str(folder))
+    source = None if run is None else source_to_look_at(load_run_file(run), folder)
     task = plugins.load("task", shards.manifest.task)
     template = source.template if source else next(iter(task.templates.values()))
     chosen = sorted(epoch_order(len(shards), seed, epoch=0)[:num].tolist())

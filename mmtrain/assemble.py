@@ -15,9 +15,13 @@ from torch import nn
 
 from mmtrain import plugins
 from mmtrain.config.schema import DataConfig, MixPart, OwnTemplate, RunConfig
+from mmtrain.data.ahead import fetch_all
+from mmtrain.data.cache import ShardCache
 from mmtrain.data.manifest import read_manifest
+from mmtrain.data.remote import RemoteFolder, place_of_shards
 from mmtrain.data.shards import ShardFolder
 from mmtrain.data.source import Encoder, Source
+from mmtrain.data.windows import Share
 from mmtrain.errors import CheckpointError, ConfigError, DataError
 from mmtrain.files import cache_folder, file_sha256, keep_in_cache
 from mmtrain.models.building import build_on_meta, working_precision
@@ -146,7 +150,7 @@ def build_sources(config: RunConfig, assembled: Assembled, split: str) -> dict[s
     limit = {"train": data.limit, "val": data.val_limit}[split]
     folders = {name: getattr(part, split) for name, part in data.parts.items()}
     return {
-        name: _source(name, data.parts[name], encoder, folder, limit)
+        name: _source(name, data.parts[name], data, encoder, folder, limit)
         for name, folder in folders.items()
         if folder is not None
     }
@@ -162,7 +166,9 @@ def build_source(
     """The samples of one shard folder, encoded for the run's family."""
     data = data_section(config)
     encoder = _encoder(data, assembled.family, assembled.processor)
-    return _source(*part_with(data, folder), encoder, folder, limit, blank_images)
+    source = _source(*part_with(data, folder), data, encoder, folder, limit, blank_images)
+    fetch_all(source.blobs, shard_cache(data))
+    return source
 
 
 def source_to_look_at(config: RunConfig, folder: str) -> Source:
@@ -171,18 +177,42 @@ def source_to_look_at(config: RunConfig, folder: str) -> Source:
     data, family = data_section(config), plugins.load("family", config.model.family)
     options = model_options(config)
     processor = family.code.read_processor(options, family.code.model_config(options))
-    return _source(*part_with(data, folder), _encoder(data, family, processor), folder)
+    return _source(*part_with(data, folder), data, _encoder(data, family, processor), folder)
+
+
+def shard_cache(data: DataConfig) -> ShardCache:
+    """Where the run keeps shards of URLs."""
+    return ShardCache.at(data.cache_dir, data.cache_gib)
+
+
+def shares(data: DataConfig, split: str) -> list[Share]:
+    """What a run reads of each folder of `train` or `val`, by the manifests alone."""
+    limit = {"train": data.limit, "val": data.val_limit}[split]
+    found = []
+    for part in data.parts.values():
+        if getattr(part, split) is not None:
+            place = place_of_shards(getattr(part, split))
+            manifest, _ = read_manifest(place, part.task)
+            read = min(manifest.samples, limit or manifest.samples)
+            found.append(Share(manifest, read, isinstance(place, RemoteFolder)))
+    return found
+
+
+def open_shards(data: DataConfig, folder: str, task: str) -> ShardFolder:
+    """A shard folder of the run, or of a URL."""
+    return ShardFolder.open(folder, task, shard_cache(data))
 
 
 def _source(
     name: str,
     part: MixPart,
+    data: DataConfig,
     encoder: Encoder,
     folder: str,
     limit: int | None = None,
     blank_images: bool = False,
 ) -> Source:
-    shards = ShardFolder.open(Path(folder), part.task)
+    shards = open_shards(data, folder, part.task)
     # Ids of one data set may be those of another.
     prefix = f"{name}/" if name else ""
     return Source(shards, template_for(part, shards), encoder, limit, blank_images, prefix)
@@ -198,7 +228,7 @@ def part_with(data: DataConfig, folder: str) -> tuple[str, MixPart]:
     for name, part in data.parts.items():
         if asked in (Path(one).resolve() for one in (part.train, part.val) if one):
             return name, part
-    found = read_manifest(Path(folder))[0].task
+    found = read_manifest(place_of_shards(folder))[0].task
     alike = {name: part for name, part in data.parts.items() if part.task == found}
     if not alike:
         return "", MixPart(task=found)

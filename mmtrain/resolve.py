@@ -19,6 +19,7 @@ from mmtrain.config.schema import (
     RunConfig,
     component_and_label,
 )
+from mmtrain.data.remote import url_problem
 from mmtrain.errors import ConfigError, MmtrainError, nearest
 from mmtrain.models.interface import Family, ModelOptions
 from mmtrain.peft.interface import Surroundings
@@ -46,6 +47,7 @@ def resolve(
     problems += found
     problems += _model_problems(_section(data, "model"), _section(data, "components"))
     problems += data_problems(_section(data, "data"), _section(data, "validate"))
+    problems += _shard_place_problems(_section(data, "data"))
     problems += _tracking_problems(_section(data, "tracking"))
     problems += _layout_problems(data, world_size)
     problems += _initial_problems(data.get("init_from"), config)
@@ -204,6 +206,19 @@ def _quantization_problems(config: RunConfig, stage: int) -> list[str]:
             " method, or no model.quantization"
         )
     return problems
+
+
+def _shard_place_problems(data: Mapping[str, Any]) -> list[str]:
+    """URLs that can be no shard folder."""
+    mix = data.get("mix")
+    parts = {f"data.mix[{n}].": part for n, part in enumerate(mix if isinstance(mix, list) else [])}
+    return [
+        f"{place}{split}: {problem}"
+        for place, part in {"data.": data, **parts}.items()
+        for split in ("train", "val")
+        if isinstance(part, Mapping) and isinstance(part.get(split), str)
+        if (problem := url_problem(part[split])) is not None
+    ]
 
 
 def _tracking_problems(tracking: Mapping[str, object]) -> list[str]:

@@ -69,13 +69,17 @@ def run(args: argparse.Namespace) -> int:
 def _shards(args: argparse.Namespace, predictions: Path) -> ShardFolder | None:
     """The folder with the pictures; the page does without where none is known."""
     from mmtrain.config.load import load_run_file
+    from mmtrain.data.cache import ShardCache
+    from mmtrain.data.remote import place_of_shards
     from mmtrain.data.shards import ShardFolder
 
     if args.data:
-        return ShardFolder.open(Path(args.data))
+        return ShardFolder.open(args.data)
     run_file = predictions.resolve().parents[1] / "run.yaml"
     if args.split != "val" or not run_file.is_file():
         return None
     data = load_run_file(run_file).data
-    folder = data.val if data else None
-    return ShardFolder.open(Path(folder)) if folder and Path(folder).is_dir() else None
+    place = place_of_shards(data.val) if data and data.val else None
+    if data is None or place is None or (isinstance(place, Path) and not place.is_dir()):
+        return None
+    return ShardFolder.open(place, cache=ShardCache.at(data.cache_dir, data.cache_gib))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 
 def positive(text: str) -> int:
@@ -22,3 +23,12 @@ def share(text: str) -> float:
     if not 0 <= number < 1:
         raise argparse.ArgumentTypeError(f"got '{text}'; give a share such as 5% or 0.05")
     return number
+
+
+def folder_here(text: str) -> Path:
+    """A folder to write shards to, for argparse: a URL would become a path with its name."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            "give a folder on this machine; `mmtrain shards push DIR URL` sends it from there"
+        )
+    return Path(text)

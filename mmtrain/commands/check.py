@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmtrain.commands.arguments import positive
 from mmtrain.config.schema import RunConfig
+from mmtrain.data.remote import place_of_shards
 from mmtrain.resolve import resolve
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ def _print_tables(report: dict[str, Any], config: RunConfig) -> None:
             console.print(f"{block_name}: {'; '.join(notes)}")
     console.print(f"trainable: {report['trainable_percent']:.4f} % of base and added parameters")
     console.print(_steps_line(report, config))
+    if report["remote_data"]:
+        console.print(_remote_line(report["remote_data"]))
     console.print(_memory_table(report["memory"]))
     memory = report["memory"]
     recompute = " with activation checkpointing" * config.parallel.activation_checkpointing
@@ -153,13 +156,35 @@ def _memory_table(memory: dict[str, Any]) -> Table:
 def _steps_line(report: dict[str, object], config: RunConfig) -> str:
     if report["steps_per_epoch"] is None:
         named = [part.train for part in config.data.parts.values()] if config.data else []
-        absent = [folder for folder in named if folder and not Path(folder).is_dir()]
+        places = [place_of_shards(folder) for folder in named if folder]
+        absent = [place for place in places if isinstance(place, Path) and not place.is_dir()]
         missing = f"no shards at {absent[0]} yet" if absent else "no training shards named"
         return f"steps per epoch: unknown, {missing}"
     return (
         f"steps per epoch: {report['steps_per_epoch']:,} of {config.optim.global_batch} samples "
         f"({report['train_samples']:,} training samples)"
     )
+
+
+def _remote_line(data: dict[str, Any]) -> str:
+    """What shards behind URLs ask of the cache, and of its disk."""
+    line = (
+        f"shards behind URLs: {data['gib']:.3g} GiB, {data['to_fetch_gib']:.3g} of them still to be"
+        f" fetched into {data['cache']}"
+    )
+    if data["windows"] > 1:
+        line += (
+            f"; more than data.cache_gib {data['cache_gib']:g} holds: an epoch moves through"
+            f" {data['windows']} windows of at most {data['window_gib']:.3g} GiB and mixes samples"
+            " within each"
+        )
+    asked = min(data["to_fetch_gib"], data["cache_gib"])
+    if data["free_gib"] < asked:
+        line += (
+            f"; its disk has {data['free_gib']:.3g} GiB free: make room, set data.cache_dir to"
+            " another disk, or lower data.cache_gib"
+        )
+    return line
 
 
 def _base(config: RunConfig) -> str:

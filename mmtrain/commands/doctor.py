@@ -17,12 +17,14 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from mmtrain.config.schema import DEFAULT_CACHE_GIB
+from mmtrain.data.cache import GIB, ShardCache
+
 HELP = "look at versions, accelerator, disk, ports and tools, with a remedy for what is wrong"
 EXAMPLES = """examples:
   mmtrain doctor
   mmtrain doctor --path /data/runs
 """
-GIB = 2**30
 OK, WARNING, FAULT = "ok", "warning", "fault"
 
 
@@ -88,6 +90,7 @@ def examine(path: Path) -> Iterator[Finding]:
     yield from tool_findings(shutil.which)
     yield disk_finding("disk", path, fault_below=1 * GIB, warning_below=20 * GIB)
     yield disk_finding("shared memory", Path("/dev/shm"), fault_below=0, warning_below=1 * GIB)
+    yield cache_finding(ShardCache.at())
     yield from (port_finding(port, use) for port, use in PORTS.items())
     yield host_name_finding(socket.gethostname())
     yield open_files_finding(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
@@ -181,6 +184,19 @@ def disk_finding(subject: str, path: Path, fault_below: int, warning_below: int)
             subject, WARNING, seen, f"less than {warning_below / GIB:.0f} GiB: free some"
         )
     return Finding(subject, OK, seen)
+
+
+def cache_finding(cache: ShardCache) -> Finding:
+    """Where shards of URLs are kept, unless data.cache_dir says otherwise, against its bound."""
+    held, free = cache.held_bytes / GIB, cache.free_bytes / GIB
+    seen = f"{cache.folder}: {held:.1f} GiB, {free:.1f} GiB free"
+    if held + free < DEFAULT_CACHE_GIB:
+        remedy = (
+            f"less than data.cache_gib's {DEFAULT_CACHE_GIB:.0f} GiB: to train on URLs lower it, or"
+            " set data.cache_dir to a larger disk"
+        )
+        return Finding("shard cache", OK, seen, remedy)
+    return Finding("shard cache", OK, seen)
 
 
 def port_finding(port: int, use: str) -> Finding:

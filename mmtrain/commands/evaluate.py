@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out and len(set(names)) < len(names):
         raise MmtrainError("two runs have one name.", "Leave --out away, or evaluate one by one.")
     # A missing folder is known before minutes of loading.
-    opened = [ShardFolder.open(Path(folder)) for folder in args.data]
+    opened = [ShardFolder.open(folder) for folder in args.data]
     task = opened[0].manifest.task if opened else None
     ready = ready_from_argument(args.run, overrides, args.base, task)
     kept: list[KeptAnswers] = []  # until all is done: a killed command goes on where it stopped

@@ -159,8 +159,11 @@ class MixPart(Section):
         None, description="the task's template of that name, or an own; default: the task's first"
     )
     weight: float = Field(1.0, gt=0, le=1000, description="passes over its samples in one epoch")
-    train: AnyPath | None = Field(None, description="folder of training shards")
-    val: AnyPath | None = Field(None, description="folder of validation shards")
+    train: AnyPath | None = Field(None, description="folder of training shards, or its URL")
+    val: AnyPath | None = Field(None, description="folder of validation shards, or its URL")
+
+
+DEFAULT_CACHE_GIB = 100.0
 
 
 class DataConfig(Section):
@@ -172,8 +175,8 @@ class DataConfig(Section):
     template: str | OwnTemplate | None = Field(
         None, description="the task's template of that name, or an own; default: the task's first"
     )
-    train: AnyPath | None = Field(None, description="folder of training shards")
-    val: AnyPath | None = Field(None, description="folder of validation shards")
+    train: AnyPath | None = Field(None, description="folder of training shards, or its URL")
+    val: AnyPath | None = Field(None, description="folder of validation shards, or its URL")
     mix: list[MixPart] = Field(
         default_factory=list, description="several data sets, in the place of the four keys above"
     )
@@ -195,6 +198,15 @@ class DataConfig(Section):
     )
     cut: Literal["order", "balanced"] = Field(
         "order", description="'balanced' puts samples of like length of a step together"
+    )
+    cache_dir: AnyPath | None = Field(
+        None, description="keeps shards of URLs, on a local disk; default: in the user's cache"
+    )
+    cache_gib: float = Field(
+        DEFAULT_CACHE_GIB,
+        gt=0,
+        le=2**20,
+        description="its bound; data beyond it train window by window",
     )
     max_length: int | None = Field(
         None, ge=8, description="tokens per sample, image tokens included; default: the family's"

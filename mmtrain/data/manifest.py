@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mmtrain.data.cache import ShardCache
 from mmtrain.data.codec import DIGEST_BYTES
+from mmtrain.data.remote import Place, RemoteFolder
 from mmtrain.data.tar import BLOCK_BYTES
 from mmtrain.errors import DataError
 from mmtrain.files import read_regular
@@ -97,26 +99,30 @@ def sample_name(index: int) -> str:
     return f"{index:09d}"
 
 
-def shard_files(folder: Path) -> list[str]:
+def shard_files(folder: Place) -> list[str]:
     """The tars of a folder in the order of their names, which is the order of the samples."""
-    return sorted(path.name for path in folder.glob("*.tar") if not path.name.startswith("."))
+    if isinstance(folder, RemoteFolder):
+        names = [name for name in folder.sizes() if name.endswith(".tar")]
+    else:
+        names = [path.name for path in folder.glob("*.tar")]
+    return sorted(name for name in names if not name.startswith("."))
 
 
-def read_manifest(folder: Path, task: str | None = None) -> tuple[Manifest, str]:
+def read_manifest(folder: Place, task: str | None = None) -> tuple[Manifest, str]:
     """The manifest of a shard folder and its sha256; it must be of `task`, if one is given."""
-    if not folder.is_dir():
+    if isinstance(folder, Path) and not folder.is_dir():
         raise DataError(
             f"there is no shard folder '{folder}';", "build it with `mmtrain shards build`."
         )
     try:
-        data = read_regular(folder / MANIFEST_NAME, _MAX_MANIFEST_BYTES)
+        data = _read(folder, MANIFEST_NAME, _MAX_MANIFEST_BYTES)
     except OSError as fault:
         raise DataError(
             f"'{folder}' has no readable {MANIFEST_NAME} ({fault.strerror});",
             f"without it lost data cannot be noticed: {_BUILD_AGAIN} Tars of another program get"
             " one by `mmtrain shards index`.",
         ) from fault
-    manifest = _parse_manifest(data, folder / MANIFEST_NAME)
+    manifest = _parse_manifest(data, folder)
     if task is not None and manifest.task != task:
         raise DataError(
             f"the shards in '{folder}' are of task '{manifest.task}', data.task is '{task}';",
@@ -126,7 +132,14 @@ def read_manifest(folder: Path, task: str | None = None) -> tuple[Manifest, str]
     return manifest, sha256(data).hexdigest()
 
 
-def _parse_manifest(data: bytes, path: Path) -> Manifest:
+def _read(folder: Place, name: str, max_bytes: int) -> bytes:
+    if isinstance(folder, RemoteFolder):
+        return folder.read(name, max_bytes)
+    return read_regular(folder / name, max_bytes)
+
+
+def _parse_manifest(data: bytes, folder: Place) -> Manifest:
+    path = folder / MANIFEST_NAME
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as fault:
@@ -135,7 +148,7 @@ def _parse_manifest(data: bytes, path: Path) -> Manifest:
     if version != FORMAT_VERSION:
         raise DataError(
             f"'{path}' has format_version {version!r}, this mmtrain reads {FORMAT_VERSION};",
-            f"build them again, or `mmtrain shards index {path.parent} --task T --overwrite`.",
+            f"build them again, or `mmtrain shards index {folder} --task T --overwrite`.",
         )
     try:
         manifest = Manifest.model_validate(content)
@@ -157,19 +170,22 @@ def _agrees_with_itself(manifest: Manifest) -> bool:
     )
 
 
-def surplus_shards(folder: Path, manifest: Manifest) -> list[str]:
+def surplus_shards(folder: Place, manifest: Manifest) -> list[str]:
     """Shard files that the manifest does not know: stock readers with a glob would read them."""
     known = {shard.name for shard in manifest.shards}
     return [name for name in shard_files(folder) if name not in known]
 
 
-def read_index(folder: Path, manifest: Manifest) -> np.ndarray:
-    """The checked index of a shard folder, read-only."""
+def read_index(folder: Place, manifest: Manifest, cache: ShardCache | None = None) -> np.ndarray:
+    """The checked index of a shard folder, read-only; that of a remote one is kept in a cache."""
     path = folder / INDEX_NAME
     try:
         # Bounded before it is read: a damaged or made-up file must not fill the memory.
         most = _MAX_HEADER_BYTES + manifest.samples * INDEX_DTYPE.itemsize
-        data = read_regular(path, most)
+        if isinstance(folder, RemoteFolder) and cache is not None:
+            data = cache.read(folder, INDEX_NAME, most, manifest.index_sha256)
+        else:
+            data = _read(folder, INDEX_NAME, most)
     except OSError as fault:
         raise DataError(f"'{path}' is not readable ({fault.strerror});", INDEX_AGAIN) from fault
     if sha256(data).hexdigest() != manifest.index_sha256:
@@ -190,7 +206,7 @@ def read_index(folder: Path, manifest: Manifest) -> np.ndarray:
     return index
 
 
-def _parse_index(data: bytes, path: Path, manifest: Manifest) -> np.ndarray:
+def _parse_index(data: bytes, path: Path | str, manifest: Manifest) -> np.ndarray:
     """The rows of an `.npy` file, without trusting the number of rows that its header claims."""
     start = _NPY_START_BYTES + int.from_bytes(data[8:10], "little")
     expected = {

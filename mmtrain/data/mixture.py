@@ -9,8 +9,9 @@ from functools import lru_cache
 import numpy as np
 
 from mmtrain.config.schema import MixPart
-from mmtrain.data.order import epoch_order
+from mmtrain.data.order import epoch_order, keyed_hash
 from mmtrain.data.source import Source
+from mmtrain.data.windows import Windows
 from mmtrain.errors import DataError
 from mmtrain.models.interface import Example
 
@@ -26,6 +27,7 @@ class Mixture:
 
     sizes: tuple[int, ...]
     weights: tuple[float, ...]
+    windows: Windows | None = None  # where the data exceed the cache
 
     @property
     def num_samples(self) -> int:
@@ -39,6 +41,10 @@ class Mixture:
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """The numbers of an epoch's samples, in its order."""
         return _order(self, seed, epoch)
+
+    def windows_in_order(self, seed: int, epoch: int) -> np.ndarray:
+        """The window of every place of that order, never falling."""
+        return _windows_in_order(self, seed, epoch)
 
     def slots(self, seed: int, epoch: int) -> np.ndarray:
         """The same before they are shuffled.
@@ -57,9 +63,11 @@ class Mixture:
         return np.concatenate(found)
 
 
-def mixture_of(parts: Mapping[str, MixPart], sizes: Sequence[int]) -> Mixture:
+def mixture_of(
+    parts: Mapping[str, MixPart], sizes: Sequence[int], windows: Windows | None = None
+) -> Mixture:
     """As the run file weighs its data sets."""
-    return Mixture(tuple(sizes), tuple(part.weight for part in parts.values()))
+    return Mixture(tuple(sizes), tuple(part.weight for part in parts.values()), windows)
 
 
 def _stretch(size: int, key: tuple[int, int], start: int, count: int) -> np.ndarray:
@@ -75,7 +83,17 @@ def _stretch(size: int, key: tuple[int, int], start: int, count: int) -> np.ndar
 @lru_cache(maxsize=2)
 def _order(mixture: Mixture, seed: int, epoch: int) -> np.ndarray:
     slots = mixture.slots(seed, epoch)
-    return slots[epoch_order(len(slots), seed, epoch)]
+    if mixture.windows is None:
+        return slots[epoch_order(len(slots), seed, epoch)]
+    hashes = keyed_hash(seed, epoch, np.arange(len(slots)))
+    return slots[np.lexsort((hashes, mixture.windows.of(seed, epoch)[slots]))]
+
+
+@lru_cache(maxsize=2)
+def _windows_in_order(mixture: Mixture, seed: int, epoch: int) -> np.ndarray:
+    if mixture.windows is None:
+        return np.zeros(mixture.num_samples, dtype=np.int64)
+    return mixture.windows.of(seed, epoch)[mixture.order(seed, epoch)]
 
 
 @dataclass(frozen=True)

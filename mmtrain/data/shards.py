@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from errno import ENOENT
 from pathlib import Path
 
 import numpy as np
 
+from mmtrain.data.cache import Blob, ShardCache
 from mmtrain.data.codec import decode_sample, short_digest
-from mmtrain.data.manifest import Manifest, read_index, read_manifest, surplus_shards
+from mmtrain.data.manifest import Manifest, ShardInfo, read_index, read_manifest, surplus_shards
 from mmtrain.data.order import sample_key
+from mmtrain.data.remote import Place, RemoteFolder, place_of_shards
 from mmtrain.data.tar import unpack_members
 from mmtrain.errors import DataError
 from mmtrain.files import open_regular, read_at
@@ -49,6 +53,22 @@ class _ShardFiles:
                 os.close(descriptor)
 
 
+class _RemoteFiles:
+    """Shards of a remote folder, in the cache. None stays open: what is evicted frees its room."""
+
+    def __init__(self, cache: ShardCache, blobs: Sequence[Blob]) -> None:
+        self.cache = cache
+        self.blobs = blobs
+
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        """As of a file here; waits for a shard that is on its way."""
+        descriptor = self.cache.open(self.blobs[shard])
+        try:
+            return read_at(descriptor, offset, size)
+        finally:
+            os.close(descriptor)
+
+
 def _close_all(descriptors: dict[int, int]) -> None:
     for descriptor in descriptors.values():
         os.close(descriptor)
@@ -58,19 +78,24 @@ def _close_all(descriptors: dict[int, int]) -> None:
 class ShardFolder:
     """One split in shards, opened for reading. `digest` names its whole content."""
 
-    path: Path
+    path: Place
     manifest: Manifest
     digest: str  # sha256 of manifest.json
     index: np.ndarray = field(repr=False)  # rows of INDEX_DTYPE, read-only
-    _files: _ShardFiles = field(repr=False)
+    _files: _ShardFiles | _RemoteFiles = field(repr=False)
 
     @classmethod
-    def open(cls, path: str | Path, task: str | None = None) -> ShardFolder:
+    def open(
+        cls,
+        path: str | Path | RemoteFolder,
+        task: str | None = None,
+        cache: ShardCache | None = None,
+    ) -> ShardFolder:
         """Open a folder after the cheap checks: manifest, index, names and sizes of the shards.
 
-        Shards of another task than `task` are refused.
+        Shards of another task than `task` are refused. Those of a URL come through `cache`.
         """
-        folder = Path(path)
+        folder = place_of_shards(path)
         manifest, digest = read_manifest(folder, task)
         problems = _size_problems(folder, manifest)
         if problems:
@@ -80,9 +105,17 @@ class ShardFolder:
                 f"{f'; and {more} more' if more > 0 else ''};",
                 f"copy or build it again; `mmtrain shards verify {folder}` lists everything.",
             )
-        index = read_index(folder, manifest)
+        if isinstance(folder, RemoteFolder):
+            cache = cache or ShardCache.at()
+            remote = _RemoteFiles(cache, [blob_of(folder, shard) for shard in manifest.shards])
+            return cls(folder, manifest, digest, read_index(folder, manifest, cache), remote)
         files = _ShardFiles([folder / shard.name for shard in manifest.shards])
-        return cls(folder, manifest, digest, index, files)
+        return cls(folder, manifest, digest, read_index(folder, manifest), files)
+
+    @property
+    def blobs(self) -> Sequence[Blob]:
+        """The shards, where they must be fetched."""
+        return self._files.blobs if isinstance(self._files, _RemoteFiles) else ()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -93,13 +126,13 @@ class ShardFolder:
             raise IndexError(f"sample {i} of {len(self.index)}")
         row = self.index[i]
         shard, offset, size = int(row["shard"]), int(row["offset"]), int(row["size"])
-        where = f"sample {i} at byte {offset} of '{self.path / self.manifest.shards[shard].name}'"
+        name = self.manifest.shards[shard].name
+        where = f"sample {i} at byte {offset} of '{self.path / name}'"
         try:
-            record = self._files.read(shard, offset, size)
+            record = self._record(shard, offset, size, row["record_digest"].tobytes())
         except OSError as fault:
             raise DataError(f"{where} is not readable: {fault.strerror};", self._remedy) from fault
-        # The digest covers headers, text and images: nothing altered gets past it.
-        if short_digest([record]) != row["record_digest"].tobytes():
+        if record is None:
             raise DataError(f"{where} is not what was built (checksum differs);", self._remedy)
         try:
             sample = decode_sample(unpack_members(record))
@@ -108,6 +141,19 @@ class ShardFolder:
         if sample_key(sample.id) != row["id_key"]:
             raise DataError(f"{where} has the id {sample.id!r}, the index another;", self._remedy)
         return sample
+
+    def _record(self, shard: int, offset: int, size: int, digest: bytes) -> bytes | None:
+        """All bytes of a sample. The digest covers headers, text and images: nothing altered gets
+        past it. A damaged copy of a remote shard is fetched anew.
+        """
+        record = self._files.read(shard, offset, size)
+        if short_digest([record]) == digest:
+            return record
+        if isinstance(self._files, _ShardFiles):
+            return None
+        self._files.cache.drop(self._files.blobs[shard])
+        record = self._files.read(shard, offset, size)
+        return record if short_digest([record]) == digest else None
 
     def find(self, sample_id: str) -> Sample:
         """The sample of this id."""
@@ -124,16 +170,35 @@ class ShardFolder:
         return f"run `mmtrain shards verify {self.path}`, then copy or build it again."
 
 
-def _size_problems(folder: Path, manifest: Manifest) -> list[str]:
+def blob_of(folder: RemoteFolder, shard: ShardInfo) -> Blob:
+    """A shard of a remote folder, as it is fetched."""
+    return Blob(folder, shard.name, shard.bytes, shard.sha256)
+
+
+def _size_problems(folder: Place, manifest: Manifest) -> list[str]:
     """What file names and sizes alone reveal: missing, cut or surplus shards."""
+    try:
+        listed = folder.sizes() if isinstance(folder, RemoteFolder) else None
+        surplus = surplus_shards(folder, manifest)
+    except DataError:
+        listed = {}  # who may read need not be allowed to list
+    if listed == {}:
+        return []
     problems = []
     for shard in manifest.shards:
         try:
-            num_bytes = (folder / shard.name).stat().st_size
+            num_bytes = _num_bytes(folder, shard.name, listed)
         except OSError as fault:
             problems.append(f"{shard.name} is missing ({fault.strerror})")
             continue
         if num_bytes != shard.bytes:
             problems.append(f"{shard.name} has {num_bytes} bytes instead of {shard.bytes}")
-    surplus = [f"{name} is not in the manifest" for name in surplus_shards(folder, manifest)]
-    return problems + surplus
+    return problems + [f"{name} is not in the manifest" for name in surplus]
+
+
+def _num_bytes(folder: Place, name: str, listed: Mapping[str, int] | None) -> int:
+    if listed is None:
+        return (Path(str(folder)) / name).stat().st_size
+    if name not in listed:
+        raise FileNotFoundError(ENOENT, "it is not listed")
+    return listed[name]

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
+from mmtrain.data.cache import Blob
 from mmtrain.data.codec import decode_image, image_size
 from mmtrain.data.shards import ShardFolder
+from mmtrain.data.windows import Share
 from mmtrain.errors import DataError
 from mmtrain.models.encoding import encode
 from mmtrain.models.interface import Example, Family, Processor
@@ -87,6 +89,16 @@ class Source:
 
     def __len__(self) -> int:
         return min(len(self.shards), self.limit or len(self.shards))
+
+    @property
+    def share(self) -> Share:
+        """What is read of the folder."""
+        return Share(self.shards.manifest, len(self), bool(self.shards.blobs))
+
+    @property
+    def blobs(self) -> Sequence[Blob]:
+        """The shards that are read, where they must be fetched."""
+        return self.shards.blobs[: len(self.share.shards)]
 
     def ask(self, index: int) -> tuple[Sample, Rendered]:
         """A sample in its words, no image decoded."""

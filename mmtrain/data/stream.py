@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+from mmtrain.data.ahead import Ahead
 from mmtrain.data.mixture import FILLERS_TRIED
 from mmtrain.data.plan import PADDING, Planner
 from mmtrain.errors import DataError
@@ -39,6 +40,7 @@ class StepStream:
     collate: Callable[[Sequence[Example]], Batch]
     workers: int
     skips_bad: bool = False
+    ahead: Ahead | None = None  # of remote shards
 
     def step(self, position: int) -> StepBatches:
         """One optimizer step, made here and now."""
@@ -75,6 +77,21 @@ class StepStream:
 
     def steps(self, start: int, stop: int) -> Iterator[StepBatches]:
         """Steps start..stop-1 in order."""
+        try:
+            for batches in self._prepared(start, stop):
+                # Whoever asks for this step has taken the one before, for which ranks met.
+                self._reach(batches.position, stop)
+                yield batches
+        finally:
+            if self.ahead is not None:
+                self.ahead.stop()
+
+    def _reach(self, position: int, stop: int) -> None:
+        if self.ahead is not None:
+            self.ahead.reach(position, stop)
+
+    def _prepared(self, start: int, stop: int) -> Iterator[StepBatches]:
+        self._reach(start, stop)
         if self.workers == 0:
             yield from (self.step(position) for position in range(start, stop))
             return
@@ -88,7 +105,8 @@ class StepStream:
             while pending:
                 yield pending.popleft().result()
         finally:
-            pool.shutdown(cancel_futures=True)
+            # Who ends a run does not wait for a shard that is still on its way.
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def equal_chunks(num_samples: int, rank: int, world_size: int, size: int) -> list[list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from hashlib import file_digest
 from io import BufferedReader
 from os import SEEK_END
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from mmtrain import plugins
+from mmtrain.data.cache import ShardCache
 from mmtrain.data.codec import short_digest
 from mmtrain.data.examine import examine_records
 from mmtrain.data.manifest import (
@@ -22,6 +24,8 @@ from mmtrain.data.manifest import (
     read_manifest,
     surplus_shards,
 )
+from mmtrain.data.remote import Place, RemoteFolder
+from mmtrain.data.shards import blob_of
 from mmtrain.data.tar import list_members, runs
 from mmtrain.errors import DataError, MmtrainError
 from mmtrain.files import open_regular, read_at
@@ -34,7 +38,7 @@ OnBytes = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 def verify_folder(
-    folder: Path, progress: OnBytes = lambda bytes_done, bytes_in_all: None
+    folder: Place, progress: OnBytes = lambda bytes_done, bytes_in_all: None
 ) -> list[str]:
     """Every problem of a shard folder, each naming its file; an empty list if there is none.
 
@@ -76,7 +80,8 @@ def shortened(problems: list[str]) -> list[str]:
 class _Shard:
     """One shard with what manifest and index say of it."""
 
-    path: Path
+    path: Path | str
+    open: Callable[[], int]
     number: int
     info: ShardInfo
     rows: np.ndarray | None  # None where the index cannot be read
@@ -84,12 +89,19 @@ class _Shard:
     start: int  # bytes of the shards before it
 
 
-def _shards(folder: Path, manifest: Manifest, index: np.ndarray | None) -> Iterator[_Shard]:
+def _shards(folder: Place, manifest: Manifest, index: np.ndarray | None) -> Iterator[_Shard]:
     first_sample = start = 0
     for number, info in enumerate(manifest.shards):
         rows = None if index is None else index[first_sample : first_sample + info.samples]
-        yield _Shard(folder / info.name, number, info, rows, first_sample, start)
+        place = (first_sample, start)
+        yield _Shard(folder / info.name, _opener(folder, info), number, info, rows, *place)
         first_sample, start = first_sample + info.samples, start + info.bytes
+
+
+def _opener(folder: Place, info: ShardInfo) -> Callable[[], int]:
+    if isinstance(folder, RemoteFolder):
+        return partial(ShardCache.at().open, blob_of(folder, info))
+    return partial(open_regular, folder / info.name)
 
 
 # --- samples ------------------------------------------------------------------------------------
@@ -100,7 +112,7 @@ def _looked_through(shard: _Shard, task: Task) -> Iterator[tuple[int, list[str]]
     if shard.rows is None:
         return
     extents = shard.rows[["offset", "size"]].tolist()
-    with open(open_regular(shard.path), "rb") as file:
+    with open(shard.open(), "rb") as file:
         looked = examine_records(file.fileno(), shard.number, extents, task)
         for row, (offset, size), found in zip(shard.rows, extents, looked, strict=True):
             refusal = []
@@ -119,8 +131,10 @@ def _looked_through(shard: _Shard, task: Task) -> Iterator[tuple[int, list[str]]
 def _file_fault(shard: _Shard) -> str | None:
     """What is wrong with one shard file, in one line."""
     try:
-        with open(open_regular(shard.path), "rb") as file:
+        with open(shard.open(), "rb") as file:
             faults = _content_faults(file, shard)
+    except DataError as fault:
+        return str(fault)
     except OSError as fault:
         return f"'{shard.path}' is not readable ({fault.strerror}); copy it again."
     if not faults:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from mmtrain.assemble import template_for
+from mmtrain.assemble import open_shards, shard_cache, shares, template_for
 from mmtrain.config.deepspeed import find_deepspeed_config, zero_stage
-from mmtrain.config.schema import OwnTemplate, RunConfig
-from mmtrain.data.manifest import read_manifest
+from mmtrain.config.schema import DataConfig, OwnTemplate, RunConfig
 from mmtrain.data.mixture import mixture_of
-from mmtrain.data.shards import ShardFolder
+from mmtrain.data.remote import place_of_shards
+from mmtrain.data.windows import Share, windows_for
 from mmtrain.models.weights import check_files, has_weights
 from mmtrain.planning.census import count, usual_size
 from mmtrain.planning.memory import GIB, memory_by_stage
@@ -34,7 +35,7 @@ def examine(
         "trainable_params": census.trainable_params,
         "trainable_percent": 100 * census.trainable_params / total,
         "components": {name: vars(part) for name, part in census.components.items()},
-        **_steps(config),
+        **_data(config),
         "flops_per_sample": {
             "counted": census.flops / size.samples,
             "by_formula": census.flops_by_formula / size.samples,
@@ -61,18 +62,55 @@ def _check_weights(config: RunConfig) -> None:
         check_files(Path(config.model.checkpoint))
 
 
-def _steps(config: RunConfig) -> dict[str, int | None]:
-    """Samples and steps per epoch; None where the training shards are not at hand."""
+def _data(config: RunConfig) -> dict[str, object]:
+    """Samples, steps, what is to be fetched; None where the training shards are not at hand."""
     data = config.data
     parts = data.parts if data else {}
-    if data is None or not all(part.train and Path(part.train).is_dir() for part in parts.values()):
-        return {"train_samples": None, "steps_per_epoch": None}
-    sizes = []
+    unknown: dict[str, object] = {
+        "train_samples": None,
+        "steps_per_epoch": None,
+        "remote_data": None,
+    }
+    if data is None or not all(part.train and _at_hand(part.train) for part in parts.values()):
+        return unknown
+    train = shares(data, "train")
     for part in parts.values():
-        folder = Path(str(part.train))
-        samples = read_manifest(folder, part.task)[0].samples
-        sizes.append(min(samples, data.limit or samples))
         if isinstance(part.template, OwnTemplate):
-            template_for(part, ShardFolder.open(folder, part.task))
-    samples = mixture_of(parts, sizes).num_samples
-    return {"train_samples": samples, "steps_per_epoch": -(-samples // config.optim.global_batch)}
+            template_for(part, open_shards(data, str(part.train), part.task))
+    samples = mixture_of(parts, [share.num_samples for share in train]).num_samples
+    return {
+        "train_samples": samples,
+        "steps_per_epoch": -(-samples // config.optim.global_batch),
+        "remote_data": _remote_data(config, data, train),
+    }
+
+
+def _at_hand(folder: str) -> bool:
+    """Whether a folder is here; a remote one is looked for, and missed by name."""
+    place = place_of_shards(folder)
+    return not isinstance(place, Path) or place.is_dir()
+
+
+def _remote_data(
+    config: RunConfig, data: DataConfig, train: Sequence[Share]
+) -> dict[str, object] | None:
+    """What the shards of URLs ask of the cache; None where there are none."""
+    val_parts = [part.val for part in data.parts.values() if part.val]
+    val = shares(data, "val") if all(map(_at_hand, val_parts)) else []
+    shards = {
+        shard.sha256: shard for share in (*train, *val) if share.remote for shard in share.shards
+    }
+    if not shards:
+        return None
+    cache = shard_cache(data)
+    windows = windows_for(train, val, cache.max_bytes)
+    missing = [shard.bytes for shard in shards.values() if not cache.holds(shard.sha256)]
+    return {
+        "gib": sum(shard.bytes for shard in shards.values()) / GIB,
+        "to_fetch_gib": sum(missing) / GIB,
+        "cache": str(cache.folder),
+        "cache_gib": data.cache_gib,
+        "free_gib": cache.free_bytes / GIB,
+        "windows": 1 if windows is None else int(windows.of(config.data_seed, 0).max()) + 1,
+        "window_gib": (cache.max_bytes if windows is None else windows.most) / GIB,
+    }

@@ -20,16 +20,20 @@ from mmtrain.assemble import (
     build_model,
     build_sources,
     data_section,
+    open_shards,
     refuse_preset,
+    shard_cache,
+    shares,
     template_for,
 )
 from mmtrain.config.deepspeed import find_deepspeed_config, zero_stage
 from mmtrain.config.schema import OwnTemplate, RunConfig
+from mmtrain.data.ahead import Ahead
 from mmtrain.data.lengths import token_lengths
 from mmtrain.data.mixture import Mixed, mixture_of
 from mmtrain.data.plan import Layout, Planner
-from mmtrain.data.shards import ShardFolder
 from mmtrain.data.stream import StepStream
+from mmtrain.data.windows import Windows, windows_for
 from mmtrain.distributed import World
 from mmtrain.errors import ConfigError
 from mmtrain.main_rank import on_main
@@ -68,7 +72,7 @@ def _train(
 ) -> dict[str, float]:
     """Open, assemble, resume, loop, finish."""
     config, world = session.config, session.world
-    layout, settings = _planned(config, world)
+    layout, settings, windows = _planned(config, world)
     initial = on_main(lambda: initial_files(config))
     numbers = on_main(lambda: _rehearsed(config))
     assembled = build_model(config, settings if zero_stage(settings) == 3 else None)
@@ -80,10 +84,14 @@ def _train(
     train = Mixed(tuple(sources["train"].values()), skips)
     inputs = on_main(lambda: input_digests(assembled, sources, initial, verify_base))
     lengths = _lengths(config, train, inputs, world) if data.cut == "balanced" else None
-    mixture = mixture_of(data.parts, [len(source) for source in train.parts])
+    if any(source.blobs for source in train.parts):
+        inputs["data.cache_gib.windows"] = windows.digest if windows else "none"
+    mixture = mixture_of(data.parts, [len(source) for source in train.parts], windows)
     planner = Planner(mixture.num_samples, layout, config.data_seed, lengths, mixture)
     collate = partial(assembled.family.code.collate, processor=assembled.processor)
-    stream = StepStream(planner, train.example, collate, data.workers, skips)
+    val = list(sources["val"].values())
+    ahead = Ahead.of(planner, mixture, train.parts, val, shard_cache(data))
+    stream = StepStream(planner, train.example, collate, data.workers, skips, ahead)
     facts = _facts(config, layout, settings, inputs)
     trainee = Trainee.of(session, assembled, planner.steps_per_epoch, facts)
     engine = _engine(session, assembled, settings, trainee, initial)
@@ -93,8 +101,8 @@ def _train(
     return trainee.state.best_metrics
 
 
-def _planned(config: RunConfig, world: World) -> tuple[Layout, dict[str, object]]:
-    """How the batch is cut and the state spread; what is wrong is known before long loading."""
+def _planned(config: RunConfig, world: World) -> tuple[Layout, dict[str, object], Windows | None]:
+    """How batch and data are cut and the state spread; faults are known before long loading."""
     refuse_preset(config)
     data, optim = data_section(config), config.optim
     for name, part in data.parts.items():
@@ -102,7 +110,9 @@ def _planned(config: RunConfig, world: World) -> tuple[Layout, dict[str, object]
             place = f"data.mix '{name}'" if name else "data.train"
             raise ConfigError([f"{place}: is missing; give a folder of training shards"])
         for shards in filter(None, (part.train, part.val)):
-            template_for(part, ShardFolder.open(Path(shards), part.task))
+            template_for(part, open_shards(data, shards, part.task))
+    cache = shard_cache(data)
+    windows = windows_for(shares(data, "train"), shares(data, "val"), cache.max_bytes)
     sizes = (optim.micro_batch, optim.global_batch, optim.micro_tokens)
     layout = Layout(world.size, world.rank, *sizes).check()
     settings = complete_config(
@@ -113,7 +123,7 @@ def _planned(config: RunConfig, world: World) -> tuple[Layout, dict[str, object]
         world.size,
         optim.max_grad_norm,
     )
-    return layout, settings
+    return layout, settings, windows
 
 
 def _rehearsed(config: RunConfig) -> dict[str, float]:

@@ -25,6 +25,8 @@ _LAYOUT_KEYS = (
     "optim.micro_tokens",
     "data.cut",
     "data.workers",
+    "data.cache_dir",
+    "data.cache_gib",  # where it changes the order, the inputs say so
     "generation.batch_size",
 )
 _STATUS = "status.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -85,6 +86,22 @@ def seen(step: StepBatches) -> list[int]:
             for name, weight in zip(batch.ids, weights, strict=True)
         ]
     return found
+
+
+def test_who_ends_a_run_does_not_wait_for_what_is_on_its_way() -> None:
+    arrived = threading.Event()
+
+    def example(index: int) -> Example:
+        if index not in first:
+            assert arrived.wait(60)
+        return make_example(index)
+
+    first = set(plan_step(0, NUM_SAMPLES, GLOBAL_BATCH, SEED)[1].tolist())
+    steps = stream(example=example, workers=2).steps(0, 3)
+    next(steps)
+    steps.close()
+    assert not arrived.is_set()
+    arrived.set()
 
 
 @pytest.mark.parametrize(("world", "micro"), SPLITS)
