@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,15 +12,26 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
-from data_shards.build import Recipe, build_split
+from data_shards.build import OnSamples, build_split
 from data_shards.index import take_inventory, write_manifest
 from data_shards.publish import exclusive
+from data_shards.reading import Recipe
 from data_shards.writer import DEFAULT_SAMPLES_PER_SHARD, EmptySplit
 from mmtrain import plugins
 from mmtrain.commands.arguments import positive, share
+from mmtrain.data.examine import num_cores
 from mmtrain.data.manifest import (
     INDEX_NAME,
     MANIFEST_NAME,
@@ -64,6 +76,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     index.add_argument(
         "--overwrite", action="store_true", help="replace the manifest that is there"
     )
+    _add_workers(index)
     _configure_show(
         actions.add_parser("show", help="write a page of samples as the model will see them")
     )
@@ -108,7 +121,24 @@ def _configure_build(build: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=0, metavar="N", help="keys --limit; default %(default)s"
     )
     build.add_argument(
+        "--resize",
+        type=positive,
+        metavar="N",
+        help="make pictures smaller until their shortest side has N pixels; default: as they are",
+    )
+    build.add_argument(
         "--overwrite", action="store_true", help="replace a folder built from something else"
+    )
+    _add_workers(build)
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workers",
+        type=positive,
+        default=num_cores(),
+        metavar="N",
+        help="processes that look at samples; default: one per core",
     )
 
 
@@ -139,16 +169,15 @@ def _build(args: argparse.Namespace) -> int:
     given = [f"{key}={value}" for key, value in own.items() if value is not None]
     options = _options(args.task, task, [*args.set, *given])
     raw = _raw(args.task, task, args.raw)
-    recipe = Recipe(
-        args.task, "", raw, options, args.seed, args.limit, args.samples_per_shard, args.drop
-    )
+    given_of_all = (args.limit, args.samples_per_shard, args.drop, args.resize)
+    recipe = Recipe(args.task, "", raw, options, args.seed, *given_of_all)
     empty = []
     with exclusive(args.out):
         for split in splits:
             try:
-                with _counting(f"{args.task} {split}") as count:
-                    part = replace(recipe, split=split)
-                    built = build_split(part, args.out / split, args.overwrite, count)
+                with _building(f"{args.task} {split}") as progress:
+                    part, folder = replace(recipe, split=split), args.out / split
+                    built = build_split(part, folder, args.overwrite, progress, args.workers)
             except EmptySplit as fault:
                 empty.append(fault)
                 if args.split or len(empty) == len(splits):
@@ -228,9 +257,9 @@ def _index(args: argparse.Namespace) -> int:
                 f"'{folder}' has a manifest;", "verify it, or pass --overwrite to write another."
             )
         with _measuring(f"index {folder}") as advance:
-            inventory = take_inventory(folder, args.task, advance)
+            inventory = take_inventory(folder, args.task, advance, args.workers)
         if inventory.problems:
-            return _failed(shortened(inventory.problems))
+            return _failed(shortened(list(inventory.problems)))
         print(_summary(folder, write_manifest(folder, inventory, args.task, split), "indexed"))
     return 0
 
@@ -330,12 +359,56 @@ def _measuring(title: str) -> Iterator[_Counter]:
         BarColumn(),
         DownloadColumn(),
         TimeElapsedColumn(),
+        TimeRemainingColumn(),
     )
     with _progress(*columns) as progress:
         yield _Counter(progress, title)
 
 
-def _progress(*columns: TextColumn | BarColumn | DownloadColumn | TimeElapsedColumn) -> Progress:
+@contextmanager
+def _building(title: str) -> Iterator[OnSamples | None]:
+    """A bar for what is written and one for what is looked at; None where nobody would see them.
+
+    Who is seen counts the samples beforehand.
+    """
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with _progress(*columns) as progress:
+        lines = [
+            progress.add_task(f"{title}: {what}", total=None, rate="")
+            for what in ("written", "looked at")
+        ]
+        rates = [_Rate(), _Rate()]
+
+        def tell(written: int, looked_at: int, expected: int) -> None:
+            for line, rate, done in zip(lines, rates, (written, looked_at), strict=True):
+                text = rate.of(done)
+                progress.update(line, completed=done, total=max(expected, written), rate=text)
+
+        yield None if progress.disable else tell
+
+
+class _Rate:
+    """Samples per second since the first that was told: a build may go on from others."""
+
+    def __init__(self) -> None:
+        self._first: tuple[int, float] | None = None
+
+    def of(self, done: int) -> str:
+        """In words."""
+        now_s = time.monotonic()
+        self._first = self._first or (done, now_s)
+        first, first_s = self._first
+        return f"{(done - first) / (now_s - first_s):,.0f} samples/s" if now_s > first_s else ""
+
+
+def _progress(*columns: ProgressColumn) -> Progress:
     """Progress on the terminal only, gone when done: a log keeps the results, not the bars."""
     console = Console(stderr=True)
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
