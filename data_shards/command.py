@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
-from data_shards.build import OnSamples, build_split
+from data_shards.build import build_split
 from data_shards.index import take_inventory, write_manifest
+from data_shards.progress import building, counting, measuring
 from data_shards.publish import exclusive
 from data_shards.reading import Recipe
 from data_shards.writer import DEFAULT_SAMPLES_PER_SHARD, EmptySplit
@@ -175,7 +163,7 @@ def _build(args: argparse.Namespace) -> int:
     with exclusive(args.out):
         for split in splits:
             try:
-                with _building(f"{args.task} {split}") as progress:
+                with building(f"{args.task} {split}") as progress:
                     part, folder = replace(recipe, split=split), args.out / split
                     built = build_split(part, folder, args.overwrite, progress, args.workers)
             except EmptySplit as fault:
@@ -256,7 +244,7 @@ def _index(args: argparse.Namespace) -> int:
             raise DataError(
                 f"'{folder}' has a manifest;", "verify it, or pass --overwrite to write another."
             )
-        with _measuring(f"index {folder}") as advance:
+        with measuring(f"index {folder}") as advance:
             inventory = take_inventory(folder, args.task, advance, args.workers)
         if inventory.problems:
             return _failed(shortened(list(inventory.problems)))
@@ -268,7 +256,7 @@ def _show(args: argparse.Namespace) -> int:
     # Imported here: with a run file it loads tokenizers, which no other action needs.
     from data_shards.show import contact_sheet
 
-    with _counting(f"show {args.folder}") as count:
+    with counting(f"show {args.folder}") as count:
         text = contact_sheet(args.folder, args.run, args.num, args.seed, count)
     replace_file(args.out, text)
     print(f"wrote {args.out}: open it in a browser")
@@ -284,7 +272,7 @@ def _verify(args: argparse.Namespace) -> int:
     table.columns[0].overflow = "fold"  # a path cut short names nothing
     problems = []
     for folder in folders:
-        with _measuring(f"verify {folder}") as advance:
+        with measuring(f"verify {folder}") as advance:
             found = verify_folder(folder, advance)
         problems += found
         result = f"{len(found)} problem{'s' if len(found) > 1 else ''}" if found else "ok"
@@ -328,87 +316,3 @@ def _described(folder: Path) -> list[str]:
     mebibytes = f"{manifest.num_bytes / 2**20:.1f}"
     counts = [str(manifest.samples), str(len(manifest.shards)), mebibytes]
     return [manifest.task, manifest.split, *counts]
-
-
-# --- progress -----------------------------------------------------------------------------------
-
-
-class _Counter:
-    """A progress line that a callback moves."""
-
-    def __init__(self, progress: Progress, title: str) -> None:
-        self._progress = progress
-        self._line = progress.add_task(title, total=None)
-
-    def __call__(self, done: int, total: int | None = None) -> None:
-        """Show `done` of `total` steps."""
-        self._progress.update(self._line, completed=done, total=total)
-
-
-@contextmanager
-def _counting(title: str) -> Iterator[_Counter]:
-    columns = (TextColumn("{task.description}: {task.completed:,} samples"), TimeElapsedColumn())
-    with _progress(*columns) as progress:
-        yield _Counter(progress, title)
-
-
-@contextmanager
-def _measuring(title: str) -> Iterator[_Counter]:
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with _progress(*columns) as progress:
-        yield _Counter(progress, title)
-
-
-@contextmanager
-def _building(title: str) -> Iterator[OnSamples | None]:
-    """A bar for what is written and one for what is looked at; None where nobody would see them.
-
-    Who is seen counts the samples beforehand.
-    """
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with _progress(*columns) as progress:
-        lines = [
-            progress.add_task(f"{title}: {what}", total=None, rate="")
-            for what in ("written", "looked at")
-        ]
-        rates = [_Rate(), _Rate()]
-
-        def tell(written: int, looked_at: int, expected: int) -> None:
-            for line, rate, done in zip(lines, rates, (written, looked_at), strict=True):
-                text = rate.of(done)
-                progress.update(line, completed=done, total=max(expected, written), rate=text)
-
-        yield None if progress.disable else tell
-
-
-class _Rate:
-    """Samples per second since the first that was told: a build may go on from others."""
-
-    def __init__(self) -> None:
-        self._first: tuple[int, float] | None = None
-
-    def of(self, done: int) -> str:
-        """In words."""
-        now_s = time.monotonic()
-        self._first = self._first or (done, now_s)
-        first, first_s = self._first
-        return f"{(done - first) / (now_s - first_s):,.0f} samples/s" if now_s > first_s else ""
-
-
-def _progress(*columns: ProgressColumn) -> Progress:
-    """Progress on the terminal only, gone when done: a log keeps the results, not the bars."""
-    console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

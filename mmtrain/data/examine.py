@@ -21,7 +21,8 @@ from mmtrain.files import read_at
 from mmtrain.tasks.interface import Sample, Task
 
 Extent = tuple[int, int]  # offset and size of a record: all tar bytes of one sample
-Item, Made = TypeVar("Item"), TypeVar("Made")
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 _AHEAD_PER_THREAD = 4
 _REMEMBERED_IMAGES = 10_000
 
