@@ -15,8 +15,6 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
-from pydantic import ValidationError
-
 from data_shards.look import Looked
 from mmtrain.data.examine import in_order
 from mmtrain.data.manifest import ShardInfo
@@ -90,7 +88,7 @@ def _intact(folder: Path, lines: list[dict[str, Any]], threads: int) -> Iterator
             info = ShardInfo.model_validate(line["shard"])
             finished = Finished(Looked(info, b64decode(line["rows"])), dict(line["reader"]))
             return finished if file_sha256(folder / info.name) == info.sha256 else None
-        except (OSError, ValueError, TypeError, LookupError, ValidationError):
+        except (OSError, ValueError, TypeError, LookupError):
             return None
 
     for finished in in_order(read, lines, threads):
@@ -101,7 +99,7 @@ def _intact(folder: Path, lines: list[dict[str, Any]], threads: int) -> Iterator
 
 def _clear(folder: Path, kept: set[str]) -> None:
     for path in folder.iterdir():
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             rmtree(path)
         elif path.name not in kept:
             path.unlink()

@@ -329,3 +329,33 @@ def test_damaged_pictures_are_named_when_others_are_made_smaller(
     assert any("training would refuse it. r3 (" in line for line in built.left_out)
     with pytest.raises(DataError, match="raw samples cannot be built"):
         build_split(replace(recipe, resize=6, droppable=0.0), tmp_path / "strict")
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+GROWTH = """
+import resource, sys
+from mmtrain.__main__ import main
+
+peaks = []
+for raw in sys.argv[1:]:
+    command = ["shards", "build", "jsonl", "--raw", raw, "--out", raw + ".shards", "--workers", "1"]
+    assert main(command) == 0
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(peaks[1] - peaks[0])
+"""
+
+
+@pytest.mark.soak
+def test_a_row_costs_less_than_a_kibibyte_of_memory(tmp_path: Path) -> None:
+    """So a million take less than one GiB beside what the libraries do."""
+    for number, rows in enumerate((2_000, 52_000)):
+        with open(tmp_path / f"{number}.jsonl", "w") as file:
+            for row in range(rows):
+                file.write(json.dumps({"question": f"What is {row}?" * 20, "answer": "It."}) + "\n")
+    names = [str(tmp_path / f"{number}.jsonl") for number in range(2)]
+    result = subprocess.run(
+        [sys.executable, "-c", GROWTH, *names], capture_output=True, text=True, check=True
+    )
+    grown_kib = int(result.stdout.splitlines()[-1])
+    assert grown_kib < 50_000, "a KiB for each of the rows that the second has more"
