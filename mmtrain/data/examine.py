@@ -23,7 +23,7 @@ from mmtrain.tasks.interface import Sample, Task
 Extent = tuple[int, int]  # offset and size of a record: all tar bytes of one sample
 Item = TypeVar("Item")
 Made = TypeVar("Made")
-_AHEAD_PER_THREAD = 4
+_AHEAD_PER_THREAD = 2
 _REMEMBERED_IMAGES = 10_000
 
 
