@@ -120,7 +120,7 @@ class _Build:
                 num_last, num_bytes = writer.samples % recipe.samples_per_shard, last.stat().st_size
                 before = self._num_looked_at
                 lookers.look(last, lambda end: tell(before + num_last * end // num_bytes))
-            for one in lookers.rest():
+            for one in lookers.finished(wait=True):
                 self._take([one])
                 tell(self._num_looked_at)
         return self._pinned(writer.samples)

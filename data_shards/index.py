@@ -61,7 +61,7 @@ def take_inventory(
             lookers.begin(path)
             looked += lookers.finished()
             progress(ends[len(looked) - 1] if looked else 0, ends[-1])
-        for one in lookers.rest():
+        for one in lookers.finished(wait=True):
             looked.append(one)
             progress(ends[len(looked) - 1], ends[-1])
     return Inventory.of(folder, looked)

@@ -50,16 +50,9 @@ class Lookers:
         self._ahead.append(future)
         self._begun += 1
 
-    def finished(self) -> Iterator[Looked]:
-        """The next shards that were looked through, as far as they are."""
-        while self._ahead and self._ahead[0].done():
-            with _alive():
-                looked = self._ahead.popleft().result()
-            yield looked
-
-    def rest(self) -> Iterator[Looked]:
-        """All that were begun and not yet told."""
-        while self._ahead:
+    def finished(self, wait: bool = False) -> Iterator[Looked]:
+        """The next shards that were looked through, as far as they are; with `wait`, all."""
+        while self._ahead and (wait or self._ahead[0].done()):
             with _alive():
                 looked = self._ahead.popleft().result()
             yield looked

@@ -150,7 +150,7 @@ def _usable(recipe: Recipe, left_out: LeftOut, threads: int) -> Iterator[Sample]
     """What is no sample is counted; where some may be left out, so is what training refuses."""
     found = _raw(recipe, left_out)
     if recipe.droppable:
-        found = in_order(partial(_looked_at, task=_task(recipe)), found, threads)
+        found = in_order(partial(_looked_at, _task(recipe), set()), found, threads)
     for one in found:
         left_out.read += 1
         left_out.last = one.id
@@ -160,11 +160,11 @@ def _usable(recipe: Recipe, left_out: LeftOut, threads: int) -> Iterator[Sample]
             left_out.add(one)
 
 
-def _looked_at(found: Sample | Dropped, task: Task) -> Sample | Dropped:
+def _looked_at(task: Task, intact: set[bytes], found: Sample | Dropped) -> Sample | Dropped:
     """Looked at before it is written: otherwise all of a folder is looked at behind the last."""
     try:
         if isinstance(found, Sample):
-            look_at(found, task, set())
+            look_at(found, task, intact)
     except DataError as fault:
         _, _, why = fault.fault.partition(": ")  # without the sample's own name
         return Dropped(found.id, "training would refuse it.", why or fault.fault)
