@@ -24,6 +24,7 @@ from data_shards.index import take_inventory
 from data_shards.journal import JOURNAL_NAME
 from data_shards.lookers import Lookers
 from data_shards.reading import Recipe, num_expected
+from mmtrain.__main__ import main
 from mmtrain.data.codec import decode_image
 from mmtrain.data.shards import ShardFolder
 from mmtrain.data.verify import verify_folder
@@ -196,8 +197,6 @@ def test_the_command_killed_among_its_workers(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """What it had started ends with it; the same command goes on, on other workers."""
-    from mmtrain.__main__ import main
-
     command = ["shards", "build", "digits", "--split", "val", "--samples-per-shard", "20"]
     assert main([*command, "--out", str(tmp_path / "whole"), "--workers", "1"]) == 0
     command += ["--out", str(tmp_path / "out"), "--workers", "2"]
@@ -294,7 +293,9 @@ def _sizes(folder: Path) -> Iterator[tuple[int, int]]:
         yield decode_image(sample.images[0].data, sample.id).size
 
 
-def test_pictures_are_made_smaller_and_the_manifest_says_so(tmp_path: Path) -> None:
+def test_pictures_are_made_smaller_and_the_manifest_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     out, turned = tmp_path / "out", Image.Exif()
     turned[0x0112] = 6  # lies on its side
     Image.new("RGB", (300, 200), "red").save(tmp_path / "a.jpg", exif=turned)
@@ -314,7 +315,9 @@ def test_pictures_are_made_smaller_and_the_manifest_says_so(tmp_path: Path) -> N
     assert built.manifest.build_options["resize"] == 96
     kept = ShardFolder.open(built.folder).read(2)
     assert kept.images[0].data == (tmp_path / "c.webp").read_bytes(), "small enough as it is"
-    assert build_split(recipe, out / "train").reused
+    command = ["shards", "build", "jsonl", "--raw", str(raw), "--out", str(out), "--set", "val=0"]
+    assert main([*command, "--split", "train", "--resize", "96", "--samples-per-shard", "3"]) == 0
+    assert "reused, nothing has changed" in capsys.readouterr().out
     build_split(recipe, out / "again")
     assert _bytes(out / "again") == _bytes(built.folder)
     with pytest.raises(DataError, match="other files or options"):
