@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from data_shards.build import Recipe, build_split
+from data_shards.build import build_split
 from data_shards.index import take_inventory, write_manifest
+from data_shards.progress import building, counting, measuring
 from data_shards.publish import exclusive
 from data_shards.push import push_folder
+from data_shards.reading import Recipe
 from data_shards.writer import DEFAULT_SAMPLES_PER_SHARD, EmptySplit
 from mmtrain import plugins
 from mmtrain.commands.arguments import folder_here, positive, share
+from mmtrain.data.examine import num_cores
 from mmtrain.data.manifest import (
     INDEX_NAME,
     MANIFEST_NAME,
@@ -67,6 +68,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     index.add_argument(
         "--overwrite", action="store_true", help="replace the manifest that is there"
     )
+    _add_workers(index)
     push = actions.add_parser("push", help="send built shards to a store, for runs to read there")
     push.add_argument("folder", type=Path, metavar="DIR", help="folder of one split, or its parent")
     push.add_argument("url", metavar="URL", help="of any store that fsspec knows: s3://, gs://, …")
@@ -117,7 +119,24 @@ def _configure_build(build: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=0, metavar="N", help="keys --limit; default %(default)s"
     )
     build.add_argument(
+        "--resize",
+        type=positive,
+        metavar="N",
+        help="make pictures smaller until their shortest side has N pixels; default: as they are",
+    )
+    build.add_argument(
         "--overwrite", action="store_true", help="replace a folder built from something else"
+    )
+    _add_workers(build)
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workers",
+        type=positive,
+        default=num_cores(),
+        metavar="N",
+        help="processes that look at samples; default: one per core",
     )
 
 
@@ -154,16 +173,15 @@ def _build(args: argparse.Namespace) -> int:
     given = [f"{key}={value}" for key, value in own.items() if value is not None]
     options = _options(args.task, task, [*args.set, *given])
     raw = _raw(args.task, task, args.raw)
-    recipe = Recipe(
-        args.task, "", raw, options, args.seed, args.limit, args.samples_per_shard, args.drop
-    )
+    given_of_all = (args.limit, args.samples_per_shard, args.drop, args.resize)
+    recipe = Recipe(args.task, "", raw, options, args.seed, *given_of_all)
     empty = []
     with exclusive(args.out):
         for split in splits:
             try:
-                with _counting(f"{args.task} {split}") as count:
-                    part = replace(recipe, split=split)
-                    built = build_split(part, args.out / split, args.overwrite, count)
+                with building(f"{args.task} {split}") as progress:
+                    part, folder = replace(recipe, split=split), args.out / split
+                    built = build_split(part, folder, args.overwrite, progress, args.workers)
             except EmptySplit as fault:
                 empty.append(fault)
                 if args.split or len(empty) == len(splits):
@@ -242,10 +260,10 @@ def _index(args: argparse.Namespace) -> int:
             raise DataError(
                 f"'{folder}' has a manifest;", "verify it, or pass --overwrite to write another."
             )
-        with _measuring(f"index {folder}") as advance:
-            inventory = take_inventory(folder, args.task, advance)
+        with measuring(f"index {folder}") as advance:
+            inventory = take_inventory(folder, args.task, advance, args.workers)
         if inventory.problems:
-            return _failed(shortened(inventory.problems))
+            return _failed(shortened(list(inventory.problems)))
         print(_summary(folder, write_manifest(folder, inventory, args.task, split), "indexed"))
     return 0
 
@@ -257,7 +275,7 @@ def _push(args: argparse.Namespace) -> int:
     for folder in _shard_folders(args.folder):
         alone = folder == args.folder
         there = target if alone else RemoteFolder(target / folder.name)
-        with _measuring(f"push {folder}") as advance:
+        with measuring(f"push {folder}") as advance:
             manifest, reused = push_folder(folder, there, args.overwrite, advance)
         how = f"is at {there} already" if reused else f"sent to {there}"
         print(_summary(folder, manifest, how))
@@ -268,7 +286,7 @@ def _show(args: argparse.Namespace) -> int:
     # Imported here: with a run file it loads tokenizers, which no other action needs.
     from data_shards.show import contact_sheet
 
-    with _counting(f"show {args.folder}") as count:
+    with counting(f"show {args.folder}") as count:
         text = contact_sheet(args.folder, args.run, args.num, args.seed, count)
     replace_file(args.out, text)
     print(f"wrote {args.out}: open it in a browser")
@@ -284,7 +302,7 @@ def _verify(args: argparse.Namespace) -> int:
     table.columns[0].overflow = "fold"  # a path cut short names nothing
     problems = []
     for folder in folders:
-        with _measuring(f"verify {folder}") as advance:
+        with measuring(f"verify {folder}") as advance:
             found = verify_folder(folder, advance)
         problems += found
         result = f"{len(found)} problem{'s' if len(found) > 1 else ''}" if found else "ok"
@@ -333,43 +351,3 @@ def _described(folder: Place) -> list[str]:
     mebibytes = f"{manifest.num_bytes / 2**20:.1f}"
     counts = [str(manifest.samples), str(len(manifest.shards)), mebibytes]
     return [manifest.task, manifest.split, *counts]
-
-
-# --- progress -----------------------------------------------------------------------------------
-
-
-class _Counter:
-    """A progress line that a callback moves."""
-
-    def __init__(self, progress: Progress, title: str) -> None:
-        self._progress = progress
-        self._line = progress.add_task(title, total=None)
-
-    def __call__(self, done: int, total: int | None = None) -> None:
-        """Show `done` of `total` steps."""
-        self._progress.update(self._line, completed=done, total=total)
-
-
-@contextmanager
-def _counting(title: str) -> Iterator[_Counter]:
-    columns = (TextColumn("{task.description}: {task.completed:,} samples"), TimeElapsedColumn())
-    with _progress(*columns) as progress:
-        yield _Counter(progress, title)
-
-
-@contextmanager
-def _measuring(title: str) -> Iterator[_Counter]:
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TimeElapsedColumn(),
-    )
-    with _progress(*columns) as progress:
-        yield _Counter(progress, title)
-
-
-def _progress(*columns: TextColumn | BarColumn | DownloadColumn | TimeElapsedColumn) -> Progress:
-    """Progress on the terminal only, gone when done: a log keeps the results, not the bars."""
-    console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from hashlib import file_digest, sha256
-from io import BufferedReader, BytesIO
-from os import SEEK_END
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 
-from mmtrain import plugins
-from mmtrain.data.examine import examine_records
+from data_shards.look import Looked, Problem
+from data_shards.lookers import Lookers
+from mmtrain.data.codec import decode_sample
 from mmtrain.data.manifest import (
     FORMAT_VERSION,
     INDEX_DTYPE,
@@ -22,93 +22,73 @@ from mmtrain.data.manifest import (
     ShardInfo,
     shard_files,
 )
-from mmtrain.data.tar import MemberPlace, Run, list_members, runs
-from mmtrain.errors import DataError
-from mmtrain.files import open_regular, replace_file
-from mmtrain.tasks.interface import Task
+from mmtrain.data.tar import unpack_members
+from mmtrain.files import open_regular, read_at, replace_file
 
 OnBytes = Callable[[int, int], None]  # bytes done, bytes in all
 
 
-@dataclass
+@dataclass(frozen=True)
 class Inventory:
     """What the tars of a folder hold, and why training would refuse some of it."""
 
-    shards: list[ShardInfo] = field(default_factory=list)
-    rows: list[bytes] = field(default_factory=list)  # one per sample, of INDEX_DTYPE
-    problems: list[str] = field(default_factory=list)
-    places: dict[str, str] = field(default_factory=dict)  # id -> shard of its sample
+    shards: tuple[ShardInfo, ...]
+    index: np.ndarray  # of INDEX_DTYPE, a row per sample that trains
+    problems: tuple[str, ...]
+
+    @classmethod
+    def of(cls, folder: Path, looked: Sequence[Looked]) -> Inventory:
+        """All tars of a folder together, in which no two samples may share an id."""
+        index = np.frombuffer(b"".join(one.rows for one in looked), dtype=INDEX_DTYPE)
+        paths = [folder / one.info.name if one.info else folder for one in looked]
+        problems = [problem for one in looked for problem in one.problems]
+        problems += _shared_ids(paths, index)
+        shards = tuple(one.info for one in looked if one.info is not None)
+        return cls(shards, index, tuple(text for _, _, text in sorted(problems)))
 
 
-def take_inventory(folder: Path, task_name: str, progress: OnBytes | None = None) -> Inventory:
+def take_inventory(
+    folder: Path, task: str, progress: OnBytes = lambda done, total: None, workers: int = 1
+) -> Inventory:
     """Look at every sample of a folder's tars as training of that task does."""
-    task: Task = plugins.load("task", task_name)
     paths = [folder / name for name in shard_files(folder)]
-    total = sum(_num_bytes(path) for path in paths)
-    inventory, start = Inventory(), 0
-    for path in paths:
-        if not path.name.isprintable():
-            inventory.problems.append(f"{str(path)!r} has signs that no manifest names; rename it.")
-            continue
-        try:
-            with open(open_regular(path), "rb") as file:
-                for end in _take_shard(inventory, file, path, task):
-                    if progress is not None:
-                        progress(start + end, total)
-        except OSError as fault:
-            inventory.problems.append(f"'{path}' is not readable ({fault.strerror}).")
-        start += _num_bytes(path)
-    return inventory
+    ends = np.cumsum([_num_bytes(path) for path in paths], dtype=np.int64).tolist()
+    looked = list[Looked]()
+    with Lookers(task, workers) as lookers:
+        if len(paths) == 1:
+            lookers.look(paths[0], lambda end: progress(end, ends[-1]))
+        for path in paths if len(paths) > 1 else ():
+            lookers.begin(path)
+            looked += lookers.finished()
+            progress(ends[len(looked) - 1] if looked else 0, ends[-1])
+        for one in lookers.finished(wait=True):
+            looked.append(one)
+            progress(ends[len(looked) - 1], ends[-1])
+    return Inventory.of(folder, looked)
 
 
 def _num_bytes(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0  # a link may lead nowhere
 
 
-def _take_shard(
-    inventory: Inventory, file: BufferedReader, path: Path, task: Task
-) -> Iterator[int]:
-    """Add a shard; yields where each of its samples ends."""
-    places, found, fault = _framing(file)
-    if fault is not None:
-        inventory.problems.append(f"'{path}': {fault}.")
-        return
-    extents = [(run.offset, run.end - run.offset) for run in found]
-    looked = examine_records(file.fileno(), len(inventory.shards), extents, task)
-    for run, sample in zip(found, looked, strict=True):
-        if isinstance(sample, DataError):
-            inventory.problems.append(f"'{path}': {sample}")
-        elif sample.id in inventory.places:
-            inventory.problems.append(
-                f"'{path}': two samples have the id {sample.id!r}, the first in"
-                f" {inventory.places[sample.id]}; give each a JSON with an 'id' of its own."
-            )
-        else:
-            inventory.places[sample.id] = path.name
-            inventory.rows.append(sample.row)
-        yield run.end
-    file.seek(0)
-    digest = file_digest(file, "sha256").hexdigest()
-    inventory.shards.append(
-        ShardInfo(
-            name=path.name,
-            samples=len(found),
-            members=len(places),
-            bytes=file.seek(0, SEEK_END),
-            sha256=digest,
+def _shared_ids(paths: Sequence[Path], index: np.ndarray) -> Iterator[Problem]:
+    """Samples whose id an earlier one has: found by the hashes, as opening a folder does."""
+    _, first, which = np.unique(index["id_key"], return_index=True, return_inverse=True)
+    for number in np.flatnonzero(first[which] != np.arange(len(index))).tolist():
+        row, earlier = index[number], index[first[which[number]]]
+        path = paths[row["shard"]]
+        yield (
+            int(row["shard"]),
+            int(row["offset"]),
+            f"'{path}': two samples have the id {_id(path, row)!r}, the first in"
+            f" {paths[earlier['shard']].name}; give each a JSON with an 'id' of its own.",
         )
-    )
 
 
-def _framing(file: BufferedReader) -> tuple[list[MemberPlace], list[Run], str | None]:
-    """Members and samples of a tar, and what keeps it from being a shard."""
-    places, fault = list_members(file, file.seek(0, SEEK_END))
-    found = runs(places)
-    if fault is None and len({run.key for run in found}) != len(found):
-        fault = "the members of its samples are interleaved; put those of one key side by side"
-    if fault is None and not found:
-        fault = "it holds no samples; remove it"
-    return places, found, fault
+def _id(path: Path, row: np.void) -> str:
+    with open(open_regular(path), "rb") as file:
+        record = read_at(file.fileno(), int(row["offset"]), int(row["size"]))
+    return decode_sample(unpack_members(record)).id
 
 
 def write_manifest(
@@ -121,10 +101,9 @@ def write_manifest(
     build_options: Mapping[str, object] | None = None,
 ) -> Manifest:
     """Write the index, then the manifest that pins it and all shards."""
-    assert not inventory.problems and inventory.rows
+    assert not inventory.problems and len(inventory.index)
     buffer = BytesIO()
-    index = np.frombuffer(b"".join(inventory.rows), dtype=INDEX_DTYPE)
-    np.save(buffer, index, allow_pickle=False)
+    np.save(buffer, inventory.index, allow_pickle=False)
     replace_file(folder / INDEX_NAME, buffer.getvalue(), sync=True)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
@@ -133,8 +112,8 @@ def write_manifest(
         seed=seed,
         limit=limit,
         build_options=dict(build_options or {}),
-        samples=len(index),
-        shards=tuple(inventory.shards),
+        samples=len(inventory.index),
+        shards=inventory.shards,
         index_sha256=sha256(buffer.getvalue()).hexdigest(),
     )
     replace_file(folder / MANIFEST_NAME, manifest.to_json(), sync=True)

@@ -12,10 +12,13 @@ from mmtrain.files import lock, replaced_folder
 
 
 @contextmanager
-def published(final: Path) -> Iterator[Path]:
-    """A folder beside `final` that takes its name only if the block ends well."""
+def published(final: Path, goes_on: bool = False) -> Iterator[Path]:
+    """A folder beside `final` that takes its name only if the block ends well.
+
+    With `goes_on`, the block finds in it what a killed build left there.
+    """
     try:
-        with replaced_folder(final) as partial:
+        with replaced_folder(final, goes_on) as partial:
             yield partial
     except OSError as fault:
         raise DataError(

@@ -92,17 +92,20 @@ def write_json(path: Path, value: object, sync: bool = False) -> None:
 
 
 @contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
+def replaced_folder(folder: Path, goes_on: bool = False) -> Iterator[Path]:
     """A folder beside its place that takes its name only if the block ends well.
 
-    Killed, it leaves a `.partial` folder that the next one removes; readers never see it.
+    Killed, it leaves a `.partial` folder that the next one removes; readers never see it. With
+    `goes_on`, the block finds what a kill left there, and Ctrl-C leaves it as well.
     """
     folder = folder.absolute()
     partial = folder.with_name(f".{folder.name}.partial")
     before = folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(partial, ignore_errors=True)
+    left = False
+    if not goes_on:
+        shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=goes_on)
         yield partial
         sync_folder(partial)
         # What was there goes only after the new folder is in place.
@@ -117,8 +120,12 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
             raise
         sync_folder(folder.parent)
         shutil.rmtree(before, ignore_errors=True)
+    except KeyboardInterrupt:
+        left = goes_on
+        raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if not left:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,6 +21,10 @@ from mmtrain.files import read_at
 from mmtrain.tasks.interface import Sample, Task
 
 Extent = tuple[int, int]  # offset and size of a record: all tar bytes of one sample
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+_AHEAD_PER_THREAD = 2
+_REMEMBERED_IMAGES = 10_000
 
 
 @dataclass(frozen=True)
@@ -28,29 +35,68 @@ class Examined:
     row: bytes
 
 
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def in_order(
+    make: Callable[[Item], Made], items: Iterable[Item], threads: int | None = None
+) -> Iterator[Made]:
+    """`make` of every item in their order, by threads (default: all cores), a few items ahead."""
+    threads = threads or num_cores()
+    if threads == 1:
+        yield from map(make, items)
+        return
+    ahead: deque[Future[Made]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            ahead.append(pool.submit(make, item))
+            if len(ahead) > _AHEAD_PER_THREAD * threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
 def examine_records(
-    descriptor: int, shard: int, extents: Iterable[Extent], task: Task
+    descriptor: int,
+    shard: int,
+    extents: Iterable[Extent],
+    task: Task,
+    threads: int | None = None,
 ) -> Iterator[Examined | DataError]:
     """Each record of a shard file in its order, by threads: Pillow releases the GIL."""
+    intact: set[bytes] = set()
 
     def look(extent: Extent) -> Examined | DataError:
         try:
-            return _examine(descriptor, shard, extent, task)
+            return _examine(descriptor, shard, extent, task, intact)
         except DataError as fault:
             return fault
 
-    with ThreadPoolExecutor() as pool:
-        yield from pool.map(look, extents)
+    yield from in_order(look, extents, threads)
 
 
-def look_at(sample: Sample, task: Task) -> None:
-    """Open its images and ask it in every way; what keeps it from training is an error."""
-    open_images(sample)
+def look_at(sample: Sample, task: Task, intact: set[bytes]) -> bytes:
+    """Open its images and ask it in every way; what keeps it from training is an error.
+
+    Returns the digest of its images. Those in `intact` were opened before: questions about one
+    picture often follow each other.
+    """
+    digest = image_digest(sample)
+    if digest not in intact:
+        open_images(sample)
+        if len(intact) >= _REMEMBERED_IMAGES:
+            intact.clear()
+        intact.add(digest)
     for template in task.templates.values():
         render(template, sample)
+    return digest
 
 
-def _examine(descriptor: int, shard: int, extent: Extent, task: Task) -> Examined:
+def _examine(
+    descriptor: int, shard: int, extent: Extent, task: Task, intact: set[bytes]
+) -> Examined:
     offset, size = extent
     if size > MAX_RECORD_BYTES:
         raise DataError(
@@ -59,14 +105,14 @@ def _examine(descriptor: int, shard: int, extent: Extent, task: Task) -> Examine
         )
     record = read_at(descriptor, offset, size)
     sample = decode_sample(unpack_members(record))
-    look_at(sample, task)
+    images = look_at(sample, task, intact)
     row = (
         shard,
         offset,
         size,
         num_characters(sample),
         sample_key(sample.id),
-        np.frombuffer(image_digest(sample), dtype=np.uint8),
+        np.frombuffer(images, dtype=np.uint8),
         np.frombuffer(short_digest([record]), dtype=np.uint8),
     )
     return Examined(sample.id, np.array([row], dtype=INDEX_DTYPE).tobytes())

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -86,14 +85,14 @@ def samples(rows: Rows, split: str, options: OwnOptions) -> Iterator[Sample | Dr
     if split not in SPLITS:
         return
     shares = _validating(rows(), options)
-    taken: Counter[str] = Counter()
+    names = Names()
     for row, validates in zip(rows(), shares, strict=True):
         if validates != (split == "val"):
             continue
         if isinstance(row, Dropped):
             yield row
             continue
-        name = free_name(row.id, taken)
+        name = names.free(row.id)
         try:
             images = tuple(encoded(picture, options.max_side) for picture in row.pictures)
         except Unusable as fault:
@@ -102,14 +101,21 @@ def samples(rows: Rows, split: str, options: OwnOptions) -> Iterator[Sample | Dr
         yield _sample(row, name, images)
 
 
-def free_name(name: str, taken: Counter[str]) -> str:
-    """The name, or with the first number behind it that nobody has."""
-    found = name
-    while found in taken:
-        taken[name] += 1
-        found = f"{name}-{taken[name]}"
-    taken[found] = 1
-    return found
+class Names:
+    """Names that were given; as hashes, because there may be millions."""
+
+    def __init__(self) -> None:
+        self._taken: set[int] = set()
+        self._repeated: dict[str, int] = {}
+
+    def free(self, name: str) -> str:
+        """The name, or with the first number behind it that nobody has."""
+        found = name
+        while (key := int.from_bytes(_short(found)[:8], "big")) in self._taken:
+            self._repeated[name] = self._repeated.get(name, 1) + 1
+            found = f"{name}-{self._repeated[name]}"
+        self._taken.add(key)
+        return found
 
 
 def _sample(row: Row, name: str, images: tuple[ImageBytes, ...]) -> Sample:

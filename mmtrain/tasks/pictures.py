@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from functools import lru_cache
-from hashlib import sha256
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from hashlib import blake2b, sha256
 from io import BytesIO
 from pathlib import Path
 
@@ -23,8 +25,10 @@ _MOST_BYTES = 1 << 30
 _JPEG_QUALITY = 95
 _REMOTE = ("http://", "https://", "s3://", "gs://", "data:")
 DIGEST_BYTES = 16
+_MOST_DIGESTS = 2_000_000
 
 Picture = Path | bytes
+_unread: ContextVar[bool] = ContextVar("_unread", default=False)
 
 
 class Unusable(MmtrainError):
@@ -63,16 +67,33 @@ def picture_digest(picture: Picture) -> bytes:
     if isinstance(picture, bytes):
         return sha256(picture).digest()[:DIGEST_BYTES]
     stat = picture.stat()
-    return _file_digest(picture, stat.st_size, stat.st_mtime_ns)
+    # Each split asks for all of them again. Paths themselves would fill the memory.
+    named = f"{picture}\0{stat.st_size}\0{stat.st_mtime_ns}".encode("utf-8", "surrogateescape")
+    key = int.from_bytes(blake2b(named, digest_size=8).digest(), "little")
+    if key not in _digests:
+        if len(_digests) >= _MOST_DIGESTS:
+            _digests.clear()
+        _digests[key] = sha256(picture.read_bytes()).digest()[:DIGEST_BYTES]
+    return _digests[key]
 
 
-@lru_cache(maxsize=2_000_000)  # each split asks for all of them again
-def _file_digest(path: Path, size: int, time_ns: int) -> bytes:
-    return sha256(path.read_bytes()).digest()[:DIGEST_BYTES]
+_digests: dict[int, bytes] = {}
+
+
+@contextmanager
+def unread() -> Iterator[None]:
+    """Within it tasks read rows only: pictures are empty, and damaged ones go unnoticed."""
+    before = _unread.set(True)
+    try:
+        yield
+    finally:
+        _unread.reset(before)
 
 
 def encoded(picture: Picture, max_side: int | None = None) -> ImageBytes:
     """A picture's own bytes where shards take them; what is longer than asked for, made smaller."""
+    if _unread.get():
+        return ImageBytes("png", b"")
     name = "" if isinstance(picture, bytes) else picture.name
     if not isinstance(picture, bytes) and picture.stat().st_size > _MOST_BYTES:
         raise Unusable("its picture is too large", "Make it smaller or leave it out.", name)

@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from data_shards import command
-from data_shards.build import Recipe, build_split
+from data_shards.build import build_split
 from data_shards.publish import published
+from data_shards.reading import Recipe
 from data_shards.writer import ShardWriter
 from mmtrain.data.codec import encode_sample
 from mmtrain.data.shards import ShardFolder
@@ -301,7 +302,7 @@ def test_a_full_disk_is_met_once(tmp_path: Path) -> None:
 def test_raw_file_that_vanishes_is_blamed_on_the_raw_folder(raw: Path, tmp_path: Path) -> None:
     recipe = Recipe("scienceqa", "train", raw, scienceqa.ScienceQAOptions())
 
-    def vanish(count: int) -> None:
+    def vanish(written: int, looked_at: int, expected: int) -> None:
         # After the check that all images are there, before sample "4" is read.
         (raw / "images" / "train" / "4" / "image.png").unlink(missing_ok=True)
 

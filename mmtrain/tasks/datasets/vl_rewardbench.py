@@ -10,7 +10,6 @@ the mean F1 over samples, BLEU that of the set.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -22,7 +21,7 @@ from mmtrain.errors import DataError
 from mmtrain.tasks.interface import Dropped, Metric, Rendered, Sample, Template
 from mmtrain.tasks.metrics import mean
 from mmtrain.tasks.overlap import BLEU, ROUGE, bleu, mean_of, rouge
-from mmtrain.tasks.own_data import free_name
+from mmtrain.tasks.own_data import Names
 from mmtrain.tasks.parquet_rows import parquet_rows
 from mmtrain.tasks.pictures import Unusable, encoded
 from mmtrain.tasks.templates import plain
@@ -92,11 +91,10 @@ class VlRewardBench:
 
 def _names(files: Sequence[Path]) -> list[str]:
     """The ids of all rows; one that is there already gets a number."""
-    taken: Counter[str] = Counter()
-    names = []
+    given, names = Names(), []
     for file in files:
         for place, row in parquet_rows(file):
-            names.append(free_name(str(row.get("id") or place), taken))
+            names.append(given.free(str(row.get("id") or place)))
     return names
 
 
