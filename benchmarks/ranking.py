@@ -95,7 +95,7 @@ def batched(executor: Any) -> Ranking:
             chunk = questions[start : start + CHUNK]
             examples = [question.example for question in chunk]
             batch = executor.family.code.collate(examples, executor.processor)
-            found += ranked(executor, source, chunk, executor.image_features(batch))
+            found += ranked(executor, source.encoder, chunk, executor.image_features(batch))
         return found
 
     return rank
@@ -105,7 +105,7 @@ def one_by_one(engine: Engine) -> Ranking:
     """Each candidate a forward of its own, from its picture on."""
 
     def loss(source: Source, question: Question, candidate: str) -> float:
-        example = source.with_answer(question, candidate)
+        example = source.encoder.with_answer(question, candidate)
         batch = engine.family.code.collate([example], engine.processor)
         return float(engine.forward(batch).answer_loss_sum)
 

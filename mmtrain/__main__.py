@@ -97,6 +97,8 @@ def without_local_rank(argv: Sequence[str]) -> list[str]:
 
 
 def _dispatch(arguments: Sequence[str]) -> int:
+    # Where it is installed peft imports it, and it tells everyone of a package that it lacks.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     commands = find_commands()
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview(commands))

@@ -79,7 +79,7 @@ def _looked_at(task: Task, raw: Path) -> tuple[list[Sample], set[str]]:
                 left_out.add(found.id)
                 continue
             try:
-                look_at(found, task)
+                look_at(found, task, set())
                 good.append(found)
             except DataError as fault:
                 assert repr(found.id) in str(fault)
