@@ -17,7 +17,8 @@ import numpy as np
 
 LEVEL = 0.05
 _MOST_SEEDS = 100
-_DRAWS = 4000
+_DRAWS, _MOST_DRAWN = 4000, 4_000_000
+_MOST_PAIRED = 100  # settings, all pairs of which are looked at
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,10 @@ class Setting:
 class Behind:
     """How far a setting is behind the best.
 
-    `chance`: of a difference as large between settings that are alike, Holm's correction for all
-    pairs made; None where nothing is known of how values vary. `more_seeds`: how many runs more of
-    each would settle it, were the difference as it looks; None: no number would.
+    `chance`: of a difference as large between settings that are alike, corrected for all pairs
+    (Holm; of very many settings Bonferroni); None where nothing is known of how values vary.
+    `more_seeds`: how many runs more of each would settle it, were the difference as it looks; None:
+    no number would.
     """
 
     gap: float
@@ -76,16 +78,21 @@ def against_best(settings: Sequence[Setting]) -> list[Behind]:
     if len(settings) < 2:
         return [Behind(0.0, 0.0, 0.0, None)] * len(settings)
     pooled, freedom = pooled_variance(settings)
-    pairs = list(combinations(range(len(settings)), 2))
+    num_pairs = math.comb(len(settings), 2)
+    beside_best = [(0, number) for number in range(1, len(settings))]
+    few = len(settings) <= _MOST_PAIRED
+    pairs = list(combinations(range(len(settings)), 2)) if few else beside_best
     spreads = {pair: _spread(settings, pair, pooled, freedom) for pair in pairs}
     chances = {pair: _chance(settings, pair, spreads[pair]) for pair in pairs}
-    known = [pair for pair in pairs if chances[pair] is not None]
-    corrected = dict(zip(known, holm([chances[pair] or 0.0 for pair in known]), strict=True))
-    found = [Behind(0.0, 0.0, 0.0, None)]
-    for number in range(1, len(settings)):
-        pair = (0, number)
-        found.append(_behind(settings, pair, spreads[pair], corrected.get(pair), len(known)))
-    return found
+    known = {pair: chance for pair, chance in chances.items() if chance is not None}
+    corrected = [min(1.0, chance * num_pairs) for chance in known.values()]
+    if few:
+        corrected = holm(list(known.values()))
+    found = dict(zip(known, corrected, strict=True))
+    others = [
+        _behind(settings, pair, spreads[pair], found.get(pair), num_pairs) for pair in beside_best
+    ]
+    return [Behind(0.0, 0.0, 0.0, None), *others]
 
 
 def pooled_variance(settings: Sequence[Setting]) -> tuple[float, int]:
@@ -117,9 +124,10 @@ def corrected_for_choice(settings: Sequence[Setting]) -> float | None:
     means = np.array([one.mean for one in settings])
     errors = np.sqrt([pooled / len(one.values) for one in settings])
     generator = np.random.default_rng(len(settings))
-    drawn = means + errors * generator.standard_normal((_DRAWS, len(settings)))
+    draws = min(_DRAWS, _MOST_DRAWN // len(settings))
+    drawn = means + errors * generator.standard_normal((draws, len(settings)))
     winners = drawn.argmax(axis=1)
-    added = (drawn[np.arange(_DRAWS), winners] - means[winners]).mean()
+    added = (drawn[np.arange(draws), winners] - means[winners]).mean()
     return float(means.max() - added)
 
 
@@ -150,13 +158,11 @@ def _spread(
 
 
 def _chance(settings: Sequence[Setting], pair: tuple[int, int], spread: _Spread) -> float | None:
-    from scipy.stats import t
-
     first, second = (settings[number] for number in pair)
     n, m, gap = len(first.values), len(second.values), abs(first.mean - second.mean)
     variance = spread.variance(n, m)
     if variance > 0:
-        return float(2 * t.sf(gap / math.sqrt(variance), spread.freedom(n, m)))
+        return _two_sided(gap / math.sqrt(variance), spread.freedom(n, m))
     known = spread.run_freedom or spread.sample_freedom
     return (0.0 if gap > 0 else 1.0) if known else None
 
@@ -168,14 +174,14 @@ def _behind(
     chance: float | None,
     num_pairs: int,
 ) -> Behind:
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
     first, second = (settings[number] for number in pair)
     n, m, gap = len(first.values), len(second.values), first.mean - second.mean
     variance = spread.variance(n, m)
     half = 0.0
     if variance > 0:
-        half = float(t.isf(LEVEL / 2, spread.freedom(n, m))) * math.sqrt(variance)
+        half = float(-stdtrit(spread.freedom(n, m), LEVEL / 2)) * math.sqrt(variance)
     more = None
     if chance is not None and chance > LEVEL and spread.per_run > 0:
         more = _more_seeds(gap, n, m, spread, num_pairs)
@@ -184,14 +190,19 @@ def _behind(
 
 def _more_seeds(gap: float, n: int, m: int, spread: _Spread, num_pairs: int) -> int | None:
     """As if each run more told as much of the variance as those that there are."""
-    from scipy.stats import t
-
     for more in range(1, _MOST_SEEDS + 1):
         grown = _Spread(
             spread.per_run, spread.run_freedom + 2 * more, spread.samples, spread.sample_freedom
         )
         error = math.sqrt(grown.variance(n + more, m + more))
         freedom = grown.freedom(n + more, m + more)
-        if 2 * t.sf(gap / error, freedom) * num_pairs <= LEVEL:
+        if _two_sided(gap / error, freedom) * num_pairs <= LEVEL:
             return more
     return None
+
+
+def _two_sided(ratio: float, freedom: float) -> float:
+    """How often Student's t is as far from zero as this."""
+    from scipy.special import stdtr
+
+    return float(2 * stdtr(freedom, -abs(ratio)))

@@ -65,6 +65,15 @@ def test_of_several_settings_the_variance_is_pooled_and_pairs_are_corrected() ->
     assert found[2].chance is not None and found[2].chance < 1e-6
 
 
+def test_of_very_many_settings_only_those_beside_the_best_are_looked_at() -> None:
+    settings = best_first([of(RANDOM.normal(0.9, 0.01, 2)) for _ in range(2000)])
+    settings = [of([1.5, 1.5]), *settings]
+    found = against_best(settings)
+    chances = [one.chance for one in found[1:]]
+    assert len(chances) == 2000 and all(chance is not None and chance < 0.01 for chance in chances)
+    assert corrected_for_choice(settings) is not None
+
+
 def test_holms_correction_is_that_of_his_paper() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
