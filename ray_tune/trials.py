@@ -175,19 +175,23 @@ def _trial(study: Study, params: Mapping[str, object]) -> Trial:
     label = _label(params, study.axes)[: _MAX_NAME_LENGTH - 11].strip("-._")
     name = f"{label}-{trial_id}" if label else trial_id
     run.update(name=name, output_dir=f"{study.study_dir}/trials/{name}")
-    run["tracking"] = _tracking(study, run.get("tracking"))
+    options = {name: str(params[name]) for name in study.axes}
+    run["tracking"] = _tracking(study, run.get("tracking"), options)
     return Trial(trial_id, name, dict(params), run)
 
 
-def _tracking(study: Study, of_base: Any) -> object:
-    """The base's settings with the study's; what is no such thing is left to the run's check."""
+def _tracking(study: Study, of_base: Any, options: Mapping[str, str]) -> object:
+    """The base's settings with the study's, and tags to filter by: the options of the axes.
+
+    What is no such thing is left to the run's check.
+    """
     tags = of_base.get("tags") if isinstance(of_base, Mapping) else of_base
     if not isinstance(tags, Mapping | None):
         return of_base
     tracking = dict(of_base or {})
     ours = {"uri": study.tracking.uri, "experiment": study.tracking.experiment}
     tracking.update({key: value for key, value in ours.items() if value is not None})
-    tracking["tags"] = {**(tags or {}), "study": study.name}
+    tracking["tags"] = {**(tags or {}), **options, "study": study.name}
     return tracking
 
 

@@ -55,6 +55,8 @@ def test_every_combination_of_options_is_a_trial() -> None:
         "llm": {"mode": "peft", "method": "lora", "sublayers": ["attn"]},
         "connector": {"mode": "full", "lr": 1e-3},
     }
+    tags = {"study": "methods", "method": "LoRA", "connector": "tuned"}
+    assert trials[2].tracking["tags"] == tags, "MLflow filters by them"
     assert BASE["components"] == {"llm": {"mode": "peft"}}, "the base is not written into"
     assert study().group_by == ["method", "connector"]
 
