@@ -27,7 +27,7 @@ lint: $(INSTALLED)  ## formatting, style, types, import contracts
 	$(BIN)/python -m mypy mmtrain launcher data_shards ray_tune
 	$(BIN)/python -c 'from importlinter.cli import lint_imports_command as run; run()'
 
-test: $(INSTALLED)  ## all tests but the soaks, 20 to 22 minutes on 2 cores
+test: $(INSTALLED)  ## all tests but the soaks, within 20 minutes on 2 idle cores
 	$(BIN)/python -m pytest $(WORKERS) -m "not soak and not gpu"
 
 test-all: $(INSTALLED)  ## soaks and full matrices too, within 70 minutes
