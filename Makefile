@@ -30,7 +30,7 @@ lint: $(INSTALLED)  ## formatting, style, types, import contracts
 test: $(INSTALLED)  ## all tests but the soaks, within 20 minutes on 2 idle cores
 	$(BIN)/python -m pytest $(WORKERS) -m "not soak and not gpu"
 
-test-all: $(INSTALLED)  ## soaks and full matrices too, within 70 minutes
+test-all: $(INSTALLED)  ## soaks and full matrices too, more than an hour
 	MMTRAIN_FUZZ=40 $(BIN)/python -m pytest $(WORKERS) -m "not gpu"
 
 demo: $(INSTALLED)  ## digits, a tiny LLaVA, a LoRA study and its comparison, on this machine
