@@ -96,7 +96,9 @@ def test_a_method_learns_by_looking(
     block = {"mode": "peft", **block_of(name)}
     components = {**full, place_of(name): block}
     assembled, batch = trained(family, preset, components, tmp_path, digit_shards)
-    steps(assembled, batch, LR.get(name, 1e-3), STEPS)
+    # Embeddings and head that train in full, as Qwen-VL's do here, bear no rate above this.
+    most = 3e-3 if "embeddings" in full else 1.0
+    steps(assembled, batch, min(most, LR.get(name, 1e-3)), STEPS)
     assert num_right(assembled, batch) >= LEARNT
     assert num_right(assembled, batch, moved=5) <= GUESSED
 
