@@ -47,7 +47,7 @@ def _tables() -> dict[str, dict[str, Path]]:
 
 def placed(study: Study, data: str | None, models: str | None) -> Study:
     """With a preset as a folder of that name in `models`, and relative shards in `data`."""
-    base = {key: value for key, value in study.base.items()}
+    base = dict(study.base)
     for section, value in study.base.items():
         if isinstance(value, Mapping):
             base[section] = _placed(value, data, models, f"{section}.")

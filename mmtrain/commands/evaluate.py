@@ -125,7 +125,7 @@ def evaluate_all(
         raise ConfigError([f"--data: two folders would be kept as '{twice}'; evaluate one by one"])
     if not asked:
         raise ConfigError(["data.val: is missing; name it or give --data"])
-    run_dir = ready.run_dir or Path(ready.config.run_dir)
+    run_dir = ready.folder
     scored = []
     for step, weights in _checkpoints(args, ready, run_dir):
         who = run_dir.name + ("" if step is None else f" step {step}")
@@ -214,7 +214,7 @@ def _evaluation(
         rank = ready.engine.world.rank
         mine = KeptAnswers.open(place / ".answered", identity(ready, source), rank)
         kept.append(mine)
-    label = f"{(ready.run_dir or Path(ready.config.run_dir)).name} {place.name}"
+    label = f"{ready.folder.name} {place.name}"
     settings = ready.config.generation
     return evaluate_with_progress(label, ready.engine, source, asked.task, settings, mine)
 

@@ -177,11 +177,7 @@ def blob_of(folder: RemoteFolder, shard: ShardInfo) -> Blob:
 
 def _size_problems(folder: Place, manifest: Manifest) -> list[str]:
     """What file names and sizes alone reveal: missing, cut or surplus shards."""
-    try:
-        listed = folder.sizes() if isinstance(folder, RemoteFolder) else None
-        surplus = surplus_shards(folder, manifest)
-    except DataError:
-        listed = {}  # who may read need not be allowed to list
+    listed = _listed(folder) if isinstance(folder, RemoteFolder) else None
     if listed == {}:
         return []
     problems = []
@@ -193,7 +189,16 @@ def _size_problems(folder: Place, manifest: Manifest) -> list[str]:
             continue
         if num_bytes != shard.bytes:
             problems.append(f"{shard.name} has {num_bytes} bytes instead of {shard.bytes}")
+    surplus = surplus_shards(folder, manifest)
     return problems + [f"{name} is not in the manifest" for name in surplus]
+
+
+def _listed(folder: RemoteFolder) -> Mapping[str, int]:
+    """Sizes by name; none where who may read may not list."""
+    try:
+        return folder.sizes()
+    except DataError:
+        return {}
 
 
 def _num_bytes(folder: Place, name: str, listed: Mapping[str, int] | None) -> int:

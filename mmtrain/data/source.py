@@ -71,7 +71,7 @@ def render(template: Template, sample: Sample) -> Rendered:
         ) from fault
 
 
-def _emptied(sample: Sample) -> Sample:
+def emptied(sample: Sample) -> Sample:
     """Without its images' bytes."""
     return replace(sample, images=tuple(replace(one, data=b"") for one in sample.images))
 
@@ -103,7 +103,7 @@ class Source:
     def ask(self, index: int) -> tuple[Sample, Rendered]:
         """A sample in its words, no image decoded."""
         sample = self.shards.read(index)
-        return _emptied(sample), render(self.template, sample)
+        return emptied(sample), render(self.template, sample)
 
     def question(self, index: int) -> Question:
         """A sample with all that asking and scoring it needs."""
@@ -113,7 +113,7 @@ class Source:
         if self.blank_images:
             images = [Image.new("RGB", image.size, (127, 127, 127)) for image in images]
         example = self.encoder.example(f"{self.prefix}{sample.id}", rendered, images)
-        return Question(_emptied(sample), rendered, example, tuple(one.size for one in images))
+        return Question(emptied(sample), rendered, example, tuple(one.size for one in images))
 
     def example(self, index: int) -> Example:
         """The tokenised sample with its processed images."""

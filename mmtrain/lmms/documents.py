@@ -12,7 +12,7 @@ from mmtrain import plugins
 from mmtrain.assemble import template_for
 from mmtrain.config.schema import MixPart
 from mmtrain.data.shards import ShardFolder
-from mmtrain.data.source import open_images, render
+from mmtrain.data.source import emptied, open_images, render
 from mmtrain.errors import ConfigError, nearest
 from mmtrain.tasks.interface import Rendered, Sample, Task, Template, Turn
 
@@ -59,13 +59,9 @@ class Documents:
     def score(self, answers: Sequence[tuple[int, str]]) -> dict[str, float]:
         """The task's metrics over answers to the samples of these numbers."""
         ordered = sorted(answers)
-        samples = [self._scored(index) for index, _ in ordered]
+        # Scores see how many images a sample has, not what they show.
+        samples = [emptied(self.read(index)) for index, _ in ordered]
         return self.task.score(samples, [text for _, text in ordered], self.template)[0]
-
-    def _scored(self, index: int) -> Sample:
-        """A sample as scores see it: how many images it has, not what they show."""
-        sample = self.read(index)
-        return replace(sample, images=tuple(replace(one, data=b"") for one in sample.images))
 
 
 def open_documents(folder: Path, template: object) -> Documents:

@@ -52,13 +52,18 @@ class Cell:
         return statistics.fmean(self.values) if self.values else None
 
     @property
+    def std(self) -> float | None:
+        """Of ours, n - 1; None of a single run."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    @property
     def text(self) -> str:
         """`78.9 ± 0.3 (78.7 +0.2)`, as much of it as there is."""
         if self.mean is None:
             return NOTHING if self.printed is None else f"{NOTHING} ({self.printed:.1f})"
         text = f"{self.mean:.1f}"
-        if len(self.values) > 1:
-            text += f" ± {statistics.stdev(self.values):.1f}"
+        if self.std is not None:
+            text += f" ± {self.std:.1f}"
         if self.printed is not None:
             text += f" ({self.printed:.1f} {self.mean - self.printed:+.1f})"
         return text
@@ -139,17 +144,12 @@ def csv_text(table: CrossTable) -> str:
     writer.writerow([*map(csv_cell, table.axes), *header])
     for row in table.rows:
         for column in table.columns:
-            cell, known = table.cell(row, column), ""
-            std = statistics.stdev(cell.values) if len(cell.values) > 1 else known
+            cell = table.cell(row, column)
             facts = [column.name, column.metric.name]
-            numbers = [column.times, len(cell.values), _known(cell.mean), std, _known(cell.printed)]
+            numbers = [column.times, len(cell.values), cell.mean, cell.std, cell.printed]
             values = " ".join(map(repr, cell.values))
             writer.writerow([*map(csv_cell, (*row, *facts)), *numbers, values])
     return out.getvalue()
-
-
-def _known(value: float | None) -> object:
-    return "" if value is None else value
 
 
 def markdown_page(table: CrossTable, notes: Sequence[str]) -> str:

@@ -24,6 +24,7 @@ from mmtrain.files import read_regular
 from mmtrain.report.answers import Answers, Compared
 from mmtrain.report.html import page
 from mmtrain.report.samples import card, sheet
+from mmtrain.report.tables import harmless
 
 _COLUMNS = ("number", "key", "asked", "wanted", "answer", "hallucination")
 _LABELS = {"yes": 1.0, "y": 1.0, "1": 1.0, "no": 0.0, "n": 0.0, "0": 0.0}
@@ -69,14 +70,9 @@ def sheet_csv(rows: Sequence[Row]) -> bytes:
     writer.writerow(_COLUMNS)
     for number, row in enumerate(rows, start=1):
         one = row.prediction
-        cells = map(_harmless, (one.prompt, one.target, one.prediction))
+        cells = map(harmless, (one.prompt, one.target, one.prediction))
         writer.writerow([number, f"k{row.key}", *cells, ""])
     return text.getvalue().encode("utf-8-sig", "replace")
-
-
-def _harmless(text: str) -> str:
-    """A spreadsheet runs what begins like a formula, and models say anything."""
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
 
 
 def sheet_page(rows: Sequence[Row], shards: ShardFolder) -> str:

@@ -121,5 +121,10 @@ def csv_cell(text: str) -> str:
     try:
         float(text)
     except ValueError:
-        return f"'{text}" if text.startswith(_FORMULA_STARTS) else text
+        return harmless(text)
     return text
+
+
+def harmless(text: str) -> str:
+    """A spreadsheet runs what begins like a formula; behind a quote it is text."""
+    return f"'{text}" if text.startswith(_FORMULA_STARTS) else text

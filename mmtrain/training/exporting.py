@@ -67,7 +67,7 @@ def export_run(ready: Ready, out: Path, form: str) -> float | None:
             found = _logits(assembled.family, _merged_model(config, folder).to(device))
             return _compared(found, wanted, config)
     with replaced_folder(out) as folder:
-        _copy_exports(ready.run_dir or Path(config.run_dir), folder)
+        _copy_exports(ready.folder, folder)
         if any(one.method_name == "prefix" for one in assembled.trainable.attachments):
             return None  # peft gives a prefix to the whole model's own forward
         base_class = class_for_others(config, assembled)

@@ -45,6 +45,11 @@ class Ready:
     run_dir: Path | None
     trained: tuple[Path, ...] = ()  # files of the trained weights; none of a base alone
 
+    @property
+    def folder(self) -> Path:
+        """Where results belong."""
+        return self.run_dir or Path(self.config.run_dir)
+
 
 def build_ready(config: RunConfig, trained: Path | None, run_dir: Path | None) -> Ready:
     """Build the model on this rank and load what was trained into it, if anything was."""
